@@ -1,0 +1,39 @@
+# Everything goes through here; CI calls `make test`. Nothing has to be installed before but Python >= 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := $(VENV)/oldest-transformers
+
+.PHONY: demo test check install lint clean
+
+demo: install  ## answer a question on a long text, the cache over 2 processes, checked against one process
+	$(BIN)/python scripts/smollm2.py --text $(VENV)/topics.txt
+	$(BIN)/tree-attention generate --model "$$($(BIN)/python scripts/smollm2.py)" --file $(VENV)/topics.txt \
+		--max-prompt-tokens 4000 --prompt "What is this text about? Answer in one sentence." --nproc 2 --verify
+
+test: check $(OLDEST)/installed  ## everything: what `check` does, the slow tests, and the oldest transformers we support
+	$(BIN)/python -m pytest -m "slow or model"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_hf.py
+
+check: install lint  ## format, lint, types, fast tests
+	$(BIN)/python -m pytest -m "not slow and not model"
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(OLDEST)/installed: Makefile | install
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(OLDEST) \
+		transformers==5.17.0 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+	touch $@
+
+clean:
+	rm -rf $(VENV)

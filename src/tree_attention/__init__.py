@@ -1,0 +1,26 @@
+"""Exact attention over a KV cache that is spread across ranks."""
+
+from .decode import tree_decode
+from .energy import attention_energy, attention_from_energy
+from .errors import InputError, RanksDisagree, TreeAttentionError, Unavailable, Unsupported
+from .layout import Layout
+from .local import attend
+from .partial import Partial, merge
+from .reduce import tree_reduce
+
+__all__ = [
+    "InputError",
+    "Layout",
+    "Partial",
+    "RanksDisagree",
+    "TreeAttentionError",
+    "Unavailable",
+    "Unsupported",
+    "attend",
+    "attention_energy",
+    "attention_from_energy",
+    "merge",
+    "tree_decode",
+    "tree_reduce",
+]
+__version__ = "0.1.0"

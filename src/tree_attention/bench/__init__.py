@@ -1,0 +1,1 @@
+"""Measurements, as functions that run on each rank and return plain records."""

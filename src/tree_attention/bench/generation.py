@@ -1,0 +1,91 @@
+"""Reading and writing with a whole model: seconds to the first token, seconds a token, bytes of KV.
+
+The contestants take turns in the same processes, several rounds, so that a machine whose speed drifts is fair to all:
+
+stock            transformers' own sdpa attention and DynamicCache, on the first rank alone
+tree_attention   ours, on the first rank alone, and on all ranks
+"""
+
+import os
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from ..hf import TreeCache, prefill
+
+WARM_UP_STEPS = 4
+
+
+@torch.no_grad()
+def measure(
+    model: str, ids: Tensor, contexts: list[int], *, decode_tokens: int, chunk_tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """One record for each context and contestant; float32, one thread a rank, each rank's main thread on its own core.
+
+    ids: `[1, tokens]`, at least as many as the longest context. Times are medians over rounds (seconds to the first
+    token) or over all rounds' steps (seconds a token), of the slowest rank. The same records on every rank.
+    """
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {dist.get_rank() % (os.cpu_count() or 1)})
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    alone = dist.new_group([0])
+    contestants = [("stock", alone), ("tree_attention", alone), ("tree_attention", dist.group.WORLD)]
+    records = []
+    for context in contexts:
+        taken: list[list[dict[str, Any]]] = [[] for _ in contestants]
+        for _ in range(rounds):
+            for turns, (what, group) in zip(taken, contestants, strict=True):
+                dist.barrier()
+                if group != dist.GroupMember.NON_GROUP_MEMBER:
+                    turns.append(_turn(loaded, ids[:, :context], what, group, decode_tokens, chunk_tokens))
+        for turns, (what, group) in zip(taken, contestants, strict=True):
+            records.append(_summary(turns, what, context, group))
+    return records
+
+
+def _turn(model: Any, ids: Tensor, what: str, group: Any, decode_tokens: int, chunk_tokens: int) -> dict[str, Any]:
+    """Read, then write greedily; this rank's clock."""
+    model.set_attn_implementation("sdpa" if what == "stock" else "tree_attention")
+    cache = DynamicCache(config=model.config) if what == "stock" else TreeCache(model.config, group)
+    start = time.perf_counter()
+    if isinstance(cache, TreeCache):
+        prefill(model, ids, cache, chunk_tokens=chunk_tokens)
+    logits = torch.empty(0)
+    for part in ids[:, cache.get_seq_length() :].split(chunk_tokens, 1):
+        logits = model(input_ids=part, past_key_values=cache, logits_to_keep=1).logits
+    ttft_s = time.perf_counter() - start
+    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    received = getattr(cache, "received_bytes", 0.0)
+    steps_s = []
+    for _ in range(WARM_UP_STEPS + decode_tokens):
+        token = logits[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        logits = model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits
+        steps_s.append(time.perf_counter() - start)
+    received = (getattr(cache, "received_bytes", 0.0) - received) / len(steps_s)
+    return {"ttft_s": ttft_s, "steps_s": steps_s[WARM_UP_STEPS:], "kv_bytes": kv_bytes, "received_bytes": received}
+
+
+def _summary(turns: list[dict[str, Any]], what: str, context: int, group: Any) -> dict[str, Any]:
+    """The slowest rank's medians; ranks that sat out report nothing."""
+    mine = [0.0, 0.0, 0.0, 0.0]
+    if turns:
+        steps = [step for turn in turns for step in turn["steps_s"]]
+        mine = [statistics.median(turn["ttft_s"] for turn in turns), statistics.median(steps)]
+        mine += [turns[-1]["kv_bytes"], turns[-1]["received_bytes"]]
+    slowest = torch.tensor(mine, dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    ttft_s, tpot_s, kv_bytes, received_bytes = slowest.tolist()
+    return {
+        "what": what, "ranks": dist.get_world_size() if group is dist.group.WORLD else 1, "context_tokens": context,
+        "ttft_s": ttft_s, "tpot_s": tpot_s, "kv_bytes_per_rank": int(kv_bytes),
+        "received_bytes_per_token": received_bytes,
+    }  # fmt: skip

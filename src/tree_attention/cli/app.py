@@ -1,0 +1,110 @@
+"""The commands and their options; nothing is computed here."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import TreeAttentionError
+from . import bench as bench_command
+from . import info as info_command
+from .generate import Request, generate_on_ranks
+from .launch import RankDied
+
+app = typer.Typer(
+    help="Exact attention over a KV cache that is spread across ranks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help="Folder of a Hugging Face model, or its name on the hub.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one GPU a rank.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to ask, or the text to continue.")],
+    file: Annotated[Path | None, typer.Option(help="A UTF-8 document, put before the prompt.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Ranks to start on this machine; 1 by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Cut the document's end so that this suffices.")] = None,
+    plain: Annotated[bool, typer.Option(help="Feed the text as it is, without the chat template.")] = False,
+    sample: Annotated[bool, typer.Option(help="Draw tokens instead of taking the likeliest.")] = False,
+    temperature: Annotated[float, typer.Option(help="Of the draw.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16; auto: float32 on the CPU, else bfloat16.")
+    ] = "auto",
+    device: Device = "auto",
+    block_tokens: Annotated[int, typer.Option(help="Neighbouring tokens that one rank keeps together.")] = 16,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens read in one forward pass, over all ranks.")] = 1024,
+    verify: Annotated[
+        bool, typer.Option(help="Do the same on one process, and say whether the tokens are equal.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Read a document with its KV cache spread over ranks, and write.
+
+    Starts its own ranks; under torchrun it is one of them. Exit code 1: a rank died, or --verify found other tokens;
+    2: an argument is not what it must be.
+    """
+    request = Request(
+        model=model, prompt=prompt, file=file, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
+        plain=plain, sample=sample, temperature=temperature, seed=seed, dtype=dtype, device=device,
+        block_tokens=block_tokens, chunk_tokens=chunk_tokens, verify=verify, as_json=as_json,
+    )  # fmt: skip
+    _run(lambda: generate_on_ranks(request, nproc))
+
+
+@app.command()
+def bench(
+    model: Model,
+    nproc: Annotated[int, typer.Option(help="Ranks to compare with one process.")] = 2,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,4096,8192",
+    decode_tokens: Annotated[int, typer.Option(help="Tokens to decode in a round.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Turns for each contestant at each length.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option(help="Append the records to this file, one JSON document a line.")
+    ] = None,
+) -> None:
+    """Time reading and writing on one process and on ranks (CPU, float32, a core each), and weigh the KV cache."""
+    _run(lambda: bench_command.bench(model, nproc, contexts, decode_tokens, rounds, output))
+
+
+@app.command()
+def info(
+    nproc: Annotated[int, typer.Option(help="Ranks to choose for.")] = 2,
+    batch: Annotated[int, typer.Option(help="B")] = 1,
+    tokens: Annotated[int, typer.Option(help="Query tokens of a step, T")] = 1,
+    heads: Annotated[int, typer.Option(help="Query heads, H")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads, H_kv")] = 8,
+    head_dim: Annotated[int, typer.Option(help="D = D_v")] = 128,
+    keys: Annotated[int, typer.Option(help="Keys on each rank, S_local")] = 65536,
+    dtype: Annotated[str, typer.Option(help="Of q, k and v.")] = "bfloat16",
+    masked: Annotated[bool, typer.Option(help="With a mask: ragged rows, padding or positions.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Versions, devices and links; which backends and algorithms there are, and what "auto" chooses for a shape."""
+    shape = info_command.Shape(nproc, batch, tokens, heads, kv_heads, head_dim, keys, dtype, masked)
+    _run(lambda: info_command.info(shape, as_json))
+
+
+def _run(command: Callable[[], int]) -> None:
+    """Turn what we raise on purpose into one line on stderr and an exit code."""
+    try:
+        code = command()
+    except RankDied as death:
+        sys.stderr.write(f"tree-attention: {death}\n")
+        raise typer.Exit(1) from None
+    except TreeAttentionError as error:
+        sys.stderr.write(f"tree-attention: {error}\n")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("tree-attention: stopped\n")
+        raise typer.Exit(130) from None
+    raise typer.Exit(code)

@@ -1,0 +1,115 @@
+"""`tree-attention info`: what is here, and what "auto" makes of a shape."""
+
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import InputError
+from ..local import BACKENDS, choose_backend
+from ..reduce import ALGORITHMS, choose_algorithm, received_bytes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decode step on one of `ranks` ranks."""
+
+    ranks: int
+    B: int
+    T: int
+    H: int
+    H_kv: int
+    D: int
+    S_local: int
+    dtype: str
+    masked: bool
+
+
+def info(shape: Shape, as_json: bool) -> int:
+    """Print it all; returns the exit code."""
+    known = describe(shape)
+    if as_json:
+        sys.stdout.write(json.dumps(known) + "\n")
+        return 0
+    console = Console()
+    for title, rows in known.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        for name, text in rows.items():
+            table.add_row(f"[bold]{name}", str(text))
+        console.print(table, "")
+    return 0
+
+
+def describe(shape: Shape) -> dict[str, dict[str, Any]]:
+    """Section -> name -> what is known."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, visible = _example(shape, device)
+    backends = {name: backend.obstacle(q, k, k, visible, None) or "can run it" for name, backend in BACKENDS.items()}
+    chosen = choose_algorithm(device, shape.ranks)
+    rows = shape.B * shape.T * shape.H
+    received = {name: received_bytes(name, rows=rows, head_dim=shape.D, world_size=shape.ranks) for name in ALGORITHMS}
+    algorithms = {name: f"{amount / 1e3:.1f} kB a rank and layer" for name, amount in received.items()}
+    described = f"B {shape.B}, T {shape.T}, {shape.H} / {shape.H_kv} heads x {shape.D}, {shape.S_local} keys a rank"
+    return {
+        "versions": _versions(),
+        "devices": _devices(),
+        "links": _links(),
+        "shape": {"step": f"{described}, {shape.dtype}, {shape.ranks} ranks" + (", masked" if shape.masked else "")},
+        "backends for it": backends,
+        "algorithms for it": algorithms,
+        "auto chooses": {"backend": choose_backend(q, k, k, visible=visible), "algorithm": chosen},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("tree-attention", "torch", "transformers", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def _devices() -> dict[str, str]:
+    found = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return found
+
+
+def _links() -> dict[str, str]:
+    """Which process-group backends there are, and between which GPUs memory can be read directly."""
+    backends = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(), "mpi": dist.is_mpi_available()}
+    found = {"process groups": ", ".join(name for name, there in backends.items() if there)}
+    count = torch.cuda.device_count()
+    for a in range(count):
+        for b in range(a + 1, count):
+            direct = torch.cuda.can_device_access_peer(a, b)
+            found[f"cuda:{a} - cuda:{b}"] = "peer access" if direct else "no peer access"
+    return found
+
+
+def _example(shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """q, k and mask of that shape, without their memory."""
+    dtype = getattr(torch, shape.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype must be a torch dtype such as bfloat16, got {shape.dtype!r}")
+    if min(shape.ranks, shape.B, shape.T, shape.H, shape.H_kv, shape.D) < 1 or shape.H % shape.H_kv:
+        raise InputError(f"sizes must be at least 1, and heads a multiple of kv-heads, got {shape}")
+    one = torch.empty(1, dtype=dtype, device=device)
+    q = one.expand(shape.B, shape.T, shape.H, shape.D)
+    k = one.expand(shape.B, shape.S_local, shape.H_kv, shape.D)
+    mask = torch.empty(1, dtype=torch.bool, device=device).expand(shape.B, 1, shape.T, shape.S_local)
+    return q, k, mask if shape.masked else None

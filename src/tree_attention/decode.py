@@ -1,0 +1,115 @@
+"""Attention over keys that are spread across ranks: check, attend, reduce, sinks, round."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError, TreeAttentionError
+from .group import Group, check_agreement, rank_and_size, resolve_group
+from .local import attend
+from .partial import Partial, merge, stack
+from .reduce import check_reduction, tree_reduce
+
+
+def tree_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group = None,
+    local_seqlens: Tensor | None = None,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+    algorithm: str = "auto",
+    verify: bool = False,
+) -> Tensor:
+    """Softmax attention of `q` over the keys of all ranks, without moving a key.
+
+    Exact: the same function as unsharded attention, up to the float32 rounding of the merge; bit for bit the same on
+    every rank. One exchange of `(out, lse)`, of a size that does not depend on the number of keys.
+
+    Args:
+        q: `[B, T, H, D]`, the same on every rank.
+        k, v: `[B, S_local, H_kv, D]` and `[B, S_local, H_kv, D_v]`, this rank's keys; S_local may differ between
+            ranks and may be 0.
+        group: the ranks that share the keys: a process group, a 1-D DeviceMesh, or None for all.
+        local_seqlens, q_positions, k_positions, mask, scale, softcap, backend: as in `attend`, about this rank's keys.
+        sinks: `[H]`, one more logit a head that takes weight and has no value (GPT-OSS); counted once, not per rank.
+        algorithm: as in `tree_reduce`.
+        verify: ask all ranks, before anything else, whether they were called alike and find no fault: then every
+            rank raises, none is left waiting. One collective of Python objects; for set-up and debugging.
+
+    Returns:
+        `[B, T, H, D_v]` in q's dtype, or `[B, T, H / P, D_v]` with algorithm "reduce_scatter". Queries that see no
+        key on any rank give 0.
+
+    Raises:
+        InputError, Unavailable: as in `attend` and `tree_reduce`.
+        RanksDisagree: with `verify`, on every rank.
+    """
+    choices = {"scale": scale, "softcap": softcap, "backend": backend}
+    keys = {"local_seqlens": local_seqlens, "q_positions": q_positions, "k_positions": k_positions, "mask": mask}
+    if verify:
+        _vote(q, k, v, keys, choices, sinks, algorithm, group)
+    check_reduction(q.shape[2], group, algorithm)
+    _check_sinks(sinks, q)
+    partial = attend(q, k, v, **keys, **choices)
+    total = tree_reduce(partial, group, algorithm=algorithm)
+    if sinks is not None:
+        total = add_sinks(total, _own_heads(sinks, total, group))
+    return total.out.to(q.dtype)
+
+
+def add_sinks(partial: Partial, sinks: Tensor) -> Partial:
+    """Merge with one more key a head, of score `sinks` `[H]` and value 0."""
+    lse = sinks.to(partial.lse.dtype).expand_as(partial.lse)
+    return merge(stack([partial, Partial(torch.zeros_like(partial.out), lse)]))
+
+
+def _own_heads(sinks: Tensor, partial: Partial, group: Group) -> Tensor:
+    """The sinks of the heads that reduce_scatter left on this rank; all of them otherwise."""
+    heads = partial.lse.shape[2]
+    if heads == sinks.shape[0]:
+        return sinks
+    first = rank_and_size(resolve_group(group))[0] * heads
+    return sinks[first : first + heads]
+
+
+def _vote(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: dict[str, Any],
+    choices: dict[str, Any],
+    sinks: Tensor | None,
+    algorithm: str,
+    group: Group,
+) -> None:
+    """Try everything that needs no communication, then compare what all ranks found."""
+    error = None
+    try:
+        check_reduction(q.shape[2], group, algorithm)
+        _check_sinks(sinks, q)
+        attend(q, k, v, **keys, **choices)
+    except TreeAttentionError as fault:
+        error = str(fault)
+    described = {
+        "q": f"{list(q.shape)} {q.dtype} {q.device.type}",
+        "KV heads": k.shape[-2],
+        "D_v": v.shape[-1],
+        "sinks": sinks is not None,
+        "algorithm": algorithm,
+        **choices,
+    }
+    check_agreement(described, resolve_group(group), error=error)
+
+
+def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    if sinks is not None and (sinks.shape != q.shape[2:3] or sinks.device != q.device):
+        raise InputError(f"sinks must be [{q.shape[2]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}")

@@ -1,0 +1,63 @@
+"""The mask as a rule instead of a tensor: evaluated only for the queries and keys that meet on this rank."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+
+@dataclass(frozen=True)
+class LazyMask:
+    """What transformers carries from its mask function to the attention function.
+
+    rule: transformers' own composed function `(batch, head, query slot, key slot) -> bool`, over index tensors.
+    padding: bool `[B, slots]`, True for real tokens, or None if there is no padding.
+    rows: the queries of the forward pass that this mask is for; all by default.
+    first_query, first_key: slots that a layer without our cache starts from.
+    """
+
+    rule: Callable[..., Any]
+    padding: Tensor | None
+    first_query: int = 0
+    first_key: int = 0
+    rows: slice | None = None
+    ndim: int = 4  # some models look whether a mask is 4-D
+
+    @property
+    def is_causal_only(self) -> bool:
+        """Whether the rule is: a query sees the slots up to its own."""
+        return self.rule is causal_mask_function and self.padding is None
+
+    def build(self, query_slots: Tensor, key_slots: Tensor, batch: int) -> Tensor:
+        """bool `[batch or 1, 1, T, S]` for slots `[T]` and `[S]`."""
+        at = torch.arange(batch, device=query_slots.device)[:, None, None, None]
+        head = torch.zeros(1, dtype=torch.long, device=query_slots.device)[None, :, None, None]
+        visible = self.rule(at, head, query_slots[None, None, :, None], key_slots[None, None, None, :])
+        if self.padding is not None:
+            real = self.padding[:, key_slots.clamp(max=self.padding.shape[1] - 1)]
+            visible = visible & real[:, None, None, :]
+        return visible.expand(-1, -1, len(query_slots), len(key_slots))
+
+    def __getitem__(self, index: Any) -> "LazyMask":
+        """`mask[:, :, -n:, :]`, which Gemma 4 does: the same rule for fewer queries."""
+        return replace(self, rows=index[2])
+
+    def contiguous(self) -> "LazyMask":
+        return self
+
+
+def lazy_mask(
+    *,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> LazyMask:
+    """What `AttentionMaskInterface` calls, once for each kind of layer in a forward pass."""
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None
+    return LazyMask(mask_function, attention_mask, q_offset, kv_offset)

@@ -1,0 +1,132 @@
+"""PyTorch's fused attention operators that return the log-sum-exp, brought to our conventions.
+
+They all take `[B, H, S, D]`, round `out` to the inputs' dtype before we widen it again (one rounding per Partial more
+than the reference has), and return a natural-log lse in float32. What differs is what they make of a row that sees no
+key (lse 0, NaN or +inf) and of no keys at all (the CPU operator divides by zero); both are settled here.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..partial import Partial
+
+aten = torch.ops.aten
+
+
+def cpu_flash(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Partial:
+    """`aten._scaled_dot_product_flash_attention_for_cpu`: any dtype; a mask costs a float copy of itself."""
+    B, T, H, _ = q.shape
+    H_kv, D_v = k.shape[2], v.shape[3]
+    bias = _bias(visible, q.dtype)
+    if T == 1:  # the query heads of one KV head become rows of one query block: the KV is read once, not H / H_kv times
+        q = q.unflatten(2, (H_kv, -1)).flatten(1, 2).transpose(1, 2)  # [B, 1 * H_kv, G, D] -> [B, G, H_kv, D]
+        bias = None if bias is None else _group_rows(bias, H, H_kv)
+    q, k, v = _one_head_dim(q, k, v)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(q, k, v), attn_mask=bias, scale=scale)
+    if T == 1:
+        out, lse = out.reshape(B, H, 1, -1), lse.reshape(B, H, 1)
+    return _partial(out[..., :D_v], lse, visible)
+
+
+def cpu_flash_obstacle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softcap: float | None) -> str | None:
+    if q.device.type != "cpu":
+        return f"runs on CPU tensors, got {q.device.type}"
+    return _softcap_obstacle(softcap)
+
+
+def cuda_flash(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Partial:
+    """`aten._scaled_dot_product_flash_attention` (FlashAttention-2, split-KV for few queries)."""
+    out, lse = aten._scaled_dot_product_flash_attention(*_heads_first(q, k, v), scale=scale)[:2]
+    return _partial(out, lse, visible)
+
+
+def cuda_flash_obstacle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softcap: float | None) -> str | None:
+    return _half_precision_obstacle(q, k, v, visible, softcap)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Partial:
+    """`aten._scaled_dot_product_cudnn_attention`: the fastest of PyTorch's on Hopper (shared notes, kernels)."""
+    out, lse = aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True, scale=scale)[:2]
+    return _partial(out, lse.reshape(out.shape[:-1]), visible)
+
+
+def cudnn_obstacle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softcap: float | None) -> str | None:
+    if q.device.type == "cuda" and not torch.backends.cudnn.is_available():
+        return "needs cuDNN, which this PyTorch does not have"
+    return _half_precision_obstacle(q, k, v, visible, softcap)
+
+
+def efficient(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Partial:
+    """`aten._scaled_dot_product_efficient_attention`: masks and float32 on CUDA; no split-KV, and KV heads repeated."""
+    H, G = q.shape[2], q.shape[2] // k.shape[2]
+    bias = None
+    if visible is not None:
+        S = k.shape[1]
+        bias = pad(_bias(visible, q.dtype), (0, -S % 16))[..., :S]  # the kernel wants rows aligned to 16 elements
+        bias = bias.expand(q.shape[0], H, -1, -1)
+    k, v = k.repeat_interleave(G, 2), v.repeat_interleave(G, 2)
+    out, lse = aten._scaled_dot_product_efficient_attention(*_heads_first(q, k, v), bias, True, scale=scale)[:2]
+    return _partial(out, lse[..., : q.shape[1]], visible)
+
+
+def efficient_obstacle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softcap: float | None) -> str | None:
+    if q.device.type != "cuda":
+        return f"runs on CUDA tensors, got {q.device.type}"
+    if q.dtype == torch.float64:
+        return "does not have float64"
+    if q.shape[3] % 8 or v.shape[3] % 8:
+        return f"needs head dims that are multiples of 8, got {q.shape[3]} and {v.shape[3]}"
+    return _softcap_obstacle(softcap)
+
+
+def _half_precision_obstacle(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softcap: float | None
+) -> str | None:
+    if q.device.type != "cuda":
+        return f"runs on CUDA tensors, got {q.device.type}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"has bfloat16 and float16 only, got {q.dtype}"
+    if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > 256:
+        return f"needs one head dim, a multiple of 8 up to 256, got {q.shape[3]} and {v.shape[3]}"
+    if visible is not None:
+        return "has no masks (local_seqlens, positions or mask)"
+    return _softcap_obstacle(softcap)
+
+
+def _softcap_obstacle(softcap: float | None) -> str | None:
+    return None if softcap is None else "has no softcap"
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """`[B, S, H, D]` -> `[B, H, S, D]` views with a contiguous last dim."""
+    return [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors]
+
+
+def _one_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad the shorter of D and D_v with zeros: they add nothing to a score, and their outputs are cut off."""
+    D, D_v = k.shape[3], v.shape[3]
+    if D_v > D:
+        return pad(q, (0, D_v - D)), pad(k, (0, D_v - D)), v
+    return q, k, pad(v, (0, D - D_v)) if D_v < D else v
+
+
+def _bias(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if visible is None:
+        return None
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def _group_rows(bias: Tensor, H: int, H_kv: int) -> Tensor:
+    """`[B, H or 1, 1, S]` -> `[B, H_kv or 1, G or 1, S]`: one row for each query head of a KV head."""
+    return bias.reshape(bias.shape[0], H_kv, H // H_kv, -1) if bias.shape[1] == H else bias
+
+
+def _partial(out: Tensor, lse: Tensor, visible: Tensor | None) -> Partial:
+    """out `[B, H, T, D_v]`, lse `[B, H, T]` -> Partial; rows without a visible key become `(0, -inf)`."""
+    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    out, lse = out.to(dtype), lse.to(dtype)
+    if visible is not None:
+        blind = ~visible.any(-1)  # [B or 1, H or 1, T]
+        out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))
+    return Partial(out.transpose(1, 2), lse.transpose(1, 2))

@@ -1,0 +1,52 @@
+"""The reductions that are made of collectives: one packed exchange, or the paper's three."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..partial import Partial, merge
+
+# torch 2.13 renames it and warns at the old name
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_gather(partial: Partial, group: ProcessGroup) -> Partial:
+    """Every rank gets every partial, packed in one tensor, and merges them in rank order."""
+    return merge(unpack(gather(pack(partial), group)))
+
+
+def all_reduce(partial: Partial, group: ProcessGroup) -> Partial:
+    """Algorithm 3 of arXiv 2408.04093 as printed: all-reduce the maximum, then the numerator, then the denominator."""
+    peak = partial.lse.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+    shift = peak.masked_fill(peak == float("-inf"), 0.0)  # no rank has a key
+    denominator = (partial.lse - shift).exp()
+    numerator = partial.out * denominator.unsqueeze(-1)
+    dist.all_reduce(numerator, dist.ReduceOp.SUM, group)
+    dist.all_reduce(denominator, dist.ReduceOp.SUM, group)
+    return Partial(numerator / denominator.clamp_min(1.0).unsqueeze(-1), denominator.log() + shift)
+
+
+def reduce_scatter(partial: Partial, group: ProcessGroup, dim: int) -> Partial:
+    """Rank r gets the merged r-th of P equal pieces along `dim` (1 tokens, 2 heads): one all-to-all, then the merge."""
+    pieces = torch.stack(pack(partial).chunk(group.size(), dim))  # [P, ...]: piece r goes to rank r
+    received = torch.empty_like(pieces)
+    dist.all_to_all_single(received, pieces, group=group)
+    return merge(unpack(received))
+
+
+def gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """`[...]` on each rank -> `[P, ...]` on every rank, in rank order."""
+    gathered = tensor.new_empty((group.size(), *tensor.shape))
+    _all_gather_single(gathered.flatten(0, 1) if tensor.ndim else gathered, tensor.contiguous(), group=group)
+    return gathered
+
+
+def pack(partial: Partial) -> Tensor:
+    """out `[..., D_v]`, lse `[...]` -> `[..., D_v + 1]`: what travels, float32 throughout."""
+    return torch.cat([partial.out, partial.lse.unsqueeze(-1)], -1)
+
+
+def unpack(packed: Tensor) -> Partial:
+    return Partial(packed[..., :-1], packed[..., -1])

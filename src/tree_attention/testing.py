@@ -1,0 +1,139 @@
+"""For tests, ours and users': a float64 oracle, peaked inputs, an error budget, ranks, a record of traffic."""
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .local import attend
+from .partial import Partial
+
+POOL_TIMEOUT_S = 120
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Partial:
+    """What `attend` must give for these (unsharded) tensors: the reference backend in float64."""
+    return attend(q.double(), k.double(), v.double(), **how, backend="reference")
+
+
+def peaked_inputs(
+    *, B: int = 2, T: int = 1, S: int = 64, H: int = 8, H_kv: int = 2, D: int = 32, D_v: int | None = None,
+    dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v in which each query puts much of its weight on a few keys.
+
+    On white noise the softmax is so flat that even a merge that ignores lse stays within a usual tolerance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, T, H, D, generator=generator)
+    k = torch.randn(B, S, H_kv, D, generator=generator)
+    v = torch.randn(B, S, H_kv, D_v or D, generator=generator)
+    if S:  # every query gets one key that points its way
+        heavy = torch.randint(S, (B, T, H), generator=generator)
+        batch, _, head = torch.meshgrid(*map(torch.arange, (B, T, H)), indexing="ij")
+        k[batch, heavy, head // (H // H_kv)] += q
+    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def assert_within_rounding(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
+    """The error of `actual` is at most twice that of `plain`, PyTorch's own in the same dtype, plus one rounding.
+
+    exact: float64. All three of one shape; everything finite.
+    """
+    error = (actual.double() - exact).abs().max()
+    budget = 2 * (plain.double() - exact).abs().max() + torch.finfo(actual.dtype).eps * exact.abs().max()
+    assert actual.isfinite().all(), "not finite"
+    assert error <= budget, f"error {error:.2e} > budget {budget:.2e}"
+
+
+class Call(NamedTuple):
+    """One communication call of this rank: the c10d operator's name, and the bytes handed to it (recv: received)."""
+
+    name: str
+    bytes: int
+
+
+@contextmanager
+def record_traffic() -> Iterator[list[Call]]:
+    """`with record_traffic() as calls:` fills the list with a `Call` for each communication call of this rank."""
+    with _Recorder() as recorder:
+        yield recorder.calls
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            in_place = func._schema.arguments[0].name == "tensors"  # else: (output, input, ...)
+            sent = args[0] if in_place else args[1]
+            tensors = [sent] if isinstance(sent, Tensor) else sent
+            self.calls.append(Call(func._schema.name.removeprefix("c10d::").strip("_"), sum(t.nbytes for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+class RankPool:
+    """Processes that are joined once in a gloo group and then run many functions; starting them is what costs.
+
+    `pool.run(function, *args, ranks=3)` calls `function(group, *args)` on ranks 0 to 2, with a fresh group of those
+    three, and returns their results in rank order. function must be importable from its module. Where one rank
+    raises, the pool is ended (its peers may be waiting for it), the error is raised here, and the next run starts anew.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._ranks: list[ProcessPoolExecutor] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
+        if not self._ranks:
+            self._start()
+        count = self.size if ranks is None else ranks
+        calls = [rank.submit(_call, count, function, args) for rank in self._ranks]
+        done, _ = wait(calls, return_when=FIRST_EXCEPTION)
+        failed = [call for call in done if call.exception()]
+        if failed:
+            self.close()
+            raise failed[0].exception() or AssertionError
+        return [call.result() for call in calls[:count]]
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            for process in list(rank._processes.values()):
+                process.kill()
+            rank.shutdown(cancel_futures=True)
+        self._ranks = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        meeting = f"file://{tempfile.mkdtemp()}/meeting"
+        self._ranks = [
+            ProcessPoolExecutor(1, mp_context=context, initializer=_join, initargs=(rank, self.size, meeting))
+            for rank in range(self.size)
+        ]
+
+
+def _join(rank: int, size: int, meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=POOL_TIMEOUT_S)
+    )
+
+
+def _call(count: int, function: Callable[..., Any], args: tuple) -> Any:
+    group = dist.new_group(range(count))
+    if dist.get_rank() >= count:
+        return None
+    try:
+        return function(group, *args)
+    finally:
+        dist.destroy_process_group(group)

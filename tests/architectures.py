@@ -1,0 +1,120 @@
+"""Small models of the architectures we promise, and how far a sharded cache takes their logits from one process.
+
+    python tests/architectures.py            one JSON line for each architecture x number of ranks x way of reading
+
+Weights are random, but with sharper attention than usual, so that a wrong merge changes tokens.
+"""
+
+import json
+import sys
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from tree_attention.hf import TreeCache, prefill
+from tree_attention.testing import RankPool
+
+COMMON = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
+WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2}
+LATENT = {
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "head_dim": 8, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "n_routed_experts": 4,
+    "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "num_experts": 4, "shared_expert_intermediate_size": 48, "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
+ARCHITECTURES = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 12},
+    "gemma2": {**WINDOWS, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**WINDOWS, "query_pre_attn_scalar": 16},
+    "gpt_oss": {**WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {**EXPERTS, **LATENT},
+    "qwen3_next": {**EXPERTS, **LINEAR},
+}
+TOKENS, NEW_TOKENS, BLOCK = 61, 12, 4
+
+
+def tiny(name, attn_implementation):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **{**COMMON, **ARCHITECTURES[name]})
+    config._attn_implementation = attn_implementation
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(3)
+    return model
+
+
+def prompt(padded):
+    """Two rows; the second starts with padding if asked."""
+    ids = torch.randint(3, 256, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :9], ids[1, :9] = 0, 0
+    return ids, mask
+
+
+GREEDY = {
+    "max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+    "eos_token_id": None,
+}  # fmt: skip
+
+
+def one_process(name, padded):
+    """Tokens and logits `[new, B, vocab]` of eager attention with transformers' own cache."""
+    ids, mask = prompt(padded)
+    model = tiny(name, "eager")
+    out = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), **GREEDY)
+    return out.sequences, torch.stack(out.logits)
+
+
+def sharded(group, name, padded, reading):
+    """The same with a TreeCache; reading is "replicated", "chunked" or "parallel"."""
+    ids, mask = prompt(padded)
+    model = tiny(name, "tree_attention")
+    cache = TreeCache(model.config, group, block_tokens=BLOCK)
+    how = {"prefill_chunk_size": 16} if reading == "chunked" else {}
+    if reading == "parallel":
+        prefill(model, ids, cache, attention_mask=mask if padded else None, chunk_tokens=24)
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **how, **GREEDY)
+    return out.sequences, torch.stack(out.logits)
+
+
+def readings(name):
+    return ("replicated", "chunked") if name == "qwen3_next" else ("replicated", "chunked", "parallel")
+
+
+def main():
+    transformers.logging.set_verbosity_error()
+    pool = RankPool(4)
+    for name in sys.argv[1:] or ARCHITECTURES:
+        for padded in (False, True):
+            tokens, logits = one_process(name, padded)
+            for ranks in (1, 2, 3, 4):
+                for reading in readings(name):
+                    results = pool.run(sharded, name, padded, reading, ranks=ranks)
+                    line = {
+                        "architecture": name, "transformers": transformers.__version__, "torch": torch.__version__,
+                        "ranks": ranks, "reading": reading, "padded": padded,
+                        "same_tokens": all(torch.equal(t, tokens) for t, _ in results),
+                        "same_bits_on_all_ranks": all(torch.equal(l, results[0][1]) for _, l in results),
+                        "max_logit_difference": float((results[0][1] - logits).abs().max()),
+                        "largest_logit": float(logits.abs().max()),
+                    }  # fmt: skip
+                    print(json.dumps(line), flush=True)  # noqa: T201
+    pool.close()
+
+
+if __name__ == "__main__":
+    main()

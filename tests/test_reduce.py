@@ -1,0 +1,199 @@
+"""The reduction across real processes: right, bit for bit the same on every rank, and as many bytes as stated."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from tree_attention import InputError, Layout, Partial, attend, merge, tree_decode, tree_reduce
+from tree_attention.partial import empty, stack
+from tree_attention.reduce import ALGORITHMS, received_bytes
+from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs, record_traffic
+
+EVERYWHERE = ("all_gather", "all_reduce", "tree")  # algorithms whose result is whole on every rank
+B, T, H, D_V = 2, 3, 12, 16
+
+
+def random_partial(rank, *, is_empty=False):
+    generator = torch.Generator().manual_seed(rank)
+    if is_empty:
+        return empty((B, T, H, D_V), dtype=torch.float32, device=torch.device("cpu"))
+    out, lse = (torch.randn(*shape, generator=generator) for shape in ((B, T, H, D_V), (B, T, H)))
+    return Partial(out, 20 * lse)
+
+
+def reduce_here(group, algorithm, empty_ranks):
+    mine = random_partial(group.rank(), is_empty=group.rank() in empty_ranks)
+    with record_traffic() as calls:
+        result = tree_reduce(mine, group, algorithm=algorithm)
+    return result, calls
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("empty_ranks", [(), (0,), (1, 2), (0, 1, 2, 3)])
+def test_equals_merge_on_every_rank(pool, ranks, algorithm, empty_ranks):
+    exact = merge(
+        stack([Partial(*(x.double() for x in random_partial(r, is_empty=r in empty_ranks))) for r in range(ranks)])
+    )
+    results = [result for result, _ in pool.run(reduce_here, algorithm, empty_ranks, ranks=ranks)]
+    if algorithm == "reduce_scatter":
+        results = [Partial(torch.cat([r.out for r in results], 2), torch.cat([r.lse for r in results], 2))]
+    for result in results:
+        torch.testing.assert_close(result.out.double(), exact.out, atol=2e-6, rtol=0)
+        torch.testing.assert_close(result.lse.double(), exact.lse, atol=1e-5, rtol=0)
+        assert torch.equal(result.out, results[0].out)
+        assert torch.equal(result.lse, results[0].lse)
+        assert not result.out.isnan().any()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_collectives_and_bytes_are_a_contract(pool, ranks):
+    packed, lse, out = B * T * H * (D_V + 1) * 4, B * T * H * 4, B * T * H * D_V * 4
+    expected = {
+        "all_gather": [("allgather_base", packed)],
+        "all_reduce": [("allreduce", lse), ("allreduce", out), ("allreduce", lse)],
+        "reduce_scatter": [("alltoall_base", packed)],
+    }
+    for algorithm, calls in expected.items():
+        for _, made in pool.run(reduce_here, algorithm, (), ranks=ranks):
+            assert [tuple(call) for call in made] == calls
+    received = [
+        sum(call.bytes for call in made if call.name == "recv")
+        for _, made in pool.run(reduce_here, "tree", (), ranks=ranks)
+    ]
+    assert max(received) == math.ceil(math.log2(ranks)) * packed
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 8])
+def test_stated_bytes(ranks):
+    rows, packed = B * T * H, B * T * H * (D_V + 1) * 4
+    stated = {name: received_bytes(name, rows=rows, head_dim=D_V, world_size=ranks) for name in ALGORITHMS}
+    assert stated == {
+        "all_gather": (ranks - 1) * packed,
+        "all_reduce": pytest.approx(2 * (ranks - 1) / ranks * rows * (D_V + 2) * 4),  # paper, equations 12-14
+        "tree": math.ceil(math.log2(ranks)) * packed,
+        "reduce_scatter": pytest.approx((ranks - 1) / ranks * packed),
+    }
+
+
+def decode_here(group, algorithm, dtype, block, seqlens):
+    rank, size = group.rank(), group.size()
+    q, k, v = peaked_inputs(B=2, T=1, S=50, H=12, H_kv=3, D=24, D_v=16, dtype=dtype)
+    layout = Layout(size, block)
+    slots = layout.slots(0, 50, rank)
+    local = layout.local_length(torch.tensor(seqlens), rank)
+    k, v = k[:, slots].clone(), v[:, slots].clone()
+    for row, length in enumerate(local):
+        k[row, length:], v[row, length:] = math.nan, math.nan
+    sinks = torch.linspace(-2, 4, 12)
+    return tree_decode(q, k, v, group=group, local_seqlens=local, sinks=sinks, softcap=None, algorithm=algorithm)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("block", "seqlens"), [(1, (50, 7)), (8, (49, 3)), (64, (50, 0))])
+def test_tree_decode_with_ragged_rows_and_sinks(pool, ranks, dtype, block, seqlens):
+    q, k, v = peaked_inputs(B=2, T=1, S=50, H=12, H_kv=3, D=24, D_v=16, dtype=dtype)
+    sinks = torch.linspace(-2, 4, 12)
+    mask = (torch.arange(50) < torch.tensor(seqlens)[:, None])[:, None, None, :]
+    exact = with_sinks_by_hand(oracle(q, k, v, mask=mask), sinks)
+    plain = with_sinks_by_hand(attend(q, k, v, mask=mask, backend="cpu_flash"), sinks).to(dtype)
+    for algorithm in EVERYWHERE:
+        results = pool.run(decode_here, algorithm, dtype, block, seqlens, ranks=ranks)
+        for result in results:
+            assert result.dtype == dtype
+            assert torch.equal(result, results[0])
+            assert_within_rounding(result, exact, plain)
+    scattered = pool.run(decode_here, "reduce_scatter", dtype, block, seqlens, ranks=ranks)
+    assert_within_rounding(torch.cat(scattered, 2), exact, plain)
+
+
+def with_sinks_by_hand(partial, sinks):
+    weight = partial.lse.double().exp()
+    return partial.out.double() * (weight / (weight + sinks.double().exp())).unsqueeze(-1)
+
+
+def over_mesh(group):
+    partial = random_partial(group.rank())
+    expected = tree_reduce(partial, group)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    return torch.equal(tree_reduce(partial, mesh).out, expected.out)
+
+
+def test_device_mesh(pool):
+    assert pool.run(over_mesh, ranks=3) == [True] * 3
+
+
+def outside_the_group(group):
+    half = dist.new_group([0])
+    texts = []
+    for call in (tree_reduce, lambda partial, group: tree_decode(*peaked_inputs(), group=group)):
+        try:
+            call(random_partial(0), half)
+        except InputError as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_a_group_this_rank_is_not_in(pool):
+    inside, outside = pool.run(outside_the_group, ranks=4)[:2]
+    assert inside == []
+    assert outside == ["this rank (1) is not in the group: only its members may call"] * 2
+
+
+def test_unknown_algorithm_lists_the_known():
+    with pytest.raises(InputError, match="one of all_gather, all_reduce, tree, reduce_scatter, got 'ring'"):
+        tree_reduce(random_partial(0), algorithm="ring")
+
+
+def scatter_odd_heads(group):
+    partial = random_partial(0)
+    try:
+        tree_reduce(Partial(partial.out[:, :, :5], partial.lse[:, :, :5]), group, algorithm="reduce_scatter")
+    except InputError as error:
+        return str(error)
+
+
+def test_reduce_scatter_needs_heads_that_divide(pool):
+    text = "reduce_scatter needs heads that divide by the ranks, got 5 heads and 2 ranks"
+    assert pool.run(scatter_odd_heads, ranks=2) == [text] * 2
+
+
+def disagree(group, what):
+    q, k, v = peaked_inputs(H=8, H_kv=2)
+    how = {}
+    if group.rank() == 1:
+        match what:
+            case "shape":
+                q = q[:, :, :4]
+            case "dtype":
+                q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+            case "algorithm":
+                how["algorithm"] = "all_gather"
+            case "own fault":
+                how["local_seqlens"] = torch.tensor([-1, 3])
+    try:
+        tree_decode(q, k, v, group=group, verify=True, **how)
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        (
+            "shape",
+            "q must be the same on every rank, got rank 0: [2, 1, 8, 32] torch.float32 cpu, rank 1: [2, 1, 4, 32]",
+        ),
+        ("dtype", "rank 1: [2, 1, 8, 32] torch.bfloat16"),
+        ("algorithm", "algorithm must be the same on every rank, got rank 0: auto, rank 1: all_gather, rank 2: auto"),
+        ("own fault", "rank 1: local_seqlens must be between 0 and S_local = 64, got -1 to 3"),
+        (None, None),
+    ],
+)
+def test_verify_raises_on_every_rank_alike(pool, what, text):
+    for said in pool.run(disagree, what, ranks=3):
+        assert (said is None) if text is None else (text in said)
