@@ -1,18 +1,20 @@
 """The reduction across real processes: right, bit for bit the same on every rank, and as many bytes as stated."""
 
 import math
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from tree_attention import InputError, Layout, Partial, attend, merge, tree_decode, tree_reduce
+from tree_attention import InputError, Layout, Partial, TreeAttentionError, attend, merge, tree_decode, tree_reduce
 from tree_attention.partial import empty, stack
-from tree_attention.reduce import ALGORITHMS, received_bytes
+from tree_attention.reduce import ALGORITHMS, SharedMemoryLink, choose_algorithm, received_bytes, shared_memory
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs, record_traffic
 
-EVERYWHERE = ("all_gather", "all_reduce", "tree")  # algorithms whose result is whole on every rank
+EVERYWHERE = ("all_gather", "all_reduce", "tree", "shared_memory")  # algorithms whose result is whole on every rank
 B, T, H, D_V = 2, 3, 12, 16
 
 
@@ -26,6 +28,7 @@ def random_partial(rank, *, is_empty=False):
 
 def reduce_here(group, algorithm, empty_ranks):
     mine = random_partial(group.rank(), is_empty=group.rank() in empty_ranks)
+    group = SharedMemoryLink(group) if algorithm == "shared_memory" else group
     with record_traffic() as calls:
         result = tree_reduce(mine, group, algorithm=algorithm)
     return result, calls
@@ -56,6 +59,7 @@ def test_collectives_and_bytes_are_a_contract(pool, ranks):
         "all_gather": [("allgather_base", packed)],
         "all_reduce": [("allreduce", lse), ("allreduce", out), ("allreduce", lse)],
         "reduce_scatter": [("alltoall_base", packed)],
+        "shared_memory": [],
     }
     for algorithm, calls in expected.items():
         for _, made in pool.run(reduce_here, algorithm, (), ranks=ranks):
@@ -76,6 +80,7 @@ def test_stated_bytes(ranks):
         "all_reduce": pytest.approx(2 * (ranks - 1) / ranks * rows * (D_V + 2) * 4),  # paper, equations 12-14
         "tree": math.ceil(math.log2(ranks)) * packed,
         "reduce_scatter": pytest.approx((ranks - 1) / ranks * packed),
+        "shared_memory": 2 * (ranks - 1) * packed,
     }
 
 
@@ -89,6 +94,7 @@ def decode_here(group, algorithm, dtype, block, seqlens):
     for row, length in enumerate(local):
         k[row, length:], v[row, length:] = math.nan, math.nan
     sinks = torch.linspace(-2, 4, 12)
+    group = SharedMemoryLink(group) if algorithm == "shared_memory" else group
     return tree_decode(q, k, v, group=group, local_seqlens=local, sinks=sinks, softcap=None, algorithm=algorithm)
 
 
@@ -145,7 +151,9 @@ def test_a_group_this_rank_is_not_in(pool):
 
 
 def test_unknown_algorithm_lists_the_known():
-    with pytest.raises(InputError, match="one of all_gather, all_reduce, tree, reduce_scatter, got 'ring'"):
+    with pytest.raises(
+        InputError, match="reduce_scatter, shared_memory, got 'ring'"
+    ):
         tree_reduce(random_partial(0), algorithm="ring")
 
 
@@ -197,3 +205,67 @@ def disagree(group, what):
 def test_verify_raises_on_every_rank_alike(pool, what, text):
     for said in pool.run(disagree, what, ranks=3):
         assert (said is None) if text is None else (text in said)
+
+
+def hammer(group, steps):
+    """Many gathers of changing size, the ranks never in step; returns the wrong ones, and the files left behind."""
+    before = set(Path("/dev/shm").glob("tree-attention-*"))
+    link = SharedMemoryLink(group)
+    left = set(Path("/dev/shm").glob("tree-attention-*")) - before
+    sizes = torch.randint(1, 3000, (steps,), generator=torch.Generator().manual_seed(0)).tolist()
+    naps = torch.rand(steps, generator=torch.Generator().manual_seed(group.rank())).tolist()
+    wrong = []
+    for step, size in enumerate(sizes):
+        if naps[step] > 0.98:
+            time.sleep(0.03 * naps[step])
+        gathered = link.gather(torch.full((size,), float(step * 10 + group.rank())))
+        expected = torch.tensor([float(step * 10 + rank) for rank in range(group.size())])
+        if not torch.equal(gathered, expected[:, None].expand(-1, size)):
+            wrong.append(step)
+    return wrong, left
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shared_memory_over_many_steps(pool, ranks):
+    assert pool.run(hammer, 3000, ranks=ranks) == [([], set())] * ranks
+
+
+def late(group):
+    link = SharedMemoryLink(group)
+    shared_memory.TIMEOUT_S = 0.2
+    if group.rank() == 2:
+        return None
+    try:
+        link.gather(torch.ones(3))
+    except TreeAttentionError as error:
+        return str(error)
+    finally:
+        shared_memory.TIMEOUT_S = 600.0
+
+
+def test_shared_memory_names_the_rank_that_does_not_arrive(pool):
+    assert pool.run(late, ranks=3)[:2] == ["ranks [2] did not arrive within 0 s"] * 2
+
+
+def not_fitting(group):
+    texts = []
+    for over in (group, SharedMemoryLink(group, capacity_bytes=1 << 10)):
+        try:
+            tree_reduce(random_partial(0), over, algorithm="shared_memory")
+        except InputError as error:
+            texts.append(str(error))
+    whole = tree_reduce(random_partial(0), over)  # "auto" takes what fits
+    return texts, torch.equal(whole.out, tree_reduce(random_partial(0), group).out)
+
+
+def test_shared_memory_needs_a_link_that_is_large_enough(pool):
+    for texts, auto_is_right in pool.run(not_fitting, ranks=2):
+        assert texts[0] == "shared_memory needs a SharedMemoryLink as the group, got ProcessGroup"
+        assert "at most 1024 bytes (capacity_bytes), got 4896 on cpu" in texts[1]
+        assert auto_is_right
+
+
+def test_what_auto_chooses():
+    assert choose_algorithm("cuda", 8) == "all_gather"
+    assert choose_algorithm("cpu", 3) == "tree"
+    assert choose_algorithm("cpu", 3, linked=True) == "shared_memory"

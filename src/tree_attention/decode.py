@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .errors import InputError, TreeAttentionError
 from .group import Group, check_agreement, rank_and_size, resolve_group
 from .local import attend
 from .partial import Partial, merge, stack
-from .reduce import check_reduction, tree_reduce
+from .reduce import SharedMemoryLink, check_reduction, tree_reduce
 
 
 def tree_decode(
@@ -17,7 +18,7 @@ def tree_decode(
     k: Tensor,
     v: Tensor,
     *,
-    group: Group = None,
+    group: Group | SharedMemoryLink = None,
     local_seqlens: Tensor | None = None,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
@@ -38,7 +39,7 @@ def tree_decode(
         q: `[B, T, H, D]`, the same on every rank.
         k, v: `[B, S_local, H_kv, D]` and `[B, S_local, H_kv, D_v]`, this rank's keys; S_local may differ between
             ranks and may be 0.
-        group: the ranks that share the keys: a process group, a 1-D DeviceMesh, or None for all.
+        group: the ranks that share the keys: a process group, a 1-D DeviceMesh, None for all, or a SharedMemoryLink.
         local_seqlens, q_positions, k_positions, mask, scale, softcap, backend: as in `attend`, about this rank's keys.
         sinks: `[H]`, one more logit a head that takes weight and has no value (GPT-OSS); counted once, not per rank.
         algorithm: as in `tree_reduce`.
@@ -57,7 +58,6 @@ def tree_decode(
     keys = {"local_seqlens": local_seqlens, "q_positions": q_positions, "k_positions": k_positions, "mask": mask}
     if verify:
         _vote(q, k, v, keys, choices, sinks, algorithm, group)
-    check_reduction(q.shape[2], group, algorithm)
     _check_sinks(sinks, q)
     partial = attend(q, k, v, **keys, **choices)
     total = tree_reduce(partial, group, algorithm=algorithm)
@@ -72,13 +72,17 @@ def add_sinks(partial: Partial, sinks: Tensor) -> Partial:
     return merge(stack([partial, Partial(torch.zeros_like(partial.out), lse)]))
 
 
-def _own_heads(sinks: Tensor, partial: Partial, group: Group) -> Tensor:
+def _own_heads(sinks: Tensor, partial: Partial, group: Group | SharedMemoryLink) -> Tensor:
     """The sinks of the heads that reduce_scatter left on this rank; all of them otherwise."""
     heads = partial.lse.shape[2]
     if heads == sinks.shape[0]:
         return sinks
-    first = rank_and_size(resolve_group(group))[0] * heads
+    first = rank_and_size(_process_group(group))[0] * heads
     return sinks[first : first + heads]
+
+
+def _process_group(group: Group | SharedMemoryLink) -> ProcessGroup | None:
+    return group.group if isinstance(group, SharedMemoryLink) else resolve_group(group)
 
 
 def _vote(
@@ -89,14 +93,13 @@ def _vote(
     choices: dict[str, Any],
     sinks: Tensor | None,
     algorithm: str,
-    group: Group,
+    group: Group | SharedMemoryLink,
 ) -> None:
     """Try everything that needs no communication, then compare what all ranks found."""
     error = None
     try:
-        check_reduction(q.shape[2], group, algorithm)
         _check_sinks(sinks, q)
-        attend(q, k, v, **keys, **choices)
+        check_reduction(attend(q, k, v, **keys, **choices), group, algorithm)
     except TreeAttentionError as fault:
         error = str(fault)
     described = {
@@ -107,7 +110,7 @@ def _vote(
         "algorithm": algorithm,
         **choices,
     }
-    check_agreement(described, resolve_group(group), error=error)
+    check_agreement(described, _process_group(group), error=error)
 
 
 def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:

@@ -54,7 +54,7 @@ def measure(
 def _turn(model: Any, ids: Tensor, what: str, group: Any, decode_tokens: int, chunk_tokens: int) -> dict[str, Any]:
     """Read, then write greedily; this rank's clock."""
     model.set_attn_implementation("sdpa" if what == "stock" else "tree_attention")
-    cache = DynamicCache(config=model.config) if what == "stock" else TreeCache(model.config, group)
+    cache: Any = DynamicCache(config=model.config) if what == "stock" else TreeCache(model.config, group)
     start = time.perf_counter()
     if isinstance(cache, TreeCache):
         prefill(model, ids, cache, chunk_tokens=chunk_tokens)
@@ -62,7 +62,8 @@ def _turn(model: Any, ids: Tensor, what: str, group: Any, decode_tokens: int, ch
     for part in ids[:, cache.get_seq_length() :].split(chunk_tokens, 1):
         logits = model(input_ids=part, past_key_values=cache, logits_to_keep=1).logits
     ttft_s = time.perf_counter() - start
-    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    layers: list[Any] = cache.layers
+    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     received = getattr(cache, "received_bytes", 0.0)
     steps_s = []
     for _ in range(WARM_UP_STEPS + decode_tokens):

@@ -116,7 +116,7 @@ def _load(request: Request, device: torch.device) -> Any:
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             request.model, dtype=getattr(torch, dtype), attn_implementation="tree_attention"
         )
     except (OSError, ValueError) as error:

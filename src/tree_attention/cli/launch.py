@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from ..errors import InputError, TreeAttentionError
 
@@ -40,17 +40,18 @@ def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device:
         return _rank(rank, size, None, _device(device, int(os.environ["LOCAL_RANK"]), local_size), function, args) or 0
     devices = [_device(device, rank, size) for rank in range(size)]
     with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
-        context = mp.start_processes(
+        context = start_processes(
             _start, (size, f"file://{folder}/meeting", devices, function, args), nprocs=size, join=False
         )
         assert context is not None
+        processes: list[Any] = context.processes
         try:
             while not context.join(grace_period=GRACE_S):
                 pass
-        except (mp.ProcessExitedException, mp.ProcessRaisedException) as end:
-            return _exit_code(end, context.processes)
+        except (ProcessExitedException, ProcessRaisedException) as end:
+            return _exit_code(end, processes)
         finally:
-            for process in context.processes:
+            for process in processes:
                 process.kill()
     return 0
 
@@ -91,13 +92,13 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", local_rank) if enough and device != "cpu" else torch.device("cpu")
 
 
-def _exit_code(end: mp.ProcessExitedException | mp.ProcessRaisedException, processes: list[Any]) -> int:
+def _exit_code(end: ProcessExitedException | ProcessRaisedException, processes: list[Any]) -> int:
     """The code of ranks that ended alike after saying why, or RankDied about the rank that ended first."""
     for rank, process in enumerate(processes):  # its peers fail too, on a closed connection, maybe noticed before it
         if process.exitcode is not None and process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
             name = signal.Signals(-process.exitcode).name
             raise RankDied(f"rank {rank} was killed by {name}; the others were ended") from None
-    if isinstance(end, mp.ProcessRaisedException):
+    if isinstance(end, ProcessRaisedException):
         raise RankDied(f"rank {end.error_index} failed, the others were ended: {end.msg.strip()}") from None
     code = processes[end.error_index].exitcode
     if code in (1, 2):

@@ -9,7 +9,6 @@ from ..decode import add_sinks
 from ..errors import Unsupported
 from ..local import attend
 from ..partial import Partial
-from ..reduce import received_bytes, tree_reduce
 from .cache import ReplicatedWindowLayer, ShardedLayer, layer_behind
 from .chunk import attend_chunk, attend_seen_and_new
 from .mask import LazyMask, lazy_mask
@@ -35,7 +34,7 @@ def tree_attention_forward(
     """
     _refuse(dropout, others)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    how = {"scale": scaling, "softcap": softcap}
+    how: dict[str, Any] = {"scale": scaling, "softcap": softcap}
     layer = layer_behind(module, key)
     if isinstance(layer, ShardedLayer):
         mask = lazy_mask() if attention_mask is None else _over_slots(attention_mask)
@@ -76,10 +75,7 @@ def _over_ranks(layer: ShardedLayer, q: Tensor, k: Tensor, v: Tensor, mask: Lazy
             key_slots=layout.slots(0, layer.length, rank, device=q.device),
             build_mask=build, causal_only=mask.is_causal_only, **how,
         )  # fmt: skip
-    placement.received_bytes += received_bytes(
-        "auto", rows=partial.lse.numel(), head_dim=v.shape[3], world_size=layout.world_size, device_type=q.device.type
-    )
-    return tree_reduce(partial, placement.group)
+    return placement.reduce(partial)
 
 
 def _local_mask(

@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..errors import InputError
+from ..errors import InputError, Unavailable
 from ..group import Group, check_agreement, rank_and_size, resolve_group
 from ..layout import Layout
+from ..partial import Partial
+from ..reduce import SharedMemoryLink, choose_algorithm, received_bytes, tree_reduce
 from .chunk import gather_in_slot_order
 
 BLOCK_TOKENS = 16
@@ -58,6 +62,7 @@ class TreeCache(Cache):
         return layer
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        keys: Any
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         if isinstance(layer, ShardedLayer | ReplicatedWindowLayer):
@@ -97,9 +102,28 @@ class Placement:
         self.group = group
         self.rank, size = rank_and_size(group)
         self.layout = Layout(size, block_tokens)
+        self.link = _shared_memory(group)
         self.chunk: tuple[int, int] | None = None  # set while each rank feeds only its own part of these slots
         self.reserved = 0
         self.received_bytes = 0.0
+
+    def reduce(self, partial: Partial) -> Partial:
+        """The merge over all ranks, and a note of its bytes."""
+        size, rows, head_dim = self.layout.world_size, partial.lse.numel(), partial.out.shape[3]
+        linked = self.link is not None and self.link.fits(partial)
+        algorithm = choose_algorithm(partial.out.device.type, size, linked=linked)
+        self.received_bytes += received_bytes(algorithm, rows=rows, head_dim=head_dim, world_size=size)
+        return tree_reduce(partial, self.link if linked else self.group, algorithm=algorithm)
+
+
+def _shared_memory(group: ProcessGroup | None) -> SharedMemoryLink | None:
+    """A link for CPU tensors if the ranks can have one: a gloo group on one host."""
+    if group is None or group.size() == 1 or "gloo" not in str(dist.get_backend_config(group)):
+        return None
+    try:
+        return SharedMemoryLink(group)
+    except Unavailable:  # several hosts; on every rank alike
+        return None
 
 
 class ShardedLayer(CacheLayerMixin):
@@ -108,6 +132,8 @@ class ShardedLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    keys: Any  # Tensor, or None before the first update
+    values: Any
 
     def __init__(self, placement: Placement) -> None:
         super().__init__()
@@ -202,10 +228,10 @@ class ReplicatedWindowLayer(DynamicSlidingWindowLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As its base, after gathering what the other ranks were fed; returns the window and the new tokens."""
         if self.placement.chunk is not None and self.placement.group is not None:
-            before = key_states.nbytes + value_states.nbytes
-            group, block = self.placement.group, self.placement.layout.block
-            key_states, value_states = (gather_in_slot_order(t, group, block) for t in (key_states, value_states))
-            self.placement.received_bytes += key_states.nbytes + value_states.nbytes - before
+            mine = torch.cat([key_states, value_states], -1)
+            gathered = gather_in_slot_order(mine, self.placement.group, self.placement.layout.block)
+            key_states, value_states = gathered.split([key_states.shape[3], value_states.shape[3]], -1)
+            self.placement.received_bytes += gathered.nbytes - mine.nbytes
         self.fed = key_states.shape[2]
         result = super().update(key_states, value_states, *args, **kwargs)
         self.length = self.cumulative_length

@@ -79,13 +79,14 @@ def attend_chunk(
 
     how = {"build_mask": build_mask, "causal_only": causal_only, "scale": scale, "softcap": softcap}
     if choose_pass(q, k, v, chunk) == "kv":
-        k, v = (_gather_seen_first(t, start // size, group) for t in (k, v))
+        keys_and_values = _gather_seen_first(torch.cat([k, v], -1), start // size, group)
+        k, v = keys_and_values.split([k.shape[3], v.shape[3]], -1)
         partial = attend_seen_and_new(
             q, k, v, seen=start, **how,
             query_slots=layout.slots(start, stop, rank, device=q.device),
             key_slots=torch.cat([slots(0, start), slots(start, stop)]),
         )  # fmt: skip
-        return partial, (k.nbytes + v.nbytes) * (size - 1) / size
+        return partial, keys_and_values.nbytes * (size - 1) / size
     queries = gather(q, group).transpose(0, 1).flatten(1, 2)  # [B, C, H, D], rank after rank
     partial = attend_seen_and_new(
         queries, k, v, seen=start // size, **how,

@@ -19,7 +19,8 @@ from .cache import TreeCache
 
 def install_generation_hook() -> None:
     """Wrap `GenerationMixin._prepare_cache_for_generation`, once."""
-    original = GenerationMixin._prepare_cache_for_generation
+    mixin: Any = GenerationMixin
+    original = mixin._prepare_cache_for_generation
     if hasattr(original, "_tree_attention"):
         return
 
@@ -30,7 +31,7 @@ def install_generation_hook() -> None:
         return original(self, generation_config, model_kwargs, *args, **kwargs)
 
     prepare._tree_attention = True  # type: ignore[attr-defined]
-    GenerationMixin._prepare_cache_for_generation = prepare
+    mixin._prepare_cache_for_generation = prepare
 
 
 def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:

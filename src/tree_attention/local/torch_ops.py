@@ -18,7 +18,7 @@ def cpu_flash(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: fl
     """`aten._scaled_dot_product_flash_attention_for_cpu`: any dtype; a mask costs a float copy of itself."""
     B, T, H, _ = q.shape
     H_kv, D_v = k.shape[2], v.shape[3]
-    bias = _bias(visible, q.dtype)
+    bias = None if visible is None else _bias(visible, q.dtype)
     if T == 1:  # the query heads of one KV head become rows of one query block: the KV is read once, not H / H_kv times
         q = q.unflatten(2, (H_kv, -1)).flatten(1, 2).transpose(1, 2)  # [B, 1 * H_kv, G, D] -> [B, G, H_kv, D]
         bias = None if bias is None else _group_rows(bias, H, H_kv)
@@ -111,9 +111,7 @@ def _one_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
     return q, k, pad(v, (0, D - D_v)) if D_v < D else v
 
 
-def _bias(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if visible is None:
-        return None
+def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 

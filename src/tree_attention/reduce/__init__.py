@@ -5,6 +5,7 @@ all_gather       1 all-gather, packed            (P - 1) n                      
 all_reduce       3 all-reduces (Algorithm 3)     2 (P - 1) / P rows (D_v + 2) 4                    all heads
 tree             ceil(log2 P) exchanges          ceil(log2 P) n                                    all heads
 reduce_scatter   1 all-to-all, packed            (P - 1) / P n                                     H / P heads
+shared_memory    none: a push, and a read        2 (P - 1) n                                       all heads
 
 P ranks; rows = B T H; float32. docs/math.md has these beside the paper's formulas. With P not a power of two, the last
 of tree's exchanges waits for two others (tree.py).
@@ -14,23 +15,24 @@ from torch.distributed import ProcessGroup
 
 from ..errors import InputError
 from ..group import Group, rank_and_size, resolve_group
-from ..partial import Partial
-from .collectives import all_gather, all_reduce, reduce_scatter
+from ..partial import Partial, merge
+from .collectives import all_gather, all_reduce, pack, reduce_scatter, unpack
+from .shared_memory import SharedMemoryLink
 from .tree import tree
 
-__all__ = ["ALGORITHMS", "check_reduction", "choose_algorithm", "received_bytes", "tree_reduce"]
+__all__ = ["ALGORITHMS", "SharedMemoryLink", "check_reduction", "choose_algorithm", "received_bytes", "tree_reduce"]
 
-ALGORITHMS = ("all_gather", "all_reduce", "tree", "reduce_scatter")
+ALGORITHMS = ("all_gather", "all_reduce", "tree", "reduce_scatter", "shared_memory")
 
 
-def tree_reduce(partial: Partial, group: Group = None, *, algorithm: str = "auto") -> Partial:
+def tree_reduce(partial: Partial, group: Group | SharedMemoryLink = None, *, algorithm: str = "auto") -> Partial:
     """Merge the partials of all ranks of `group`.
 
     Args:
         partial: this rank's, out `[B, T, H, D_v]` and lse `[B, T, H]`; the same shape, dtype and kind of device on
             every rank. `(0, -inf)` is a legal partial, on some ranks or on all.
         group: a process group, a 1-D DeviceMesh, or None for all ranks (without an initialised process group:
-            this process alone). Any number of ranks.
+            this process alone); or a SharedMemoryLink over a process group. Any number of ranks.
         algorithm: one of `ALGORITHMS`, or "auto": what `choose_algorithm` says.
 
     Returns:
@@ -39,13 +41,17 @@ def tree_reduce(partial: Partial, group: Group = None, *, algorithm: str = "auto
         `r H / P .. (r + 1) H / P - 1` only.
 
     Raises:
-        InputError: an unknown algorithm, a group this rank is not in, "reduce_scatter" with H not a multiple of P.
+        InputError: an unknown algorithm, a group this rank is not in, "reduce_scatter" with H not a multiple of P,
+            "shared_memory" without a link or with more bytes than its capacity.
     """
-    process_group = check_reduction(partial.out.shape[2], group, algorithm)
+    process_group = check_reduction(partial, group, algorithm)
     if process_group is None or process_group.size() == 1:
         return partial
+    link = group if isinstance(group, SharedMemoryLink) and group.fits(partial) else None
     if algorithm == "auto":
-        algorithm = choose_algorithm(partial.out.device.type, process_group.size())
+        algorithm = choose_algorithm(partial.out.device.type, process_group.size(), linked=link is not None)
+    if link is not None and algorithm == "shared_memory":
+        return merge(unpack(link.gather(pack(partial))))
     match algorithm:
         case "all_gather":
             return all_gather(partial, process_group)
@@ -57,22 +63,33 @@ def tree_reduce(partial: Partial, group: Group = None, *, algorithm: str = "auto
             return reduce_scatter(partial, process_group, dim=2)
 
 
-def check_reduction(heads: int, group: Group, algorithm: str) -> ProcessGroup | None:
+def check_reduction(partial: Partial, group: Group | SharedMemoryLink, algorithm: str) -> ProcessGroup | None:
     """The process group behind `group`, or what `tree_reduce` raises; no communication."""
     _check_algorithm(algorithm)
-    process_group = resolve_group(group)
-    size = rank_and_size(process_group)[1]
+    process_group = group.group if isinstance(group, SharedMemoryLink) else resolve_group(group)
+    heads, size = partial.out.shape[2], rank_and_size(process_group)[1]
     if algorithm == "reduce_scatter" and heads % size:
         raise InputError(f"reduce_scatter needs heads that divide by the ranks, got {heads} heads and {size} ranks")
+    if algorithm == "shared_memory":
+        if not isinstance(group, SharedMemoryLink):
+            raise InputError(f"shared_memory needs a SharedMemoryLink as the group, got {type(group).__name__}")
+        if not group.fits(partial):
+            raise InputError(
+                f"shared_memory needs a CPU partial of at most {group.capacity_bytes} bytes (capacity_bytes), "
+                f"got {partial.out.nbytes + partial.lse.nbytes} on {partial.out.device}"
+            )
     return process_group
 
 
-def choose_algorithm(device_type: str, world_size: int) -> str:
+def choose_algorithm(device_type: str, world_size: int, *, linked: bool = False) -> str:
     """What "auto" stands for; only from values that all ranks share.
 
-    On CUDA "all_gather": one collective, and one NCCL launch. On the CPU "tree": gloo's point-to-point calls wake two
-    threads where its collectives wake five, so one exchange of 2.3 KB takes a third of the time (docs/log.md).
+    linked: there is a SharedMemoryLink that can take the partial; then that. Otherwise "all_gather" on CUDA, one
+    collective and one NCCL launch, and "tree" on the CPU, where gloo's point-to-point calls wake fewer threads than its
+    collectives do (figures in docs/log.md).
     """
+    if linked:
+        return "shared_memory"
     return "all_gather" if device_type == "cuda" or world_size == 1 else "tree"
 
 
@@ -92,8 +109,10 @@ def received_bytes(
             return 2 * share * rows * (head_dim + 2) * itemsize
         case "tree":
             return (world_size - 1).bit_length() * packed
-        case _:
+        case "reduce_scatter":
             return share * packed
+        case _:
+            return 2 * (world_size - 1) * packed  # each 4 bytes travel with an epoch
 
 
 def _check_algorithm(algorithm: str) -> None:

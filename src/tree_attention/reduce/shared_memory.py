@@ -1,0 +1,101 @@
+"""An all-gather through memory that the ranks of one host share: for CPU ranks, where gloo's latency is what costs.
+
+The protocol is the one that fits NVLink too. Each rank pushes its data into a slot that all can read, in packets of 8
+bytes, half data and half epoch: a packet is written and read as one, so whoever sees the epoch sees the data, and no
+barrier is needed. Two slots in turn suffice: a rank writes epoch e + 2 only after every rank has pushed e + 1, and
+so has read e. Waiting is a bounded spin.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..errors import TreeAttentionError, Unavailable
+from ..partial import Partial
+
+CAPACITY_BYTES = 1 << 20
+SPIN_S, NAP_S, TIMEOUT_S = 0.02, 0.0002, 600.0
+
+
+class SharedMemoryLink:
+    """Memory that all ranks of `group` map, made by all of them together; pass it where a group is taken.
+
+    A failed rank leaves nothing behind: the file has no name any more once it is mapped.
+
+    Args:
+        group: ranks on one host, CPU tensors.
+        capacity_bytes: the largest tensor that a rank can hand in. Memory: 4 x ranks x capacity, taken as it is used.
+
+    Raises:
+        Unavailable: on every rank, if the ranks do not see the same memory (several hosts).
+    """
+
+    def __init__(self, group: ProcessGroup, *, capacity_bytes: int = CAPACITY_BYTES) -> None:
+        self.group, self.capacity_bytes = group, capacity_bytes
+        self._epoch = 0
+        size = group.size()
+        name = [_new_file() if group.rank() == 0 else ""]
+        dist.broadcast_object_list(name, group=group, group_src=0)
+        seen: list[bool] = [False] * size
+        dist.all_gather_object(seen, Path(name[0]).exists(), group=group)
+        try:
+            if not all(seen):
+                raise Unavailable(
+                    f"shared memory needs all ranks on one host, ranks {_where(seen, False)} are elsewhere"
+                )
+            packets = capacity_bytes // 4
+            self._slots = torch.from_file(name[0], shared=True, size=2 * size * packets, dtype=torch.int64)
+            self._slots = self._slots.view(2, size, packets)
+            dist.barrier(group)
+        finally:
+            if group.rank() == 0:
+                os.unlink(name[0])
+
+    def fits(self, partial: Partial) -> bool:
+        """Whether this partial can be handed in."""
+        nbytes = partial.out.nbytes + partial.lse.nbytes
+        return partial.out.device.type == "cpu" and nbytes <= self.capacity_bytes
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """`[...]` on each rank, of at most `capacity_bytes` -> `[P, ...]` on every rank, in rank order."""
+        self._epoch = self._epoch % 0x7FFFFFFF + 1  # never 0, what fresh memory holds
+        words = tensor.contiguous().view(-1).view(torch.int32)
+        slot = self._slots[self._epoch % 2, :, : len(words)]
+        packets = torch.stack([words, torch.full_like(words, self._epoch)], 1).view(torch.int64)
+        slot[self.group.rank()] = packets[:, 0]
+        received = self._wait(slot).view(torch.int32).view(*slot.shape, 2)
+        return received[..., 0].contiguous().view(tensor.dtype).view(-1, *tensor.shape)
+
+    def _wait(self, slot: Tensor) -> Tensor:
+        """A copy of `slot` `[P, n]` in which every packet is of this epoch."""
+        start = time.monotonic()
+        while True:
+            copy = slot.clone()
+            arrived = copy.view(torch.int32)[:, 1::2] == self._epoch
+            if arrived.all():
+                return copy
+            waited_s = time.monotonic() - start
+            if waited_s > TIMEOUT_S:
+                missing = _where(arrived.all(1).tolist(), False)
+                raise TreeAttentionError(f"ranks {missing} did not arrive within {TIMEOUT_S:.0f} s")
+            if waited_s > SPIN_S:
+                time.sleep(NAP_S)
+            else:
+                os.sched_yield()
+
+
+def _new_file() -> str:
+    memory = Path("/dev/shm")
+    descriptor, name = tempfile.mkstemp(prefix="tree-attention-", dir=memory if memory.is_dir() else None)
+    os.close(descriptor)
+    return name
+
+
+def _where(flags: list[bool], value: bool) -> list[int]:
+    return [rank for rank, flag in enumerate(flags) if flag is value]

@@ -1,0 +1,356 @@
+"""The command as a user runs it: answers, figures, mistakes, a rank that dies, Ctrl-C."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import tree_attention.cli
+from tree_attention.local import BACKENDS
+from tree_attention.reduce import ALGORITHMS
+
+COMMAND = Path(sys.executable).with_name("tree-attention")
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+POSITIONS = 20_000
+LAYERS, H, H_KV, D = 2, 4, 2, 16
+QUESTION = "What is this about?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A llama of 2 layers with random weights that never ends its text; a token is a byte."""
+    folder = tmp_path_factory.mktemp("model")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=H,
+        num_key_value_heads=H_KV, max_position_embeddings=POSITIONS, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "document.txt"
+    file.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(18)), encoding="utf-8")
+    return file
+
+
+def run(*arguments, command=(COMMAND,), timeout_s=120):
+    arguments = [*command, *map(str, arguments)]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def last_json(ended):
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_two_ranks_write_what_one_process_writes(folder, document):
+    prompt_tokens, new = len(document.read_bytes()) + 2 + len(QUESTION), 12
+    ended = run(
+        "generate", "--model", folder, "--file", document, "--prompt", QUESTION, "--nproc", 2,
+        "--max-new-tokens", new, "--verify", "--json",
+    )  # fmt: skip
+    figures = last_json(ended)
+    assert figures["verify"] == {
+        "identical": True, "first_difference": None, "one_process_tokens": figures["tokens"],
+    }  # fmt: skip
+    assert len(figures["tokens"]) == figures["new_tokens"] == new
+    assert (figures["ranks"], figures["device"], figures["prompt_tokens"]) == (2, "cpu", prompt_tokens)
+    assert figures["ttft_s"] > figures["tpot_s"] > 0
+    of_token = LAYERS * 2 * H_KV * D * 4
+    held = prompt_tokens + new - 1
+    for its_bytes in figures["kv_bytes_per_rank"]:  # half, up to a block and the room to grow
+        assert held / 2 - 16 <= its_bytes / of_token <= held / 2 + 16 + 64
+    assert figures["received_bytes_per_token"] in (LAYERS * H * (D + 1) * 4, 2 * LAYERS * H * (D + 1) * 4)
+    for line in (
+        rf"read +{prompt_tokens} tokens on 2 ranks \(cpu\)", r"first token +[\d.]+ s", rf"wrote +{new} tokens, [\d.]+ ms",
+        r"KV cache +[\d.]+, [\d.]+ MB a rank", r"received +[\d.]+ kB a token", "one process +writes the same tokens",
+    ):  # fmt: skip
+        assert re.search(line, ended.stderr), line
+
+
+@pytest.mark.slow
+def test_one_seed_draws_one_text_on_any_ranks(folder, document):
+    arguments = [
+        "generate", "--model", folder, "--file", document, "--prompt", QUESTION, "--max-new-tokens", 24,
+        "--sample", "--json", "--seed",
+    ]  # fmt: skip
+    torchrun = (TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "2", COMMAND)
+    drawn = [last_json(run(*arguments, seed, "--nproc", ranks))["tokens"] for seed, ranks in ((5, 2), (5, 1), (6, 1))]
+    assert drawn[0] == drawn[1] != drawn[2]
+    joined = last_json(run(*arguments, 5, command=torchrun))
+    assert joined["ranks"] == 2
+    assert joined["tokens"] == drawn[0]
+
+
+def test_a_mistake_is_one_line_and_code_2():
+    ended = run("generate", "--model", "/nowhere/at/all", "--prompt", QUESTION)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr == (
+        "tree-attention: model must be a folder or a name on the hub (owner/name), "
+        "and '/nowhere/at/all' does not exist\n"
+    )
+
+
+def call(capfd, monkeypatch, *arguments):
+    """The console script's function in this process, which saves loading torch: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["tree-attention", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        tree_attention.cli.main()
+    return end.value.code, *capfd.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"--model": "{tmp}/absent"}, "absent' does not exist"),
+        ({"--model": "absent"}, "must be a folder or a name on the hub"),
+        ({"--model": "{tmp}/no_config"}, "no_config must hold a config.json: is it a transformers model?"),
+        ({"--model": "{tmp}/no_tokenizer"}, r"no_tokenizer has no tokenizer \(tokenizer.json\): save it there"),
+        ({"--file": "{tmp}/absent.txt"}, "absent.txt cannot be read: No such file or directory"),
+        ({"--file": "{tmp}"}, "cannot be read: Is a directory"),
+        ({"--file": "{tmp}/empty.txt"}, "empty.txt must hold text, and is empty"),
+        ({"--file": "{tmp}/latin.txt"}, "latin.txt must be UTF-8 text: .* at byte 3"),
+        ({"--nproc": 0}, "nproc must be at least 1, got 0"),
+        ({"--nproc": -2}, "nproc must be at least 1, got -2"),
+        ({"--dtype": "float8"}, "dtype must be auto, float32, bfloat16 or float16, got 'float8'"),
+        ({"--device": "tpu"}, "device must be auto, cpu or cuda, got 'tpu'"),
+        ({"--max-new-tokens": 0}, "max-new-tokens, chunk-tokens and block-tokens must be at least 1"),
+        ({"--chunk-tokens": 0}, "max-new-tokens, chunk-tokens and block-tokens must be at least 1"),
+        ({"--block-tokens": 0}, "max-new-tokens, chunk-tokens and block-tokens must be at least 1"),
+    ],
+)
+def test_mistakes_in_generate(capfd, monkeypatch, tmp_path, folder, change, text):
+    for name, file in (("no_config", "tokenizer.json"), ("no_tokenizer", "config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).symlink_to(folder / file)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("Straße".encode("latin-1"))
+    options = {"--model": folder, "--prompt": QUESTION} | change
+    words = [str(word).replace("{tmp}", str(tmp_path)) for option in options.items() for word in option]
+    code, out, err = call(capfd, monkeypatch, "generate", *words)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(f"tree-attention: .*{text}.*\n", err), err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(capfd, monkeypatch, folder):
+    code, _, err = call(capfd, monkeypatch, "generate", "--model", folder, "--prompt", QUESTION, "--device", "cuda")
+    assert (code, err) == (2, "tree-attention: cuda needs a GPU for each of 1 ranks, found 0\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--nproc", 3], "nproc must be at most the prompt's blocks, got 3 ranks for 19 tokens in blocks of 16: start"),
+        (
+            ["--file", "{long}"],
+            "the model has 20000 positions, and 20021 prompt tokens with 128 new ones do not fit: use --max-prompt-tok",
+        ),
+        (
+            ["--file", "{long}", "--max-prompt-tokens", 20, "--nproc", 2],
+            "max-prompt-tokens must be at least 21, the prompt alone, got 20",
+        ),
+    ],
+)
+def test_mistakes_that_the_ranks_find(folder, tmp_path, options, text):
+    (tmp_path / "long.txt").write_text("x" * 20_000)
+    options = [str(option).replace("{long}", str(tmp_path / "long.txt")) for option in options]
+    ended = run("generate", "--model", folder, "--prompt", QUESTION, *options)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("\n") == 1  # one rank says it for all
+    assert ended.stderr.startswith(f"tree-attention: {text}")
+
+
+def test_a_document_is_cut_to_the_limit(folder):
+    """What --max-prompt-tokens leaves: the beginning of the document, all of the question."""
+    import transformers
+
+    from tree_attention.cli import generate
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    options = dict.fromkeys(generate.Request.__dataclass_fields__) | {"prompt": QUESTION, "max_new_tokens": 1}
+    for limit in (22, 23, 60, 100):
+        request = generate.Request(**options | {"max_prompt_tokens": limit})
+        ids = generate._prompt_ids(request, tokenizer, "0123456789" * 50, config)
+        assert ids.shape == (1, limit)
+        assert tokenizer.decode(ids[0]) == ("0123456789" * 10)[: limit - 21] + "\n\n" + QUESTION
+
+
+@pytest.fixture
+def started(folder, document):
+    """Two ranks in the middle of writing 18,000 tokens; in a process group of their own."""
+    arguments = [
+        COMMAND, "generate", "--model", folder, "--file", document, "--prompt", QUESTION, "--nproc", "2", "--sample",
+        "--max-new-tokens", "18000",
+    ]  # fmt: skip
+    parent = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    os.set_blocking(parent.stdout.fileno(), False)
+    deadline = time.monotonic() + 90
+    while not parent.stdout.read():  # the first words
+        assert parent.poll() is None, parent.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.set_blocking(parent.stdout.fileno(), True)
+    yield parent
+    if alive_in(parent.pid):
+        os.killpg(parent.pid, signal.SIGKILL)
+    parent.communicate()
+
+
+def alive_in(session):
+    """pid -> command line of the processes in a session that have not ended."""
+    alive = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, its_session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "ZX":
+                alive[int(process.name)] = (process / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended since the listing
+    return dict(sorted(alive.items()))
+
+
+def wait_for_all(session, timeout_s):
+    deadline = time.monotonic() + timeout_s
+    while alive_in(session):
+        assert time.monotonic() < deadline, alive_in(session)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others(started):
+    ranks = [pid for pid, line in alive_in(started.pid).items() if "spawn_main" in line]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    _, err = started.communicate(timeout=30)
+    assert started.returncode == 1
+    assert err.endswith("tree-attention: rank 1 was killed by SIGKILL; the others were ended\n")
+    assert "Traceback" not in err
+    wait_for_all(started.pid, 5)
+
+
+@pytest.mark.slow
+def test_ranks_end_when_their_parent_is_killed(started):
+    os.kill(started.pid, signal.SIGKILL)
+    wait_for_all(started.pid, 15)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_everything_at_once(started):
+    os.killpg(started.pid, signal.SIGINT)
+    _, err = started.communicate(timeout=5)
+    assert started.returncode == 130
+    assert err.endswith("tree-attention: stopped\n")
+    assert "Traceback" not in err
+    wait_for_all(started.pid, 2)
+
+
+def test_info_shows_its_sections(capfd, monkeypatch):
+    code, out, _ = call(capfd, monkeypatch, "info")
+    assert code == 0
+    titles = [
+        "versions", "devices", "links", "shape", "backends for it", "algorithms for it", "auto chooses",
+    ]  # fmt: skip
+    assert [line.strip() for line in out.splitlines() if line.strip() in titles] == titles
+    assert torch.__version__.partition("+")[0] in out
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--nproc", 2, "--masked"], ["--nproc", 3, "--head-dim", 1000, "--dtype", "int8"]]
+)
+def test_info_as_json_gives_every_backend_a_reason(capfd, monkeypatch, options):
+    code, out, _ = call(capfd, monkeypatch, "info", "--json", *options)
+    assert code == 0
+    known = json.loads(out)
+    assert set(known["backends for it"]) == set(BACKENDS)
+    assert all(reason.strip() for reason in known["backends for it"].values())
+    assert set(known["algorithms for it"]) == set(ALGORITHMS)
+    chosen = known["auto chooses"]
+    assert known["backends for it"][chosen["backend"]] == "can run it"
+    assert chosen["algorithm"] in ALGORITHMS
+    assert known["shape"]["step"].endswith(", masked") == ("--masked" in options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--heads", 30, "--kv-heads", 8], "heads a multiple of kv-heads"),
+        (["--nproc", 0], "sizes must be at least 1"),
+        (["--keys", -1], "at least"),
+        (["--dtype", "float31"], "dtype must be a torch dtype such as bfloat16, got 'float31'"),
+        (["--dtype", "nn"], "dtype must be a torch dtype such as bfloat16, got 'nn'"),
+    ],
+)
+def test_info_of_an_impossible_shape(capfd, monkeypatch, options, text):
+    code, out, err = call(capfd, monkeypatch, "info", *options)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(f"tree-attention: .*{text}.*\n", err)
+
+
+@pytest.mark.slow
+def test_bench_weighs_and_times_three_contestants(folder, tmp_path):
+    output = tmp_path / "records.jsonl"
+    ended = run(
+        "bench", "--model", folder, "--contexts", "96,64", "--decode-tokens", 2, "--rounds", 1, "--output", output
+    )
+    records = last_json(ended)["records"]
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{key: line[key] for key in record} for line, record in zip(written, records, strict=True)] == records
+    assert all({"date", "cpu", "torch", "transformers", "model"} <= set(line) for line in written)
+    who = [(record["context_tokens"], record["what"], record["ranks"]) for record in records]
+    contestants = [("stock", 1), ("tree_attention", 1), ("tree_attention", 2)]
+    assert who == [(context, *contestant) for context in (64, 96) for contestant in contestants]
+    for record in records:
+        assert record["ttft_s"] > 0
+        assert record["tpot_s"] > 0
+        assert math.isfinite(record["ttft_s"] + record["tpot_s"])
+        assert (record["received_bytes_per_token"] > 0) == (record["ranks"] == 2)
+    of_token = LAYERS * 2 * H_KV * D * 4
+    for stock, alone, shared in zip(*[iter(records)] * 3, strict=True):
+        tokens = stock["context_tokens"]
+        assert stock["kv_bytes_per_rank"] == of_token * tokens
+        assert alone["kv_bytes_per_rank"] == of_token * tokens
+        assert shared["kv_bytes_per_rank"] == of_token * tokens / 2
+        assert f"{tokens} " in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--contexts", "64;96"], "contexts must be numbers with commas between them, got '64;96'"),
+        (["--contexts", "0"], "contexts, decode-tokens and rounds must be at least 1, nproc at least 2"),
+        (["--nproc", 1], "contexts, decode-tokens and rounds must be at least 1, nproc at least 2"),
+    ],
+)
+def test_mistakes_in_bench(capfd, monkeypatch, folder, options, text):
+    code, out, err = call(capfd, monkeypatch, "bench", "--model", folder, *options)
+    assert (code, out, err) == (2, "", f"tree-attention: {text}\n")

@@ -1,0 +1,517 @@
+"""transformers with a cache that is spread over ranks: one process's tokens, equal bits everywhere, bytes as stated."""
+
+import functools
+import math
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from architectures import ARCHITECTURES, BLOCK, GREEDY, NEW_TOKENS, TOKENS, one_process, prompt, readings, sharded, tiny
+from tree_attention import InputError, RanksDisagree, TreeAttentionError, Unsupported
+from tree_attention.hf import TreeCache, can_prefill, chunk, prefill
+from tree_attention.layout import Layout
+from tree_attention.reduce import SharedMemoryLink
+from tree_attention.testing import record_traffic
+
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+# Relative to the largest logit. Measured over all cases here: at most 7.4e-7 (docs/log.md, arch523.jsonl); a rank that
+# is left out, or merged with a wrong weight, gives 1e-2 and more.
+TOLERANCE = 2e-5
+RESULTS_OF_A_STEP = {
+    "llama": (4, 17),
+    "gemma2": (2, 17),
+    "deepseek_v3": (4, 13),
+    "qwen3_next": (2, 17),
+}  # layers, D_v+1
+ROWS, HEADS = 2, 4
+
+one_process = functools.cache(one_process)
+
+
+def assert_like_one_process(results, tokens, logits):
+    """results: (tokens, logits) of each rank."""
+    assert torch.isfinite(logits).all()
+    for its_tokens, its_logits in results:
+        assert torch.equal(its_tokens, tokens)
+        assert torch.equal(its_logits, results[0][1])
+    assert (results[0][1] - logits).abs().max() <= TOLERANCE * logits.abs().max()
+
+
+@pytest.mark.parametrize("reading", ["replicated", "parallel"])
+def test_llama_on_two_ranks(pool, reading):
+    assert_like_one_process(pool.run(sharded, "llama", False, reading, ranks=2), *one_process("llama", False))
+
+
+def every_reading(group, name):
+    return {(pad, reading): sharded(group, name, pad, reading) for pad in (False, True) for reading in readings(name)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_and_way_of_reading(pool, name, ranks):
+    results = pool.run(every_reading, name, ranks=ranks)
+    for padded, reading in results[0]:
+        of_ranks = [result[padded, reading] for result in results]
+        assert_like_one_process(of_ranks, *one_process(name, padded))
+
+
+def with_pass(group, name, which):
+    """Parallel prefill with one of the passes, or what choose_pass says (None); and what it said."""
+    said, choose = [], chunk.choose_pass
+
+    def spy(*args):
+        said.append(which or choose(*args))
+        return said[-1]
+
+    with mock.patch.object(chunk, "choose_pass", spy):
+        return *sharded(group, name, True, "parallel"), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("which", ["kv", "q", None])
+def test_keys_or_queries_travel(pool, name, which):
+    results = pool.run(with_pass, name, which, ranks=3)
+    assert_like_one_process([result[:2] for result in results], *one_process(name, True))
+    for *_, said in results:
+        assert said == results[0][2]
+        assert set(said) == ({"kv", "q"} if which is None else {which})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "H", "H_kv", "D", "D_v", "C", "even"),
+    [
+        (torch.float32, 4, 2, 16, 16, 16, 33),  # 33 keys x 2 x 32 x 4 bytes = 16 queries x 4 x (16 x 4 + 17 x 4) bytes
+        (torch.bfloat16, 8, 2, 6, 7, 13, 88),  # 88 x 2 x 13 x 2 = 13 x 8 x (6 x 2 + 8 x 4)
+    ],
+)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_choose_pass_at_its_boundary(dtype, H, H_kv, D, D_v, C, even, ranks):
+    q = torch.empty(1, C // ranks, H, D, dtype=dtype)
+    k, v = (torch.empty(1, even // ranks, H_kv, width, dtype=dtype) for width in (D, D_v))
+    assert [chunk.choose_pass(q, k, v, (stop - C, stop)) for stop in (C, even, even + 1)] == ["kv", "kv", "q"]
+
+
+def what_is_held(group, name, reserved):
+    """Of each layer the keys this rank holds, and what is allocated."""
+    ids, mask = prompt(False)
+    model = tiny(name, "tree_attention" if group else "eager")
+    cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
+    if reserved:
+        cache.reserve(TOKENS + NEW_TOKENS - 1)
+    model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    held = [layer.keys[:, :, : getattr(layer, "held", None)] for layer in cache.layers if hasattr(layer, "keys")]
+    return held, cache.kv_bytes if group else [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_rank_holds_its_tokens_only(pool, name, ranks):
+    whole, layer_bytes = what_is_held(None, name, False)
+    results = pool.run(what_is_held, name, True, ranks=ranks)
+    tokens = TOKENS + NEW_TOKENS - 1  # the last one was not fed
+    sharded_layers = RESULTS_OF_A_STEP[name][0]
+    for rank, (held, _) in enumerate(results):
+        slots = Layout(ranks, BLOCK).slots(0, tokens, rank)
+        for mine, all_of_it in zip(held, whole, strict=True):
+            expected = all_of_it[:, :, slots] if all_of_it.shape[2] == tokens else all_of_it
+            torch.testing.assert_close(mine, expected, atol=1e-5, rtol=0)
+
+    windows = sum(size for size, keys in zip(layer_bytes, whole, strict=True) if keys.shape[2] < tokens)
+    full = sum(layer_bytes) - windows
+    assert sum(size for _, size in results) == full + ranks * windows
+    a_token = full / tokens / sharded_layers
+    grown = sum(size for _, size in pool.run(what_is_held, name, False, ranks=ranks))
+    assert 0 <= grown - full - ranks * windows <= ranks * sharded_layers * 64 * a_token
+
+
+def grow(group):
+    config = tiny("llama", "tree_attention").config
+    cache = TreeCache(config, group)
+    for step in (5000, 1, 3, 7000, *[1] * 300):
+        cache.update(torch.zeros(1, 2, step, 16), torch.zeros(1, 2, step, 16), 0)
+    return cache.kv_bytes
+
+
+@pytest.mark.slow
+def test_growth_leaves_a_64th_unused_at_most(pool):
+    exact = 2 * 2 * 16 * 4 * 12304
+    assert exact <= sum(pool.run(grow, ranks=3)) <= exact * (1 + 1 / 64)
+
+
+def traffic(group, name, reading, way):
+    """Reading: received_bytes and calls; generate: received_bytes, calls, bytes handed to shared memory; the tokens."""
+    ids, mask = prompt(False)
+    model = tiny(name, "tree_attention")
+    cache = TreeCache(model.config, group, block_tokens=BLOCK)
+    if way == "tree":  # as on several hosts
+        cache.placement.link = None
+    elif way == "both":  # the prompt is too much for the memory, a step is not
+        cache.placement.link.capacity_bytes = 1000
+    with record_traffic() as reads:
+        if reading == "parallel":
+            prefill(model, ids, cache, chunk_tokens=24)
+    read_bytes = cache.received_bytes
+    spy = mock.patch.object(SharedMemoryLink, "gather", autospec=True, side_effect=SharedMemoryLink.gather)
+    with spy as shared, record_traffic() as writes:
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    handed = [call.args[1].nbytes for call in shared.call_args_list]
+    return read_bytes, reads, cache.received_bytes - read_bytes, writes, handed, out.sequences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["shared memory", "tree", "both"])
+@pytest.mark.parametrize("name", RESULTS_OF_A_STEP)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_one_exchange_for_each_sharded_layer_and_step(pool, name, ranks, way):
+    layers, width = RESULTS_OF_A_STEP[name]
+    of_token = ROWS * HEADS * width * 4
+    steps = [TOKENS, *[1] * (NEW_TOKENS - 1)]  # the prompt is one step
+    shared = {"shared memory": steps, "tree": [], "both": steps[1:]}[way]
+    tree = steps[: len(steps) - len(shared)]
+    rounds = math.ceil(math.log2(ranks))
+    results = pool.run(traffic, name, "replicated", way, ranks=ranks)
+    received_by_tree = []
+    for read_bytes, reads, received, calls, handed, tokens in results:
+        assert (read_bytes, reads) == (0, [])
+        assert handed == [of_token * step for step in shared for _ in range(layers)]
+        assert received == layers * of_token * (rounds * sum(tree) + 2 * (ranks - 1) * sum(shared))
+        assert {call.name for call in calls} == ({"send", "recv"} if tree else set())
+        received_by_tree.append([call.bytes for call in calls if call.name == "recv"])
+        assert torch.equal(tokens, one_process(name, False)[0])
+    for rank in {2: range(2), 3: range(1), 4: range(4)}[ranks]:  # the busiest
+        assert received_by_tree[rank] == [of_token * step for step in tree for _ in range(layers * rounds)]
+    assert max(map(len, received_by_tree)) == rounds * layers * len(tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "H_kv", "D", "D_v", "windows"),
+    [("llama", 2, 16, 16, 0), ("gemma2", 2, 16, 16, 2), ("deepseek_v3", 4, 24, 12, 0)],
+)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_bytes_of_parallel_prefill(pool, name, H_kv, D, D_v, windows, ranks):
+    layers, share = RESULTS_OF_A_STEP[name][0], (ranks - 1) / ranks
+    stops = {2: (24, 48, 56), 3: (24, 48, 60), 4: (16, 32, 48)}[ranks]
+    expected_bytes, expected_calls = 0, []
+    for start, stop in zip((0, *stops), stops, strict=False):
+        keys = stop * H_kv * (D + D_v) * 4
+        queries = (stop - start) * HEADS * (D * 4 + (D_v + 1) * 4)
+        window = (stop - start) * H_kv * (D + D_v) * 4
+        expected_bytes += share * ROWS * (layers * min(keys, queries) + windows * window)
+        a_layer = ["allgather_base"] if keys <= queries else ["allgather_base", "alltoall_base"]
+        expected_calls += [*["allgather_base"] * windows, *a_layer * layers]
+    for received, calls, *_ in pool.run(traffic, name, "parallel", "shared memory", ranks=ranks):
+        assert sorted(call.name for call in calls) == sorted(expected_calls)
+        seen = {"allgather_base": ranks - 1, "alltoall_base": share}  # what is received for a byte that is handed over
+        assert received == pytest.approx(sum(seen[call.name] * call.bytes for call in calls))
+        assert received == pytest.approx(expected_bytes)
+
+
+WAYS = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "several samples": {"do_sample": True, "num_return_sequences": 3, "top_k": 20},
+    "beam search": {"num_beams": 3},
+    "several beams": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5},
+    "beam sampling": {"num_beams": 2, "do_sample": True},
+    "without a cache": {"use_cache": False},
+    "sampling without a cache": {"do_sample": True, "use_cache": False},
+    "prompt lookup": {"prompt_lookup_num_tokens": 4},
+}
+
+
+def write(group, name, way):
+    """Without naming a cache, each rank with a seed of its own; also the cache's type, and the crops that cut it."""
+    ids, mask = prompt(padded=True)
+    if way == "prompt lookup":  # one row, which says a few things again and again
+        ids, mask = ids[:1, :20].repeat(1, 4), torch.ones(1, 80, dtype=torch.long)
+    model = tiny(name, "tree_attention" if group else "eager")
+    how = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    torch.manual_seed(100 + (group.rank() if group else 0))
+    with mock.patch.object(TreeCache, "crop", autospec=True, side_effect=TreeCache.crop) as crop:
+        out = model.generate(ids, attention_mask=mask, **how | WAYS[way])
+    return out.sequences, type(out.past_key_values), crop.call_count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_ways_of_writing_with_the_automatic_cache(pool, name, way):
+    if way == "prompt lookup" and name == "gemma2":
+        return  # transformers cannot crop a window either
+    tokens, *_ = write(None, name, way)
+    for its_tokens, cache, crops in pool.run(write, name, way):  # the automatic cache spans all ranks: 4
+        assert torch.equal(its_tokens, tokens)
+        assert cache is (type(None) if "without a cache" in way else TreeCache)
+        assert bool(crops) == (way == "prompt lookup")
+
+
+def three_turns(group, name):
+    """The text grows by 20 tokens between turns; -> all of it, what the cache held after each, progress of reading."""
+    ids, mask = (t[:, :58] for t in prompt(padded=True))
+    model = tiny(name, "tree_attention" if group else "eager")
+    cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
+    held, progress = [], []
+    for turn in range(3):
+        if group:
+            prefill(model, ids, cache, attention_mask=mask, chunk_tokens=24, on_progress=progress.append)
+        ids = model.generate(
+            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=9, do_sample=False, eos_token_id=None
+        )
+        held.append(cache.get_seq_length())
+        said = torch.randint(3, 256, (2, 20), generator=torch.Generator().manual_seed(turn))
+        ids = torch.cat([ids, said], 1)
+        mask = torch.cat([mask, torch.ones(2, 29, dtype=torch.long)], 1)
+    return ids, held, progress
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_three_turns_on_one_cache(pool, name, ranks):
+    tokens, held, _ = three_turns(None, name)
+    assert held == [66, 95, 124]
+    assert all(length % Layout(ranks, BLOCK).cycle for length in held)  # each turn ends within a cycle
+    read = {  # first to the end of the cycle on all ranks alike, then in chunks
+        2: [24, 48, 56, 72, 80, 96, 112],
+        3: [24, 48, 72, 84, 96, 108],
+        4: [16, 32, 48, 80, 96, 112],
+    }
+    for its_tokens, its_held, progress in pool.run(three_turns, name, ranks=ranks):
+        assert torch.equal(its_tokens, tokens)
+        assert its_held == held
+        assert progress == read[ranks]
+
+
+def reset_between(group):
+    ids, mask = prompt(padded=True)
+    model = tiny("gemma2", "tree_attention")
+    cache = TreeCache(model.config, group, block_tokens=BLOCK)
+    model.generate(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache, **GREEDY)
+    cache.reset()
+    prefill(model, ids, cache, attention_mask=mask, chunk_tokens=24)
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.mark.slow
+def test_a_cache_can_be_reset(pool):
+    assert_like_one_process(pool.run(reset_between, ranks=3), *one_process("gemma2", True))
+
+
+def with_long_padding(group, name):
+    """Padding over more than a chunk: whole chunks in which a row has no key to attend to."""
+    ids, mask = prompt(padded=True)
+    mask[1, :40], ids[1, :40] = 0, 0
+    model = tiny(name, "tree_attention" if group else "eager")
+    cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
+    if group:
+        prefill(model, ids, cache, attention_mask=mask, chunk_tokens=1)
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
+def test_chunks_of_padding_alone(pool, name):
+    assert_like_one_process(pool.run(with_long_padding, name, ranks=3), *with_long_padding(None, name))
+
+
+def with_mask_by_hand(group, name):
+    """A 4-D mask: both directions in the first 20 slots, causal after, and holes; for the prompt and for a step."""
+    ids, _ = prompt(False)
+    q_slot, k_slot = torch.arange(TOKENS + 1)[:, None], torch.arange(TOKENS + 1)[None, :]
+    visible = torch.rand(2, 1, TOKENS + 1, TOKENS + 1, generator=torch.Generator().manual_seed(2)) < 0.7
+    visible = visible & ((k_slot <= q_slot) | ((k_slot < 20) & (q_slot < 20))) | (k_slot == q_slot)
+    if group is None:  # eager attention adds its mask
+        visible = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    model = tiny(name, "tree_attention" if group else "eager")
+    cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=visible[:, :, :TOKENS, :TOKENS], past_key_values=cache).logits
+        tokens = logits[:, -1:].argmax(-1)
+        step = model(tokens, attention_mask=visible[:, :, TOKENS:], past_key_values=cache).logits
+    return tokens, torch.cat([logits, step], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_bool_mask_of_four_dimensions(pool, name):
+    assert_like_one_process(pool.run(with_mask_by_hand, name, ranks=3), *with_mask_by_hand(None, name))
+
+
+def chunked_after_a_turn(group):
+    """prefill_chunk_size with a cache that holds tokens; -> tokens, or the error's text."""
+    ids, mask = prompt(False)
+    model = tiny("llama", "tree_attention")
+    cache = TreeCache(model.config, group, block_tokens=BLOCK)
+    prefill(model, ids[:, :40], cache, chunk_tokens=24)
+    try:
+        return model.generate(
+            ids, attention_mask=mask, past_key_values=cache, prefill_chunk_size=16, **GREEDY
+        ).sequences
+    except Unsupported as error:
+        return str(error)
+
+
+@pytest.mark.slow
+def test_prefill_chunk_size_with_a_filled_cache(pool):
+    for result in pool.run(chunked_after_a_turn, ranks=3):
+        if OLD:
+            assert "feeds a filled cache again when prefill_chunk_size is set" in result
+        else:
+            assert torch.equal(result, one_process("llama", False)[0])
+
+
+@pytest.mark.slow
+def test_one_process_without_a_group(tmp_path):
+    tiny("gemma2", "eager").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="tree_attention").eval()
+    for padded in (False, True):
+        ids, mask = prompt(padded)
+        cache = TreeCache(model.config, block_tokens=BLOCK)
+        prefill(model, ids, cache, attention_mask=mask, chunk_tokens=24)
+        for how in ({}, {"past_key_values": cache}):
+            out = model.generate(ids, attention_mask=mask, **how, **GREEDY)
+            assert isinstance(out.past_key_values, TreeCache)
+            assert out.past_key_values.received_bytes == 0
+            assert_like_one_process([(out.sequences, torch.stack(out.logits))], *one_process("gemma2", padded))
+
+
+def cache_of_rank(group, what):
+    config = tiny("llama", "tree_attention").config
+    block = BLOCK
+    if group.rank() == 1:
+        if what == "block_tokens":
+            block = 2 * BLOCK
+        else:
+            config.rope_theta = 5.0
+    try:
+        TreeCache(config, group, block_tokens=block)
+    except RanksDisagree as error:
+        return str(error)
+
+
+@pytest.mark.slow
+def test_caches_that_differ_are_refused_on_every_rank(pool):
+    text = "block_tokens must be the same on every rank, got rank 0: 4, rank 1: 8, rank 2: 4"
+    assert pool.run(cache_of_rank, "block_tokens", ranks=3) == [text] * 3
+    for said in pool.run(cache_of_rank, "config", ranks=3):
+        assert said.startswith("model config must be the same on every rank, got rank 0: ")
+
+
+def stock_attention_on_ranks(group):
+    """A TreeCache in a model that was loaded with another attention would see this rank's keys alone."""
+    ids, mask = prompt(False)
+    model = tiny("llama", "sdpa")
+    cache = TreeCache(model.config, group, block_tokens=BLOCK)
+    try:
+        return model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY).sequences
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+def test_a_tree_cache_needs_tree_attention(pool):
+    for said in pool.run(stock_attention_on_ranks, ranks=2):
+        assert isinstance(said, str), "tokens of one rank's keys, and no error"
+        assert "attn_implementation='tree_attention'" in said
+
+
+@pytest.mark.slow
+def test_prefill_of_linear_attention_is_refused():
+    model = tiny("qwen3_next", "tree_attention")
+    cache = TreeCache(model.config)
+    assert not can_prefill(cache)
+    with pytest.raises(Unsupported, match=r"cannot feed .*, which carries a state.*prefill_chunk_size=n"):
+        prefill(model, prompt(False)[0], cache)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny("llama", "tree_attention")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ({"cache_implementation": "static"}, "cache_implementation='static' is not supported.*leave it out"),
+        ({"max_time": 1.0}, "max_time would stop the ranks at different tokens: use max_new_tokens"),
+    ],
+)
+def test_generate_refuses(llama, how, text):
+    ids, mask = prompt(False)
+    with pytest.raises(Unsupported, match=text):
+        llama.generate(ids, attention_mask=mask, **how, **GREEDY)
+
+
+@pytest.mark.slow
+def test_dropout_is_refused():
+    model = tiny("llama", "tree_attention")
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    model(prompt(False)[0])
+    with pytest.raises(Unsupported, match=r"no dropout, got 0.1: call model.eval\(\)"):
+        model.train()(prompt(False)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [True, False])
+def test_masks_that_are_refused(llama, cached):
+    how = {"past_key_values": TreeCache(llama.config)} if cached else {"use_cache": False}
+    with pytest.raises(Unsupported, match=r"4-D attention_mask must be bool .*, got torch.float32: pass mask >= 0"):
+        llama(prompt(False)[0], attention_mask=torch.zeros(2, 1, TOKENS, TOKENS), **how)
+
+
+@pytest.mark.slow
+def test_a_mask_by_head_is_refused(llama):
+    mask = torch.ones(2, HEADS, TOKENS, TOKENS, dtype=torch.bool).tril()
+    mask[:, 1, :, 1:30] = False
+    with pytest.raises(TreeAttentionError, match="mask"):
+        llama(prompt(False)[0], attention_mask=mask, past_key_values=TreeCache(llama.config))
+
+
+@pytest.mark.slow
+def test_a_mask_over_more_than_a_window_is_refused():
+    """Transformers' own attention raises here too: in a step, a window's keys are the last 12 slots, not the first."""
+    model = tiny("gemma2", "tree_attention")
+    cache = TreeCache(model.config)
+    model(prompt(False)[0], past_key_values=cache)
+    with pytest.raises(TreeAttentionError, match="mask"):
+        model(torch.ones(2, 1, dtype=torch.long), attention_mask=torch.ones(2, 1, 1, 62).bool(), past_key_values=cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"model": "sdpa"}, "loaded with attn_implementation='tree_attention', got 'sdpa'"),
+        ({"cache": "stock"}, "cache must be a TreeCache, got DynamicCache"),
+        ({"input_ids": torch.ones(2, 40, dtype=torch.long)}, r"more tokens than the 40 in the cache, got \[2, 40\]"),
+        ({"input_ids": torch.ones(61, dtype=torch.long)}, r"input_ids must be \[B, tokens\] .* got \[61\]"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),
+    ],
+)
+def test_prefill_refuses(llama, change, text):
+    ids, cache = prompt(False)[0], TreeCache(llama.config)
+    llama(ids[:, :40], past_key_values=cache)
+    given = {"model": llama, "input_ids": ids, "cache": cache} | change
+    if given["model"] == "sdpa":
+        given["model"] = tiny("llama", "sdpa")
+    if given["cache"] == "stock":
+        given["cache"] = DynamicCache(config=llama.config)
+    with pytest.raises(InputError, match=text):
+        prefill(**given)
+    assert cache.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("block_tokens", [0, -1])
+def test_block_tokens_below_one(llama, block_tokens):
+    with pytest.raises(InputError, match=f"at least 1, got 1 and {block_tokens}"):
+        TreeCache(llama.config, block_tokens=block_tokens)
