@@ -1,6 +1,8 @@
 """The paper's observation in numbers: attention is the gradient of an energy, and energies of shards add up.
 
     python examples/energy.py
+
+One process; no ranks.
 """
 
 import torch
@@ -30,7 +32,7 @@ def main() -> None:
 
 
 def show(what: str, difference: torch.Tensor) -> None:
-    largest = float(difference.abs().max())
+    largest = float(difference.detach().abs().max())
     print(f"{what:<32}at most {largest:.0e}")
     assert largest < 1e-13
 

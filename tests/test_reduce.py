@@ -151,9 +151,7 @@ def test_a_group_this_rank_is_not_in(pool):
 
 
 def test_unknown_algorithm_lists_the_known():
-    with pytest.raises(
-        InputError, match="reduce_scatter, shared_memory, got 'ring'"
-    ):
+    with pytest.raises(InputError, match="reduce_scatter, shared_memory, got 'ring'"):
         tree_reduce(random_partial(0), algorithm="ring")
 
 

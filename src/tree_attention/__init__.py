@@ -6,13 +6,14 @@ from .errors import InputError, RanksDisagree, TreeAttentionError, Unavailable, 
 from .layout import Layout
 from .local import attend
 from .partial import Partial, merge
-from .reduce import tree_reduce
+from .reduce import SharedMemoryLink, tree_reduce
 
 __all__ = [
     "InputError",
     "Layout",
     "Partial",
     "RanksDisagree",
+    "SharedMemoryLink",
     "TreeAttentionError",
     "Unavailable",
     "Unsupported",

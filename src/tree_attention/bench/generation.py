@@ -2,7 +2,7 @@
 
 The contestants take turns in the same processes, several rounds, so that a machine whose speed drifts is fair to all:
 
-stock            transformers' own sdpa attention and DynamicCache, on the first rank alone
+stock            transformers' own sdpa attention and DynamicCache, on the first rank alone, reading in one piece
 tree_attention   ours, on the first rank alone, and on all ranks
 """
 
@@ -58,9 +58,8 @@ def _turn(model: Any, ids: Tensor, what: str, group: Any, decode_tokens: int, ch
     start = time.perf_counter()
     if isinstance(cache, TreeCache):
         prefill(model, ids, cache, chunk_tokens=chunk_tokens)
-    logits = torch.empty(0)
-    for part in ids[:, cache.get_seq_length() :].split(chunk_tokens, 1):
-        logits = model(input_ids=part, past_key_values=cache, logits_to_keep=1).logits
+    rest = ids[:, cache.get_seq_length() :]
+    logits = model(input_ids=rest, past_key_values=cache, logits_to_keep=1).logits
     ttft_s = time.perf_counter() - start
     layers: list[Any] = cache.layers
     kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)

@@ -95,6 +95,7 @@ def _on_rank(request: Request, document: str, device: torch.device) -> int:
             f"of {request.block_tokens}: start fewer ranks, or lower block-tokens"
         )
     cache = TreeCache(model.config, block_tokens=request.block_tokens)
+    cache.reserve(input_ids.shape[1] + request.max_new_tokens)
     dist.barrier()
     run = _generate(request, model, tokenizer, input_ids, cache)
     figures = _figures(request, run, cache, input_ids.shape[1], size, device)

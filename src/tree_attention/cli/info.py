@@ -53,6 +53,7 @@ def describe(shape: Shape) -> dict[str, dict[str, Any]]:
     q, k, visible = _example(shape, device)
     backends = {name: backend.obstacle(q, k, k, visible, None) or "can run it" for name, backend in BACKENDS.items()}
     chosen = choose_algorithm(device, shape.ranks)
+    linked = "" if device == "cuda" else "; shared_memory with a SharedMemoryLink, which TreeCache makes on one host"
     rows = shape.B * shape.T * shape.H
     received = {name: received_bytes(name, rows=rows, head_dim=shape.D, world_size=shape.ranks) for name in ALGORITHMS}
     algorithms = {name: f"{amount / 1e3:.1f} kB a rank and layer" for name, amount in received.items()}
@@ -64,7 +65,7 @@ def describe(shape: Shape) -> dict[str, dict[str, Any]]:
         "shape": {"step": f"{described}, {shape.dtype}, {shape.ranks} ranks" + (", masked" if shape.masked else "")},
         "backends for it": backends,
         "algorithms for it": algorithms,
-        "auto chooses": {"backend": choose_backend(q, k, k, visible=visible), "algorithm": chosen},
+        "auto chooses": {"backend": choose_backend(q, k, k, visible=visible), "algorithm": chosen + linked},
     }
 
 

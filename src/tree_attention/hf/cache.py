@@ -47,6 +47,7 @@ class TreeCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, group: Group = None, *, block_tokens: int = BLOCK_TOKENS) -> None:
         text_config = config.get_text_config(decoder=True)
+        self.config = text_config
         self.placement = Placement(resolve_group(group), block_tokens)
         digest = hashlib.sha256(text_config.to_json_string().encode()).hexdigest()
         described = {"model config": digest[:12], "block_tokens": block_tokens}
@@ -62,6 +63,11 @@ class TreeCache(Cache):
         return layer
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation != "tree_attention":
+            raise InputError(
+                "TreeCache needs a model with attn_implementation='tree_attention', which sees the other ranks' keys; "
+                f"got {self.config._attn_implementation!r}"
+            )
         keys: Any
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]

@@ -11,9 +11,10 @@ P ranks; rows = B T H; float32. docs/math.md has these beside the paper's formul
 of tree's exchanges waits for two others (tree.py).
 """
 
+import torch
 from torch.distributed import ProcessGroup
 
-from ..errors import InputError
+from ..errors import InputError, Unsupported
 from ..group import Group, rank_and_size, resolve_group
 from ..partial import Partial, merge
 from .collectives import all_gather, all_reduce, pack, reduce_scatter, unpack
@@ -43,10 +44,13 @@ def tree_reduce(partial: Partial, group: Group | SharedMemoryLink = None, *, alg
     Raises:
         InputError: an unknown algorithm, a group this rank is not in, "reduce_scatter" with H not a multiple of P,
             "shared_memory" without a link or with more bytes than its capacity.
+        Unsupported: a partial that requires a gradient.
     """
     process_group = check_reduction(partial, group, algorithm)
     if process_group is None or process_group.size() == 1:
         return partial
+    if torch.is_grad_enabled() and partial.out.requires_grad:
+        raise Unsupported("the exchange between ranks has no gradient: call it under torch.no_grad()")
     link = group if isinstance(group, SharedMemoryLink) and group.fits(partial) else None
     if algorithm == "auto":
         algorithm = choose_algorithm(partial.out.device.type, process_group.size(), linked=link is not None)

@@ -64,7 +64,7 @@ class SharedMemoryLink:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """`[...]` on each rank, of at most `capacity_bytes` -> `[P, ...]` on every rank, in rank order."""
-        self._epoch = self._epoch % 0x7FFFFFFF + 1  # never 0, what fresh memory holds
+        self._epoch = self._epoch % 0x7FFFFFFE + 1  # never 0, what fresh memory holds; even before it wraps to odd
         words = tensor.contiguous().view(-1).view(torch.int32)
         slot = self._slots[self._epoch % 2, :, : len(words)]
         packets = torch.stack([words, torch.full_like(words, self._epoch)], 1).view(torch.int64)

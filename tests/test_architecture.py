@@ -1,0 +1,93 @@
+"""The rules of the design that a machine can check: who imports whom, what an import loads, how long a file is."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import tree_attention
+
+SOURCE = Path(tree_attention.__file__).parent
+CORE = {"decode", "energy", "errors", "group", "layout", "local", "partial", "reduce"}
+MAY_IMPORT = {  # unit (a file or folder of the package) -> the units it may import
+    "__init__": CORE,
+    "errors": set(),
+    "partial": {"errors"},
+    "layout": {"errors"},
+    "group": {"errors"},
+    "local": {"errors", "layout", "partial"},
+    "reduce": {"errors", "group", "layout", "partial"},
+    "decode": {"errors", "group", "local", "partial", "reduce"},
+    "energy": {"errors", "local", "partial"},
+    "testing": {"local", "partial"},
+    "cost": set(),
+    "hf": CORE,
+    "bench": CORE | {"cost", "hf", "testing"},
+    "cli": CORE | {"__init__", "bench", "cost", "hf", "testing"},
+}
+UNITS = sorted({path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()})
+
+
+def imported_units(file, source=SOURCE):
+    """The units of ours that a file imports, wherever in it; "__init__" for the package's own names."""
+    package = ("tree_attention", *file.relative_to(source).parent.parts)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            paths = [name.name.split(".") for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            stem = [*base, *(node.module.split(".") if node.module else ())]
+            paths = [[*stem, name.name] for name in node.names]
+        else:
+            continue
+        for path in paths:
+            if path[0] == "tree_attention":
+                yield path[1] if len(path) > 1 and path[1] in UNITS else "__init__"
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_units_import_only_what_they_may(unit):
+    assert unit in MAY_IMPORT, f"say in MAY_IMPORT what {unit} may import"
+    files = [SOURCE / f"{unit}.py"] if (SOURCE / f"{unit}.py").exists() else (SOURCE / unit).rglob("*.py")
+    for file in files:
+        assert set(imported_units(file)) <= MAY_IMPORT[unit] | {unit}, file
+
+
+def test_the_rule_sees_every_kind_of_import(tmp_path):
+    (tmp_path / "cli").mkdir()
+    file = tmp_path / "cli" / "new.py"
+    file.write_text(
+        "import os, tree_attention.bench.generation\nfrom . import app\nfrom .launch import run\nfrom .. import merge\n"
+        "from ..hf.cache import TreeCache\nfrom torch import hf\n"
+        "def late():\n    from .. import local\n    from tree_attention.partial import Partial\n"
+    )
+    assert set(imported_units(file, tmp_path)) == {"bench", "cli", "__init__", "hf", "local", "partial"}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    unwanted = ("triton", "transformers", "matplotlib", "rich", "typer", "tree_attention.hf", "tree_attention.cli")
+    code = f"import sys, tree_attention; print(*[name for name in {unwanted} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_public_names_are_sorted_and_documented():
+    assert tree_attention.__all__ == sorted(set(tree_attention.__all__))
+    for name in tree_attention.__all__:
+        text = getattr(tree_attention, name).__doc__
+        assert text, f"{name} has no docstring"
+        assert not text.startswith(f"{name}("), f"{name} has the docstring that dataclasses and named tuples are given"
+
+
+def test_files_are_short():
+    lines = {file: len(file.read_text().splitlines()) for file in SOURCE.rglob("*.py")}
+    limits = {file: 400 if file.name.endswith("_kernels.py") else 300 for file in lines}
+    assert lines
+    assert {file: count for file, count in lines.items() if count > limits[file]} == {}
+
+
+def test_one_version():
+    pyproject = Path(__file__).parents[1] / "pyproject.toml"
+    assert tomllib.loads(pyproject.read_text())["project"]["version"] == tree_attention.__version__
