@@ -21,6 +21,7 @@ GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 HALVES = (torch.bfloat16, torch.float16)
 CPU = ("reference", "cpu_flash")
 CUDA = ("cudnn", "cuda_flash", "efficient")
+ANY_BUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MASKED = ("reference", "cpu_flash", "efficient")  # the backends that take masks
 DTYPES = {
     "reference": (torch.float64, torch.float32, *HALVES),
@@ -85,9 +86,10 @@ def choices(name, q, k):
     across = torch.tensor([S, 0, 2 * S, 5, S // 2], **here)[:T]  # this rank has every other key
     by_row = torch.tensor([S // 2, 3, -1, S, 0], **here)[:T] - rows  # row b has b keys more of padding
     by_row = {"q_positions": by_row, "k_positions": keys - 2 * rows}
+    scale = 0.7 * q.shape[-1] ** -0.5
     return {
         "plain": {},
-        "scale": {"scale": 0.4},
+        "scale": {"scale": scale},
         "softcap": {"softcap": 2.5},
         "ragged": {"local_seqlens": lengths.int()},
         "causal": {"q_positions": across, "k_positions": 2 * keys + 1},
@@ -96,7 +98,7 @@ def choices(name, q, k):
         "mask for all heads": {"mask": mask[:, :1]},
         "one mask": {"mask": mask[:1, :1]},
         "late keys": {"mask": (keys >= S - 2).expand(1, 1, T, S)},  # whole tiles of a kernel see nothing
-        "everything": {"local_seqlens": lengths, "mask": mask[:1], "scale": 0.4} | by_row,
+        "everything": {"local_seqlens": lengths, "mask": mask[:1], "scale": scale} | by_row,
     }[name]
 
 
@@ -113,9 +115,7 @@ def plain_attention(q, k, v, *, softcap=None, scale=None, **how):
     G = q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(G, 2), v.repeat_interleave(G, 2)))
     if softcap is None:
-        with sdpa_kernel(
-            [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        ):  # any but cuDNN
+        with sdpa_kernel(ANY_BUT_CUDNN):
             return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale).transpose(1, 2)
     scores = softcap * torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / softcap)
     return (scores.softmax(-1) @ v).transpose(1, 2)
