@@ -136,7 +136,7 @@ def call(capfd, monkeypatch, *arguments):
         ({"--file": "{tmp}/absent.txt"}, "absent.txt cannot be read: No such file or directory"),
         ({"--file": "{tmp}"}, "cannot be read: Is a directory"),
         ({"--file": "{tmp}/empty.txt"}, "empty.txt must hold text, and is empty"),
-        ({"--file": "{tmp}/latin.txt"}, "latin.txt must be UTF-8 text: .* at byte 3"),
+        ({"--file": "{tmp}/latin.txt"}, "latin.txt must be UTF-8 text: .* at byte 4"),
         ({"--nproc": 0}, "nproc must be at least 1, got 0"),
         ({"--nproc": -2}, "nproc must be at least 1, got -2"),
         ({"--dtype": "float8"}, "dtype must be auto, float32, bfloat16 or float16, got 'float8'"),
@@ -175,8 +175,8 @@ def test_a_gpu_that_is_not_there(capfd, monkeypatch, folder):
             "the model has 20000 positions, and 20021 prompt tokens with 128 new ones do not fit: use --max-prompt-tok",
         ),
         (
-            ["--file", "{long}", "--max-prompt-tokens", 20, "--nproc", 2],
-            "max-prompt-tokens must be at least 21, the prompt alone, got 20",
+            ["--file", "{long}", "--max-prompt-tokens", 18, "--nproc", 2],
+            "max-prompt-tokens must be more than the 19",
         ),
     ],
 )
@@ -294,7 +294,7 @@ def test_info_as_json_gives_every_backend_a_reason(capfd, monkeypatch, options):
     assert set(known["algorithms for it"]) == set(ALGORITHMS)
     chosen = known["auto chooses"]
     assert known["backends for it"][chosen["backend"]] == "can run it"
-    assert chosen["algorithm"] in ALGORITHMS
+    assert chosen["algorithm"].partition(";")[0] in ALGORITHMS
     assert known["shape"]["step"].endswith(", masked") == ("--masked" in options)
 
 

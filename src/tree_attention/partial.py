@@ -38,8 +38,7 @@ def merge(parts: Partial) -> Partial:
     Parts without keys weigh nothing; if no part has a key the result is `(0, -inf)`. No epsilon is needed: the largest
     weight is exactly 1. The sum runs in the order of the leading dim, so equal inputs give equal bits.
     """
-    peak = parts.lse.amax(0)
-    shift = peak.masked_fill(peak == float("-inf"), 0.0)  # no part has a key: -inf - -inf would be NaN
+    shift = parts.lse.amax(0).clamp_min(torch.finfo(parts.lse.dtype).min)  # finite: -inf - -inf would be NaN
     weight = (parts.lse - shift).exp()
     total = weight.sum(0)
     out = (weight.unsqueeze(-1) * parts.out).sum(0) / total.clamp_min(1.0).unsqueeze(-1)

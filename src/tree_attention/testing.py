@@ -77,8 +77,9 @@ class _Recorder(TorchDispatchMode):
         if func.namespace == "c10d":
             in_place = func._schema.arguments[0].name == "tensors"  # else: (output, input, ...)
             sent = args[0] if in_place else args[1]
-            tensors = [sent] if isinstance(sent, Tensor) else sent
-            self.calls.append(Call(func._schema.name.removeprefix("c10d::").strip("_"), sum(t.nbytes for t in tensors)))
+            tensors = sent if isinstance(sent, list | tuple) else [sent]
+            nbytes = sum(t.nbytes for t in tensors if isinstance(t, Tensor))  # a barrier has none
+            self.calls.append(Call(func._schema.name.removeprefix("c10d::").strip("_"), nbytes))
         return func(*args, **(kwargs or {}))
 
 

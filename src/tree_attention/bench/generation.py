@@ -4,6 +4,7 @@ The contestants take turns in the same processes, several rounds, so that a mach
 
 stock            transformers' own sdpa attention and DynamicCache, on the first rank alone, reading in one piece
 tree_attention   ours, on the first rank alone, and on all ranks
+apart            ours on one rank, done by every rank at the same time: what they lose to shared memory and caches
 """
 
 import os
@@ -37,7 +38,9 @@ def measure(
         os.sched_setaffinity(0, {dist.get_rank() % (os.cpu_count() or 1)})
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     alone = dist.new_group([0])
-    contestants = [("stock", alone), ("tree_attention", alone), ("tree_attention", dist.group.WORLD)]
+    solos = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    apart, together = solos[dist.get_rank()], dist.group.WORLD
+    contestants = [("stock", alone), ("tree_attention", alone), ("apart", apart), ("tree_attention", together)]
     records = []
     for context in contexts:
         taken: list[list[dict[str, Any]]] = [[] for _ in contestants]

@@ -20,7 +20,7 @@ from ..errors import InputError
 from .generate import check_model_folder
 from .launch import run_on_ranks
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 1024
 
 
 def bench(model: str, nproc: int, contexts: str, decode_tokens: int, rounds: int, output: Path | None) -> int:
@@ -67,10 +67,11 @@ def _print(records: list[dict[str, Any]], nproc: int) -> None:
         table.add_column(name, justify="left" if not name else "right")
     for context in sorted({record["context_tokens"] for record in records}):
         rows = [record for record in records if record["context_tokens"] == context]
-        one = [record for record in rows if record["ranks"] == 1]
+        one = [record for record in rows if record["ranks"] == 1 and record["what"] != "apart"]
         ttft, tpot = (min(record[key] for record in one) for key in ("ttft_s", "tpot_s"))
         for record in rows:
-            name = "transformers, sdpa" if record["what"] == "stock" else f"ours, {record['ranks']} rank(s)"
+            ours = f"ours, {record['ranks']} rank(s)"
+            name = {"stock": "transformers, sdpa", "apart": f"{nproc} x ours apart"}.get(record["what"], ours)
             cells = [
                 f"{record['ttft_s']:.2f}",
                 f"{1e3 * record['tpot_s']:.1f}",

@@ -137,13 +137,13 @@ def _prompt_ids(request: Request, tokenizer: Any, document: str, config: Any) ->
 
     ids, limit = tokens(document), request.max_prompt_tokens
     if limit is not None and len(ids) > limit:
-        around = len(ids) - len(tokenizer(document).input_ids)
-        kept = tokenizer(document).input_ids[: max(limit - around, 0)]
-        while len(ids) > limit:  # cut text may tokenize differently at the seam
+        alone = len(tokens(""))
+        kept = tokenizer(document).input_ids[: max(limit - alone, 0)]
+        while kept and len(ids) > limit:  # around the cut and in the template there may be some tokens more
             ids = tokens(tokenizer.decode(kept, skip_special_tokens=True))
-            if not kept and len(ids) > limit:
-                raise InputError(f"max-prompt-tokens must be at least {len(ids)}, the prompt alone, got {limit}")
-            kept = kept[:-8]
+            kept = kept if len(ids) <= limit else kept[:-1]
+        if not kept:
+            raise InputError(f"max-prompt-tokens must be more than the {alone} of the prompt alone, got {limit}")
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and len(ids) + request.max_new_tokens > positions:
         raise InputError(

@@ -109,7 +109,11 @@ def _example(shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor, tor
     dtype = getattr(torch, shape.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"dtype must be a torch dtype such as bfloat16, got {shape.dtype!r}")
-    if min(shape.ranks, shape.B, shape.T, shape.H, shape.H_kv, shape.D) < 1 or shape.H % shape.H_kv:
+    if (
+        min(shape.ranks, shape.B, shape.T, shape.H, shape.H_kv, shape.D) < 1
+        or shape.S_local < 0
+        or shape.H % shape.H_kv
+    ):
         raise InputError(f"sizes must be at least 1, and heads a multiple of kv-heads, got {shape}")
     one = torch.empty(1, dtype=dtype, device=device)
     q = one.expand(shape.B, shape.T, shape.H, shape.D)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..decode import add_sinks
-from ..errors import Unsupported
+from ..errors import InputError, Unsupported
 from ..local import attend
 from ..partial import Partial
 from .cache import ReplicatedWindowLayer, ShardedLayer, layer_behind
@@ -37,7 +37,7 @@ def tree_attention_forward(
     how: dict[str, Any] = {"scale": scaling, "softcap": softcap}
     layer = layer_behind(module, key)
     if isinstance(layer, ShardedLayer):
-        mask = lazy_mask() if attention_mask is None else _over_slots(attention_mask)
+        mask = lazy_mask() if attention_mask is None else _over_slots(attention_mask, layer.length)
         if layer.held < k.shape[1]:  # it holds nothing, and showed an unused key
             k, v = k[:, :0], v[:, :0]
         total = _over_ranks(layer, q, k, v, mask, how)
@@ -86,7 +86,7 @@ def _local_mask(
     if mask is None:
         mask = lazy_mask(q_offset=S - T) if is_causal and T > 1 else None
     if not isinstance(mask, LazyMask):
-        return None if mask is None else _boolean(mask)[..., :S]
+        return None if mask is None else _boolean(mask, S)
     if layer is None:
         query_slots = torch.arange(mask.first_query, mask.first_query + T, device=q.device)
         first_key = mask.first_key
@@ -102,23 +102,27 @@ def _local_mask(
     return mask.build(query_slots, torch.arange(first_key, first_key + S, device=q.device), q.shape[0])
 
 
-def _over_slots(mask: LazyMask | Tensor) -> LazyMask:
+def _over_slots(mask: LazyMask | Tensor, slots: int) -> LazyMask:
     """A mask tensor `[B or 1, 1, T, slots]` of the caller's as a rule over slots."""
     if isinstance(mask, LazyMask):
         return mask
-    allowed = _boolean(mask)
-    last, first_query = allowed.shape[3] - 1, allowed.shape[3] - allowed.shape[2]
+    allowed = _boolean(mask, slots)
+    first_query = slots - allowed.shape[2]
 
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = batch.clamp(max=allowed.shape[0] - 1)
-        return allowed[row, 0, query - first_query, key.clamp(max=last)]
+        return allowed[row, 0, query - first_query, key]
 
     return LazyMask(rule, None)
 
 
-def _boolean(mask: Tensor) -> Tensor:
+def _boolean(mask: Tensor, keys: int) -> Tensor:
     if mask.dtype != torch.bool:
         raise Unsupported(f"a 4-D attention_mask must be bool (True: may attend), got {mask.dtype}: pass mask >= 0")
+    if mask.shape[1] != 1:
+        raise Unsupported(f"a 4-D attention_mask must be the same for all heads [B, 1, T, S], got {list(mask.shape)}")
+    if mask.shape[3] != keys:
+        raise InputError(f"a 4-D attention_mask must have a column for each of {keys} keys, got {list(mask.shape)}")
     return mask
 
 

@@ -243,6 +243,11 @@ class ReplicatedWindowLayer(DynamicSlidingWindowLayer):
         self.length = self.cumulative_length
         return result
 
+    def reset(self) -> None:
+        """Drop the window (transformers 5.17 would keep it, zeroed)."""
+        self.keys = self.values = None
+        self.is_initialized, self.cumulative_length, self.length, self.fed = False, 0, 0, 0
+
 
 def layer_behind(module: Any, key: Tensor) -> ShardedLayer | ReplicatedWindowLayer | None:
     """The layer that `key` came out of: marked on the tensor, or the one that this module updated last."""

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from transformers import GenerationMixin
 
 from ..errors import Unsupported
+from ..group import resolve_group
 from .cache import TreeCache
 
 
@@ -35,28 +36,25 @@ def install_generation_hook() -> None:
 
 
 def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-    if generation_config.use_cache is False:
-        return
+    if generation_config.max_time is not None:
+        raise Unsupported("max_time would stop the ranks at different tokens: use max_new_tokens")
     if generation_config.cache_implementation is not None:
         raise Unsupported(
             f"cache_implementation={generation_config.cache_implementation!r} is not supported with tree_attention: "
             "leave it out, or pass past_key_values=TreeCache(model.config)"
         )
     cache = model_kwargs.get("past_key_values")
-    if cache is None:
+    if cache is None and generation_config.use_cache is not False:
         cache = model_kwargs["past_key_values"] = TreeCache(model.config)
-    if not isinstance(cache, TreeCache):
-        return
-    if generation_config.max_time is not None:
-        raise Unsupported("max_time would stop the ranks at different tokens: use max_new_tokens")
+    group = cache.placement.group if isinstance(cache, TreeCache) else resolve_group()
+    if generation_config.do_sample and group is not None:
+        share_random_state(group, model.device)
     old = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
-    if old and generation_config.prefill_chunk_size is not None and cache.get_seq_length():
+    if old and generation_config.prefill_chunk_size is not None and cache is not None and cache.get_seq_length():
         raise Unsupported(
             f"transformers {transformers.__version__} feeds a filled cache again when prefill_chunk_size is set: "
             "leave it out, or use tree_attention.hf.prefill"
         )
-    if generation_config.do_sample and cache.placement.group is not None:
-        share_random_state(cache.placement.group, model.device)
 
 
 def share_random_state(group: ProcessGroup, device: torch.device) -> None:
