@@ -325,7 +325,7 @@ def test_bench_weighs_and_times_three_contestants(folder, tmp_path):
     assert [{key: line[key] for key in record} for line, record in zip(written, records, strict=True)] == records
     assert all({"date", "cpu", "torch", "transformers", "model"} <= set(line) for line in written)
     who = [(record["context_tokens"], record["what"], record["ranks"]) for record in records]
-    contestants = [("stock", 1), ("tree_attention", 1), ("tree_attention", 2)]
+    contestants = [("stock", 1), ("tree_attention", 1), ("apart", 1), ("tree_attention", 2)]
     assert who == [(context, *contestant) for context in (64, 96) for contestant in contestants]
     for record in records:
         assert record["ttft_s"] > 0
