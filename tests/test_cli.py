@@ -315,7 +315,7 @@ def test_info_of_an_impossible_shape(capfd, monkeypatch, options, text):
 
 
 @pytest.mark.slow
-def test_bench_weighs_and_times_three_contestants(folder, tmp_path):
+def test_bench_weighs_and_times_its_contestants(folder, tmp_path):
     output = tmp_path / "records.jsonl"
     ended = run(
         "bench", "--model", folder, "--contexts", "96,64", "--decode-tokens", 2, "--rounds", 1, "--output", output
@@ -333,7 +333,7 @@ def test_bench_weighs_and_times_three_contestants(folder, tmp_path):
         assert math.isfinite(record["ttft_s"] + record["tpot_s"])
         assert (record["received_bytes_per_token"] > 0) == (record["ranks"] == 2)
     of_token = LAYERS * 2 * H_KV * D * 4
-    for stock, alone, shared in zip(*[iter(records)] * 3, strict=True):
+    for stock, alone, _, shared in zip(*[iter(records)] * 4, strict=True):
         tokens = stock["context_tokens"]
         assert stock["kv_bytes_per_rank"] == of_token * tokens
         assert alone["kv_bytes_per_rank"] == of_token * tokens
