@@ -92,8 +92,8 @@ class TreeCache(Cache):
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that this rank has allocated."""
-        held = [t for layer in self.layers for t in layer_buffers(layer)]
-        return sum(t.numel() * t.element_size() for t in held)
+        buffers = (getattr(layer, name, None) for layer in self.layers for name in ("keys", "values"))
+        return sum(buffer.nbytes for buffer in buffers if isinstance(buffer, Tensor))
 
     @property
     def received_bytes(self) -> float:
@@ -193,8 +193,6 @@ class ShardedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         chunk = self.placement.chunk
         return (self.length + query_length if chunk is None else chunk[1]), 0
@@ -256,11 +254,6 @@ def layer_behind(module: Any, key: Tensor) -> ShardedLayer | ReplicatedWindowLay
         _updated.set(None)
         return index_and_layer[1]
     return getattr(key, "_tree_layer", None)
-
-
-def layer_buffers(layer: Any) -> list[Tensor]:
-    """The tensors that hold a layer's keys and values."""
-    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
 
 
 def _resized(buffer: Tensor, capacity: int) -> Tensor:
