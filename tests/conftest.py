@@ -1,8 +1,19 @@
-"""What the tests share: four ranks that are started once."""
+"""What the tests share: four ranks that are started once, and Triton's interpreter where there is no GPU."""
+
+import os
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, which looks when a kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from tree_attention.testing import RankPool
+
+
+def pytest_configure(config):
+    """Triton's interpreter turns arrays of one number into numbers; NumPy 2.4 no longer lets it."""
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")

@@ -11,16 +11,19 @@ import pytest
 import tree_attention
 
 SOURCE = Path(tree_attention.__file__).parent
-CORE = {"decode", "energy", "errors", "group", "layout", "local", "partial", "reduce"}
+CORE = {"decode", "energy", "errors", "fused", "group", "layout", "local", "packets", "partial", "reduce"}
 MAY_IMPORT = {  # unit (a file or folder of the package) -> the units it may import
     "__init__": CORE,
     "errors": set(),
     "partial": {"errors"},
+    "packets": set(),
     "layout": {"errors"},
     "group": {"errors"},
-    "local": {"errors", "layout", "partial"},
-    "reduce": {"errors", "group", "layout", "partial"},
-    "decode": {"errors", "group", "local", "partial", "reduce"},
+    "local": {"errors", "layout", "packets", "partial"},
+    "reduce": {"errors", "group", "layout", "packets", "partial"},
+    "fused": {"fused_kernels", "local", "reduce"},
+    "fused_kernels": {"local", "packets", "reduce"},
+    "decode": {"errors", "fused", "group", "local", "partial", "reduce"},
     "energy": {"errors", "local", "partial"},
     "testing": {"local", "partial"},
     "cost": set(),
@@ -71,6 +74,17 @@ def test_importing_the_package_loads_nothing_heavy():
     unwanted = ("triton", "transformers", "matplotlib", "rich", "typer", "tree_attention.hf", "tree_attention.cli")
     code = f"import sys, tree_attention; print(*[name for name in {unwanted} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_only_kernels_load_triton_and_only_when_they_run():
+    """Files of kernels import Triton at their head, other files import kernels within functions."""
+    for file in SOURCE.rglob("*.py"):
+        at_head = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {
+            name for node in at_head for name in [getattr(node, "module", None) or "", *(n.name for n in node.names)]
+        }
+        loads = {name for name in names if name.split(".")[0] == "triton" or name.split(".")[-1].endswith("_kernels")}
+        assert not loads or file.name.endswith("_kernels.py") or file.name == "packets.py", (file, loads)
 
 
 def test_public_names_are_sorted_and_documented():

@@ -318,8 +318,9 @@ def test_info_of_an_impossible_shape(capfd, monkeypatch, options, text):
 def test_bench_weighs_and_times_its_contestants(folder, tmp_path):
     output = tmp_path / "records.jsonl"
     ended = run(
-        "bench", "--model", folder, "--contexts", "96,64", "--decode-tokens", 2, "--rounds", 1, "--output", output
-    )
+        "bench", "generate", "--model", folder, "--contexts", "96,64", "--decode-tokens", 2, "--rounds", 1,
+        "--output", output,
+    )  # fmt: skip
     records = last_json(ended)["records"]
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [{key: line[key] for key in record} for line, record in zip(written, records, strict=True)] == records
@@ -350,5 +351,5 @@ def test_bench_weighs_and_times_its_contestants(folder, tmp_path):
     ],
 )
 def test_mistakes_in_bench(capfd, monkeypatch, folder, options, text):
-    code, out, err = call(capfd, monkeypatch, "bench", "--model", folder, *options)
+    code, out, err = call(capfd, monkeypatch, "bench", "generate", "--model", folder, *options)
     assert (code, out, err) == (2, "", f"tree-attention: {text}\n")

@@ -1,6 +1,8 @@
 """Two GPUs and NCCL: the same promises as on the CPU, and no wait for the device on the decode path."""
 
+import multiprocessing
 import os
+import time
 
 import pytest
 import torch
@@ -8,7 +10,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from architectures import GREEDY, one_process, prompt, tiny
-from tree_attention import Layout, attend, tree_decode, tree_reduce
+from tree_attention import (
+    InputError,
+    Layout,
+    SymmetricLink,
+    TreeAttentionError,
+    Unavailable,
+    attend,
+    tree_decode,
+    tree_reduce,
+)
 from tree_attention.hf import TreeCache, prefill
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 
@@ -112,3 +123,427 @@ def sample(group):
 
 def test_sampling_cannot_diverge(tmp_path):
     run(sample, tmp_path)
+
+
+LINKED = ("fused", "fused_scatter", "symmetric", "symmetric_scatter")
+SHAPES = [
+    {"B": 1, "T": 1, "H": 32, "H_kv": 8, "D": 128},
+    {"B": 3, "T": 2, "H": 16, "H_kv": 4, "D": 64},
+    {"B": 2, "T": 1, "H": 8, "H_kv": 8, "D": 256, "D_v": 128},
+    {"B": 5, "T": 3, "H": 12, "H_kv": 6, "D": 40, "D_v": 24},
+    {"B": 1, "T": 16, "H": 8, "H_kv": 2, "D": 128},
+    {"B": 64, "T": 1, "H": 32, "H_kv": 8, "D": 128},
+    {"B": 1, "T": 1, "H": 2, "H_kv": 1, "D": 8},
+]
+
+
+def own_heads(tensor, algorithm, group):
+    """Those that an algorithm leaves on this rank, of `[B, T, H, ...]`."""
+    heads = tensor.shape[2] // group.size()
+    return tensor[:, :, group.rank() * heads :][:, :, :heads] if algorithm.endswith("scatter") else tensor
+
+
+def assert_decodes(link, q, k, v, exact, plain, case, *, algorithms=LINKED, **how):
+    """Every algorithm over the link: right, and the same on all ranks."""
+    for algorithm in algorithms:
+        out = tree_decode(q, k, v, group=link, algorithm=algorithm, **how)
+        parts = (own_heads(t, algorithm, link.group) for t in (exact, plain))
+        try:
+            assert_within_rounding(out, *parts)
+        except AssertionError as error:
+            raise AssertionError(f"{case} {algorithm}: {error}") from error
+        if not algorithm.endswith("scatter"):
+            assert same_on_all_ranks(out), f"{case} {algorithm}"
+
+
+def held_by(layout, S, group):
+    """This rank's slots on its device."""
+    return layout.slots(0, S, group.rank(), device="cuda")
+
+
+def lengths_of(B, S, seed):
+    """Of all ranks' keys, by row; a row without any, if there are several."""
+    total = torch.randint(1, S + 1, (B,), generator=torch.Generator().manual_seed(seed))
+    total[0] = 0 if B > 1 else total[0]
+    return total
+
+
+def poisoned(cache, lengths):
+    """The same, with NaN behind the lengths."""
+    unused = torch.arange(cache.shape[1], device=cache.device) >= lengths[:, None]
+    return cache.masked_fill(unused[:, :, None, None], torch.nan)
+
+
+def over_a_link(group):
+    link, S = SymmetricLink(group, rows=4096, head_dim=256), 1000
+    layout = Layout(group.size(), 16)
+    slots = held_by(layout, S, group)
+    for shape in SHAPES:
+        for dtype in (torch.bfloat16, torch.float16):
+            q, k, v = peaked_inputs(S=S, dtype=dtype, device="cuda", **shape)
+            mine = k[:, slots], v[:, slots]
+            exact, plain = oracle(q, k, v).out, attend(q, k, v, backend="efficient").out.to(dtype)
+            assert_decodes(link, q, *mine, exact, plain, (shape, dtype, "even"))
+            held = S if group.rank() == 0 else 0
+            assert_decodes(link, q, k[:, :held], v[:, :held], exact, plain, (shape, dtype, "an empty rank"))
+            total = lengths_of(shape["B"], S, seed=3)
+            ragged = {"local_seqlens": total.cuda()}
+            exact, plain = oracle(q, k, v, **ragged).out, attend(q, k, v, **ragged, backend="efficient").out.to(dtype)
+            local = layout.local_length(total, group.rank()).int().cuda()
+            cache = (poisoned(t, local) for t in mine)
+            assert_decodes(link, q, *cache, exact, plain, (shape, dtype, "ragged"), local_seqlens=local)
+    nobody = torch.zeros(shape["B"], dtype=torch.int32, device="cuda")
+    for algorithm in LINKED:
+        assert tree_decode(q, *mine, group=link, algorithm=algorithm, local_seqlens=nobody).eq(0).all()
+    link.synchronize()
+
+
+def test_over_a_link(tmp_path):
+    run(over_a_link, tmp_path)
+
+
+def paged(k, v, lengths, page_tokens):
+    """k and v as pages in a random order, and the table; entries past the lengths point nowhere."""
+    B, S = k.shape[:2]
+    count = -(-S // page_tokens)
+    order = torch.randperm(B * count, generator=torch.Generator().manual_seed(1)).cuda()
+    pages = []
+    for cache in (poisoned(k, lengths), poisoned(v, lengths)):
+        padded = cache.new_full((B, count * page_tokens, *cache.shape[2:]), torch.nan)
+        padded[:, :S] = cache
+        blocks = padded.unflatten(1, (count, page_tokens)).flatten(0, 1)
+        pages.append(torch.empty_like(blocks).index_copy_(0, order, blocks))
+    used = torch.arange(count, device="cuda") < (lengths[:, None] + page_tokens - 1) // page_tokens
+    return *pages, order.view(B, count).masked_fill(~used, 10**6).int()
+
+
+def with_everything(group):
+    """Sinks, soft cap, positions, windows, masks and pages."""
+    link, S, dtype = SymmetricLink(group), 700, torch.bfloat16
+    layout = Layout(group.size(), 16)
+    slots = held_by(layout, S, group)
+    shape = {"B": 3, "H": 16, "H_kv": 4, "D": 64}
+    sinks = torch.linspace(-2, 4, 16, device="cuda")
+    for T in (1, 4):
+        q, k, v = peaked_inputs(T=T, S=S, dtype=dtype, device="cuda", **shape)
+        mine = k[:, slots], v[:, slots]
+        every = torch.arange(S, device="cuda")
+        total = torch.tensor([S, 333, 0])
+        local = layout.local_length(total, group.rank()).cuda()
+        mask = torch.rand(3, 1, T, S, generator=torch.Generator().manual_seed(5)).cuda() < 0.5
+        queries = {"q_positions": torch.arange(300, 300 + 100 * T, 100, device="cuda")}
+        ragged = {"local_seqlens": total.cuda()}, {"local_seqlens": local}
+        causal = queries | {"k_positions": every}, queries | {"k_positions": slots}
+        cases = {
+            "causal": causal,
+            "window": tuple(how | {"window": 90} for how in causal),
+            "mask": ({"mask": mask}, {"mask": mask[..., slots]}),
+            "softcap": ({"softcap": 2.5}, {"softcap": 2.5}),
+            "ragged and causal": tuple(a | b for a, b in zip(ragged, causal, strict=True)),
+        }
+        for name, (of_all, of_mine) in cases.items():
+            if name == "softcap":
+                exact, plain = oracle(q, k, v, **of_all), attend(q, k, v, backend="reference", **of_all)
+            else:
+                exact, plain = oracle(q, k, v, **of_all), attend(q, k, v, backend="efficient", **of_all)
+            assert_decodes(link, q, *mine, exact.out, plain.out.to(dtype), (T, name), **of_mine)
+            with_sinks = [(p.out / (1 + (sinks - p.lse).exp())[..., None]) for p in (exact, plain)]
+            assert_decodes(
+                link, q, *mine, with_sinks[0], with_sinks[1].to(dtype), (T, name, "sinks"), sinks=sinks, **of_mine
+            )
+        exact, plain = oracle(q, k, v, **ragged[0]).out, attend(q, k, v, backend="efficient", **ragged[0]).out.to(dtype)
+        for page_tokens in (1, 5, 16):
+            k_pages, v_pages, table = paged(*mine, local, page_tokens)
+            assert_decodes(
+                link,
+                q,
+                k_pages,
+                v_pages,
+                exact,
+                plain,
+                (T, "pages", page_tokens),
+                page_table=table,
+                local_seqlens=local,
+            )
+    link.synchronize()
+
+
+def test_over_a_link_with_everything(tmp_path):
+    run(with_everything, tmp_path)
+
+
+def captured(group):
+    """One graph, replayed with other numbers and lengths in the same memory, eager steps between."""
+    link, S, dtype = SymmetricLink(group), 1024, torch.bfloat16
+    shape = {"B": 4, "S": S, "H": 16, "H_kv": 4, "D": 64, "dtype": dtype, "device": "cuda"}
+    layout = Layout(group.size(), 16)
+    slots = held_by(layout, S, group)
+    q, k, v = peaked_inputs(**shape)
+    mine = [k[:, slots].clone(), v[:, slots].clone()]
+    local = torch.full((4,), len(slots), dtype=torch.int32, device="cuda")
+
+    def step():
+        return [tree_decode(q, *mine, group=link, local_seqlens=local, algorithm=name) for name in ("auto", *LINKED)]
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = step()
+    for seed in range(6):
+        numbers = peaked_inputs(**shape, seed=seed)
+        total = lengths_of(4, S, seed)
+        ragged = {"local_seqlens": total.cuda()}
+        exact = oracle(*numbers, **ragged).out
+        plain = attend(*numbers, **ragged, backend="efficient").out.to(dtype)
+        q.copy_(numbers[0])
+        for cache, new in zip(mine, numbers[1:], strict=True):
+            cache.copy_(new[:, slots])
+        local.copy_(layout.local_length(total, group.rank()))
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        for name, out, eager in zip(("auto", *LINKED), outs, step(), strict=True):
+            assert_within_rounding(out, own_heads(exact, name, group), own_heads(plain, name, group))
+            assert torch.equal(out, eager), (seed, name)
+        assert same_on_all_ranks(outs[0])
+    link.synchronize()
+
+
+def test_captured_steps(tmp_path):
+    run(captured, tmp_path)
+
+
+def captured_first(group):
+    """A capture before any call of that shape: it works, or raises on every rank and leaves the link as it was."""
+    link = SymmetricLink(group)
+    q, k, v = peaked_inputs(B=2, S=512, H=8, H_kv=2, D=64, dtype=torch.bfloat16, device="cuda")
+    slots = held_by(Layout(group.size(), 16), 512, group)
+    mine = k[:, slots], v[:, slots]
+    exact, plain = oracle(q, k, v).out, attend(q, k, v, backend="efficient").out.bfloat16()
+    graph, works = torch.cuda.CUDAGraph(), True
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph):
+            out = tree_decode(q, *mine, group=link, algorithm="fused")
+    except RuntimeError:
+        works = False
+    votes = [None] * group.size()
+    dist.all_gather_object(votes, works)
+    assert len(set(votes)) == 1, votes
+    if works:
+        graph.replay()
+        assert_within_rounding(out, exact, plain)
+    assert_decodes(link, q, *mine, exact, plain, "after a capture")
+    link.synchronize()
+
+
+def test_capture_before_the_first_call(tmp_path):
+    run(captured_first, tmp_path)
+
+
+def waiting_for_nothing(group):
+    """No step over a link waits for the device, and torch.compile takes it whole."""
+    link = SymmetricLink(group)
+    q, k, v = peaked_inputs(B=2, S=512, H=8, H_kv=2, D=64, dtype=torch.bfloat16, device="cuda")
+    layout = Layout(group.size(), 16)
+    slots = held_by(layout, 512, group)
+    mine = k[:, slots], v[:, slots]
+    local = layout.local_length(torch.tensor([512, 77]), group.rank()).int().cuda()
+    sinks = torch.zeros(8, device="cuda")
+
+    def step(algorithm):
+        return tree_decode(q, *mine, group=link, local_seqlens=local, sinks=sinks, algorithm=algorithm)
+
+    first = [step(name) for name in LINKED]
+    alone = attend(q, *mine, local_seqlens=local, backend="triton")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    again = [step(name) for name in LINKED]
+    alone_again = attend(q, *mine, local_seqlens=local, backend="triton")
+    torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip([*first, *alone], [*again, *alone_again], strict=True):
+        assert torch.equal(one, other)
+
+    def decoded(q, k, v, local):
+        return tree_decode(2 * q, k, v, group=link, local_seqlens=local) + 1
+
+    def attended(q, k, v, local):
+        partial = attend(2 * q, k, v, local_seqlens=local, backend="triton")
+        return partial.out + 1, partial.lse
+
+    for function in (decoded, attended):
+        expected = function(q, *mine, local)
+        compiled = torch.compile(function, fullgraph=True)
+        for _ in range(3):
+            torch.testing.assert_close(compiled(q, *mine, local), expected, atol=0.02, rtol=0)  # 2 q, + 1 may be fused
+    link.synchronize()
+
+
+def test_no_waits_and_no_graph_breaks(tmp_path):
+    run(waiting_for_nothing, tmp_path)
+
+
+def at_the_same_time(group):
+    """Two links on two streams, each with half the multiprocessors; two groups; a group of one."""
+    half = torch.cuda.get_device_properties(group.rank()).multi_processor_count // 2
+    groups = [group, dist.new_group(list(range(group.size())))]
+    links = [SymmetricLink(over, programs=half) for over in groups]
+    streams = [torch.cuda.Stream() for _ in links]
+    slots = held_by(Layout(group.size(), 16), S, group)
+    calls, expected = [], []
+    for seed, link in enumerate(links):
+        q, k, v = peaked_inputs(B=1 + seed, S=S, H=16, H_kv=4, D=128, dtype=torch.bfloat16, device="cuda", seed=seed)
+        calls.append((q, k[:, slots].clone(), v[:, slots].clone()))
+        plain = attend(q, k, v, backend="efficient").out.bfloat16()
+        assert_decodes(link, *calls[-1], oracle(q, k, v).out, plain, ("half", seed))
+        expected.append(tree_decode(*calls[-1], group=link, algorithm="fused"))
+    wrong = [torch.zeros((), dtype=torch.long, device="cuda") for _ in links]
+    torch.cuda.synchronize()
+    for step in range(500):
+        for i in (0, 1) if step % 2 == group.rank() else (1, 0):  # the ranks take the links in another order
+            with torch.cuda.stream(streams[i]):
+                out = tree_decode(*calls[i], group=links[i], algorithm="fused")
+                wrong[i] += (out != expected[i]).sum()
+    for link in links:
+        link.synchronize()
+    assert [int(count) for count in wrong] == [0, 0]
+    alone = [dist.new_group([rank]) for rank in range(group.size())][group.rank()]
+    link = SymmetricLink(alone)
+    assert_decodes(link, q, k, v, oracle(q, k, v).out, plain, "alone")
+    link.synchronize()
+
+
+def test_two_links_at_the_same_time(tmp_path):
+    run(at_the_same_time, tmp_path)
+
+
+def hammer(group):
+    """Each step's bits are compared on the device with those of its lengths' first step, which is held to an oracle."""
+    link, S, B, dtype, vectors, per_graph = SymmetricLink(group), 1024, 4, torch.bfloat16, 64, 100
+    q, k, v = peaked_inputs(B=B, S=S, H=8, H_kv=2, D=64, dtype=dtype, device="cuda")
+    layout, rank = Layout(group.size(), 16), group.rank()
+    slots = held_by(layout, S, group)
+    mine = k[:, slots].clone(), v[:, slots].clone()
+    totals = torch.stack([lengths_of(B, S, seed) for seed in range(vectors)])
+    table = torch.stack([layout.local_length(total, rank) for total in totals]).int().cuda()
+    order = torch.randint(vectors, (7919,), generator=torch.Generator().manual_seed(0)).cuda()  # alike on all ranks
+    local, at = table[0].clone(), torch.zeros(1, dtype=torch.long, device="cuda")
+    wrong, checksum = torch.zeros_like(at), torch.zeros_like(at)
+    expected = {name: [] for name in LINKED}
+    for total, lengths in zip(totals, table, strict=True):
+        ragged = {"local_seqlens": total.cuda()}
+        exact, plain = oracle(q, k, v, **ragged).out, attend(q, k, v, **ragged, backend="efficient").out.to(dtype)
+        for name in LINKED:
+            out = tree_decode(q, *mine, group=link, local_seqlens=lengths, algorithm=name)
+            assert_within_rounding(out, own_heads(exact, name, group), own_heads(plain, name, group))
+            expected[name].append(out)
+    expected = {name: torch.stack(outs) for name, outs in expected.items()}
+    assert same_on_all_ranks(expected["fused"])
+    assert same_on_all_ranks(expected["symmetric"])
+    naps = torch.randint(1, 40000, (per_graph,), generator=torch.Generator().manual_seed(rank)).tolist()  # clock cycles
+
+    def step(i):
+        name = ("fused", "fused", "symmetric", "fused", "fused_scatter", "fused", "symmetric_scatter")[i % 7]
+        if i % 10 == 3 * rank:
+            torch.cuda._sleep(naps[i % per_graph])
+        which = order.index_select(0, at)
+        local.copy_(table.index_select(0, which)[0])
+        out = tree_decode(q, *mine, group=link, local_seqlens=local, algorithm=name)
+        wrong.add_((out != expected[name].index_select(0, which)[0]).sum())
+        if not name.endswith("scatter"):
+            checksum.add_(out.view(torch.int16).sum())
+        at.add_(1).remainder_(len(order))
+
+    for i in range(1000):
+        step(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(per_graph):
+            step(i)
+    for _ in range(1000):
+        graph.replay()
+    for i in range(1000):
+        step(i)
+    link.synchronize()
+    assert wrong.item() == 0
+    assert same_on_all_ranks(checksum)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_steps(tmp_path):
+    started = time.monotonic()
+    run(hammer, tmp_path)
+    assert time.monotonic() - started < 90
+
+
+def refusals(group):
+    """What cannot be is said on every rank alike, before anybody waits."""
+    q, k, v = peaked_inputs(S=64, H=8, H_kv=2, D=64, dtype=torch.bfloat16, device="cuda")
+    small = SymmetricLink(group, rows=15, head_dim=64)
+    with pytest.raises(Unavailable, match="has a link for at most 15 rows B T H and head dim 64, got 16 and 64"):
+        tree_decode(q, k, v, group=small, algorithm="fused")
+    with pytest.raises(InputError, match=r"of at most 15 rows B T H and head dim 64, got 16, 64, torch\.float32"):
+        tree_decode(q, k, v, group=small, algorithm="symmetric")
+    with pytest.raises(Unavailable, match=r"has bfloat16 and float16 only, got torch\.float32"):
+        tree_decode(q.float(), k.float(), v.float(), group=small, algorithm="fused")
+    with pytest.raises(Unavailable, match="has a kernel of its own, got backend 'efficient'"):
+        tree_decode(q[:1], k[:1], v[:1], group=small, algorithm="fused", backend="efficient")
+    with pytest.raises(InputError, match="needs heads that divide by the ranks, got 7 heads and 2 ranks"):
+        tree_decode(q[:, :, :7], k[:, :, :1], v[:, :, :1], group=small, algorithm="fused_scatter")
+    with pytest.raises(InputError, match="symmetric needs a SymmetricLink as the group, got ProcessGroup"):
+        tree_decode(q, k, v, group=group, algorithm="symmetric")
+    slots = held_by(Layout(group.size(), 16), 64, group)
+    exact, plain = oracle(q, k, v).out, attend(q, k, v, backend="efficient").out.bfloat16()
+    assert_decodes(small, q, k[:, slots], v[:, slots], exact, plain, "too small", algorithms=("auto",))
+    halves = SymmetricLink(group)
+    out = tree_decode(q.float(), k[:, slots].float(), v[:, slots].float(), group=halves)  # apart, over the link
+    assert_within_rounding(out, exact, attend(q.float(), k.float(), v.float()).out)
+    gloo = dist.new_group(backend="gloo")
+    torch.cuda.set_device(0)
+    with pytest.raises(Unavailable, match=r"two ranks share a device: \[0, 0\]"):
+        SymmetricLink(gloo)
+
+
+def test_what_a_link_refuses(tmp_path):
+    run(refusals, tmp_path)
+
+
+def _without_rank_1(rank, meeting, algorithm, said):
+    """Rank 0 decodes, rank 1 does not; both end without a goodbye, since CUDA has ended on rank 0."""
+    torch.cuda.set_device(rank)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    link = SymmetricLink(rows=64, head_dim=64, timeout_s=2)
+    if rank == 0:
+        texts = []
+        arguments = peaked_inputs(B=1, S=64, H=8, H_kv=2, D=64, dtype=torch.bfloat16, device="cuda")
+        tree_decode(*arguments, group=link, algorithm=algorithm)
+        for call in (link.synchronize, link.check):
+            try:
+                call()
+            except TreeAttentionError as error:
+                texts.append(str(error))
+        said.with_suffix(".new").write_text("\n".join(texts))
+        said.with_suffix(".new").rename(said)
+    for _ in range(600):
+        if said.exists():
+            break
+        time.sleep(0.1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("algorithm", ["fused", "symmetric"])
+def test_a_rank_that_never_arrives_is_named(tmp_path, algorithm):
+    context, said = multiprocessing.get_context("spawn"), tmp_path / "said"
+    ranks = [
+        context.Process(target=_without_rank_1, args=(rank, f"file://{tmp_path}/meeting", algorithm, said), daemon=True)
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(90)
+        process.kill()
+    text = "ranks [1] did not arrive within 2 s; CUDA has ended in this process: start it anew"
+    assert said.read_text().splitlines() == [text, text]

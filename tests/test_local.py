@@ -1,6 +1,7 @@
 """One rank's keys, on every backend: right to rounding in every dtype and shape, and clear about what it refuses.
 
-`pytest -m gpu tests/test_local.py` runs all that needs a CUDA device.
+`pytest -m gpu tests/test_local.py` runs all that needs a CUDA device. Without one, "triton" runs in the interpreter,
+on float16 alone (its tl.dot of bfloat16 is wrong) and on few shapes (a call takes half a second there).
 """
 
 import math
@@ -13,19 +14,22 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tree_attention import InputError, Partial, Unavailable, attend, merge
 from tree_attention.local import BACKENDS, choose_backend
-from tree_attention.local.visibility import visible_keys
+from tree_attention.local.visibility import Selection, select
 from tree_attention.partial import stack
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+ON_CUDA = torch.cuda.is_available()
 HALVES = (torch.bfloat16, torch.float16)
 CPU = ("reference", "cpu_flash")
-CUDA = ("cudnn", "cuda_flash", "efficient")
+CUDA = ("cudnn", "cuda_flash", "efficient", *(["triton"] if ON_CUDA else []))
+SMALL = (*CPU, "triton")  # what tests of a few numbers run
 ANY_BUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-MASKED = ("reference", "cpu_flash", "efficient")  # the backends that take masks
+MASKED = ("reference", "cpu_flash", "triton", "efficient")  # the backends that take masks
 DTYPES = {
     "reference": (torch.float64, torch.float32, *HALVES),
     "cpu_flash": (torch.float64, torch.float32, *HALVES),
+    "triton": HALVES if ON_CUDA else (torch.float16,),
     "cudnn": HALVES,
     "cuda_flash": HALVES,
     "efficient": (torch.float32, *HALVES),
@@ -48,9 +52,14 @@ ODD_HEAD_DIMS = {
     "one key": {"B": 3, "S": 1, "H": 4, "H_kv": 2, "D": 7},
 }
 SHAPES = ONE_HEAD_DIM | TWO_HEAD_DIMS | ODD_HEAD_DIMS
-FITTING = dict.fromkeys(CPU, SHAPES) | {"efficient": ONE_HEAD_DIM | TWO_HEAD_DIMS}
+FITTING = dict.fromkeys(CPU, SHAPES) | dict.fromkeys(("efficient", "triton"), ONE_HEAD_DIM | TWO_HEAD_DIMS)
+if not ON_CUDA:
+    FITTING["triton"] = ("many keys", "D > D_v")
+CAPPED = ("reference", "triton")  # the backends that have a softcap
 CHOICES = ("plain", "scale", "softcap")
-HIDDEN = ("ragged", "causal", "causal rows", "mask", "mask for all heads", "one mask", "late keys", "everything")
+HIDDEN = (
+    "ragged", "causal", "causal rows", "window", "mask", "mask for all heads", "one mask", "late keys", "everything"
+)  # fmt: skip
 
 
 def marked(backend, *others):
@@ -74,6 +83,11 @@ def inputs(backend, dtype=None, **shape):
     return peaked_inputs(**shape, dtype=dtype or DTYPES[backend][0], device=device)
 
 
+def tokens(backend, *several):
+    """How many query tokens to try: all, or the last where the interpreter runs."""
+    return several[-1:] if backend == "triton" and not ON_CUDA else several
+
+
 def choices(name, q, k):
     """What `attend` is told beside the tensors. In most of HIDDEN some query sees no key, in none do all."""
     (B, T, H), S = q.shape[:3], k.shape[1]
@@ -94,11 +108,12 @@ def choices(name, q, k):
         "ragged": {"local_seqlens": lengths.int()},
         "causal": {"q_positions": across, "k_positions": 2 * keys + 1},
         "causal rows": by_row,
+        "window": {"q_positions": across, "k_positions": 2 * keys + 1, "window": S // 3 + 2},
         "mask": {"mask": mask},
         "mask for all heads": {"mask": mask[:, :1]},
         "one mask": {"mask": mask[:1, :1]},
         "late keys": {"mask": (keys >= S - 2).expand(1, 1, T, S)},  # whole tiles of a kernel see nothing
-        "everything": {"local_seqlens": lengths, "mask": mask[:1], "scale": scale} | by_row,
+        "everything": {"local_seqlens": lengths, "mask": mask[:1], "scale": scale} | by_row | {"window": S // 2 + 1},
     }[name]
 
 
@@ -110,8 +125,7 @@ def poisoned(cache, local_seqlens):
 
 def plain_attention(q, k, v, *, softcap=None, scale=None, **how):
     """PyTorch's own, in the inputs' dtype and on their device; it has no softcap, so that one is written out."""
-    names = ("local_seqlens", "q_positions", "k_positions", "mask")
-    visible = visible_keys(q, k, *map(how.get, names))
+    visible = select(q, k, **how).visible(q, k)
     G = q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(G, 2), v.repeat_interleave(G, 2)))
     if softcap is None:
@@ -121,16 +135,23 @@ def plain_attention(q, k, v, *, softcap=None, scale=None, **how):
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-def lse_bound(backend, dtype):
+def lse_bound(backend, dtype, D=128):
     """Largest error of the lse of scores up to some 20, where plain float32 sums would do: 1e-5.
 
     Tensor cores multiply exactly (16-bit numbers, or float32 in three parts) but cut off what they add: 3 D / 8 times
     2^-23 of a score at most, so 1e-4. PyTorch's exp for 16 bits on the CPU (fexp_u20, a cubic) is 1.07e-4 bits off, so
-    7.4e-5. Scores, scaled queries or an lse that were themselves rounded to 16 bits would be off by 2e-3 and more.
+    7.4e-5. Our kernel calculates in base 2, where 20 is 29: four roundings more (the factor, the product, the
+    logarithm, the way back) of 2^-24 times 32 at most, 8e-6 in base 2 and so 5e-6; with 256 products instead of 128,
+    whose errors add up like a random walk, 2e-5 in all. Scores, scaled queries or an lse that were themselves rounded
+    to 16 bits would be off by 2e-3 and more.
     """
     if dtype == torch.float64:
         return 1e-12
-    return 1e-4 if backend in CUDA or (backend == "cpu_flash" and dtype in HALVES) else 1e-5
+    if backend in CUDA:
+        return 1e-4 * max(D / 128, 1)
+    if backend == "triton":
+        return 2e-5
+    return 1e-4 if backend == "cpu_flash" and dtype in HALVES else 1e-5
 
 
 def compare(backend, actual, q, k, v, exact=None, shift=0.0, **how):
@@ -146,7 +167,7 @@ def compare(backend, actual, q, k, v, exact=None, shift=0.0, **how):
     sees = exact.lse > -math.inf
     assert (actual.out[~sees] == 0).all()
     assert (actual.lse[~sees] == -math.inf).all()
-    bound = lse_bound(backend, q.dtype)
+    bound = lse_bound(backend, q.dtype, q.shape[-1])
     torch.testing.assert_close(actual.lse[sees].double(), exact.lse[sees] + shift, atol=bound, rtol=0)
     if backend == "reference":  # float32 throughout, 16-bit inputs or not
         q, k, v = q.to(kept_in), k.to(kept_in), v.to(kept_in)
@@ -165,9 +186,9 @@ def assert_right(compared):
 @pytest.mark.parametrize(("backend", "dtype", "shape"), runs(BACKENDS))
 def test_all_keys_visible(backend, dtype, shape):
     compared = []
-    for T in (1, 2, 5):
+    for T in tokens(backend, 1, 2, 5):
         q, k, v = inputs(backend, dtype, T=T, **SHAPES[shape])
-        for name in CHOICES if backend == "reference" else CHOICES[:2]:
+        for name in CHOICES if backend in CAPPED else CHOICES[:2]:
             how = choices(name, q, k)
             actual = attend(q, k, v, **how, backend=backend)
             compared.append(compare(backend, actual, q, k, v, **how))
@@ -177,7 +198,7 @@ def test_all_keys_visible(backend, dtype, shape):
 @pytest.mark.parametrize(("backend", "dtype", "shape"), runs(MASKED))
 def test_hidden_keys(backend, dtype, shape):
     compared = []
-    for T in (1, 2, 5):
+    for T in tokens(backend, 1, 2, 5):
         q, k, v = inputs(backend, dtype, T=T, **SHAPES[shape])
         for name in HIDDEN:
             how = choices(name, q, k)
@@ -185,6 +206,84 @@ def test_hidden_keys(backend, dtype, shape):
             held = (k, v) if lengths is None else (poisoned(k, lengths), poisoned(v, lengths))
             actual = attend(q, *held, **how, backend=backend)
             compared.append(compare(backend, actual, q, k, v, **how))
+    assert_right(compared)
+
+
+def paged(cache, lengths, page_tokens, table):
+    """cache `[B, S, H_kv, D]` as the pages of `table`, where it says so; everything else NaN."""
+    pages = cache.new_full((int(table.max()) + 2, page_tokens, *cache.shape[2:]), math.nan)
+    for row, length in enumerate(lengths.tolist()):
+        for s in range(length):
+            pages[table[row, s // page_tokens], s % page_tokens] = cache[row, s]
+    return pages
+
+
+def scattered_pages(lengths, page_tokens):
+    """A table `[B, pages + 2]` in which no two pages of a row follow each other; unused entries point anywhere."""
+    counts = (-(-lengths // page_tokens)).tolist()
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(3))
+    table = torch.full((len(counts), max(counts) + 2), -1, dtype=torch.long)
+    for row, pages in enumerate(order.split(counts)):
+        table[row, : len(pages)] = pages
+    return table, table.where(table >= 0, torch.tensor([10**6, -5, 2**31 - 1])[torch.arange(table.shape[1]) % 3])
+
+
+@pytest.mark.parametrize("page_tokens", [1, 5, 16])
+@pytest.mark.parametrize(("backend", "dtype"), [(marked(b, d)) for b in MASKED for d in DTYPES[b]])
+def test_pages(backend, dtype, page_tokens):
+    compared = []
+    for T in tokens(backend, 1, 3):
+        q, k, v = inputs(backend, dtype, B=4, T=T, S=43, H=6, H_kv=2, D=16, D_v=24)
+        lengths = torch.tensor([43, 0, 17, 32])
+        used, table = scattered_pages(lengths, page_tokens)
+        pages = [paged(t, lengths, page_tokens, used) for t in (k, v)]
+        slots = torch.arange(table.shape[1] * page_tokens, device=q.device)
+        causal = {"q_positions": 2 * torch.arange(30, 30 + T, device=q.device), "k_positions": 2 * slots + 1}
+        mask = torch.rand(4, 6, T, len(slots), generator=torch.Generator().manual_seed(5)).to(q.device) < 0.4
+        integers = torch.int32 if page_tokens == 5 else torch.int64
+        where = {"page_table": table.to(q.device, integers), "local_seqlens": lengths.to(q.device, integers)}
+        for how in ({}, causal | {"window": 25, "mask": mask, "scale": 0.3}):
+            actual = attend(q, *pages, **where, **how, backend=backend)
+            dense = how | {name: how[name][..., :43] for name in ("k_positions", "mask") if name in how}
+            dense["local_seqlens"] = where["local_seqlens"]
+            compared.append(compare(backend, actual, q, k, v, **dense))
+    assert_right(compared)
+
+
+def test_pages_of_larger_buffers():
+    """Pages of all layers lie in one buffer, say: any strides, and more pages than rows."""
+    q, k, v = inputs("triton", B=2, S=20, H=4, H_kv=2, D=16)
+    lengths = torch.tensor([20, 9], device=q.device)
+    used, table = scattered_pages(lengths.cpu(), 8)
+    pages = torch.stack([paged(t, lengths, 8, used) for t in (k, v)], 2).transpose(1, 3)  # [pages, H_kv, 2, 8, D]
+    k_pages, v_pages = pages.contiguous().transpose(1, 3).unbind(2)
+    assert not k_pages.is_contiguous()
+    where = {"page_table": table.to(q.device), "local_seqlens": lengths}
+    actual = attend(q, k_pages, v_pages, **where, backend="triton")
+    assert_right([compare("triton", actual, q, k, v, local_seqlens=lengths)])
+
+
+LARGEST = {
+    "64 rows": {"B": 1, "T": 16, "S": 256, "H": 4, "H_kv": 1, "D": 64},
+    "64 rows of 256": {"B": 1, "T": 4, "S": 40, "H": 16, "H_kv": 1, "D": 256, "D_v": 64},
+    "64 heads": {"B": 1, "T": 1, "S": 90, "H": 64, "H_kv": 1, "D": 24},
+    "D = 256": {"B": 2, "T": 1, "S": 70, "H": 2, "H_kv": 1, "D": 256, "D_v": 128},
+    "D_v = 256": {"B": 1, "T": 2, "S": 128, "H": 3, "H_kv": 1, "D": 64, "D_v": 256},
+    "D = 192": {"B": 1, "T": 1, "S": 65, "H": 2, "H_kv": 2, "D": 192, "D_v": 136},
+    "D = 8": {"B": 2, "T": 3, "S": 20, "H": 4, "H_kv": 2, "D": 8},
+}
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [marked("triton", dtype) for dtype in DTYPES["triton"]])
+@pytest.mark.parametrize("shape", LARGEST)
+def test_the_largest_shapes(backend, dtype, shape):
+    q, k, v = inputs(backend, dtype, **LARGEST[shape])
+    compared = []
+    S = k.shape[1]
+    lengths = torch.tensor([S - 1, S // 2], device=q.device)[: q.shape[0]]
+    for how in ({}, {"local_seqlens": lengths, "softcap": 2.5}):
+        actual = attend(q, k, v, **how, backend=backend)
+        compared.append(compare(backend, actual, q, k, v, **how))
     assert_right(compared)
 
 
@@ -206,7 +305,7 @@ def other_strides(name, q, k, v):
 @pytest.mark.parametrize("backend", [marked(backend) for backend in BACKENDS])
 def test_any_strides(backend, strides):
     compared = []
-    for T in (1, 3):
+    for T in tokens(backend, 1, 3):
         q, k, v = inputs(backend, T=T, **SHAPES["GQA"])
         others = other_strides(strides, q, k, v)
         assert not all(tensor.is_contiguous() for tensor in others)
@@ -238,14 +337,15 @@ def test_the_reference_is_the_definition(scale, softcap):
     q, k, v = inputs("reference", B=2, T=3, S=11, H=4, H_kv=2, D=6, D_v=5)
     how = {
         "local_seqlens": torch.tensor([9, 6]),
-        "q_positions": torch.tensor([[3, 20, -1], [8, 10, 2]]),
+        "q_positions": torch.tensor([[3, 12, -1], [8, 10, 2]]),
         "k_positions": torch.stack([torch.arange(11), torch.arange(11).flip(0)]),
-        "mask": torch.rand(2, 4, 3, 11, generator=torch.Generator().manual_seed(0)) < 0.5,
+        "window": 8,
+        "mask": torch.rand(2, 4, 3, 11, generator=torch.Generator().manual_seed(0)) < 0.7,
     }
 
     def sees(b, h, t, s):
-        in_the_past = how["k_positions"][b, s] <= how["q_positions"][b, t]
-        return s < how["local_seqlens"][b] and in_the_past and how["mask"][b, h, t, s]
+        in_window = 0 <= how["q_positions"][b, t] - how["k_positions"][b, s] < 8
+        return s < how["local_seqlens"][b] and in_window and how["mask"][b, h, t, s]
 
     held = poisoned(k, how["local_seqlens"]), poisoned(v, how["local_seqlens"])
     actual = attend(q, *held, **how, scale=scale, softcap=softcap, backend="reference")
@@ -291,18 +391,18 @@ def test_no_visible_keys_are_zero_and_minus_infinity(backend, T):
             assert (partial.lse == -math.inf).all()
 
 
-@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("backend", [marked(backend) for backend in SMALL])
 def test_no_queries_and_no_rows(backend):
-    q, k, v = inputs(backend, T=2, S=5, H=4, H_kv=2, D=8, D_v=6)
-    assert attend(q[:, :0], k, v, backend=backend).out.shape == (2, 0, 4, 6)
-    lengths = torch.zeros(0, dtype=torch.int32)
+    q, k, v = inputs(backend, T=2, S=5, H=4, H_kv=2, D=8, D_v=16)
+    assert attend(q[:, :0], k, v, backend=backend).out.shape == (2, 0, 4, 16)
+    lengths = torch.zeros(0, dtype=torch.int32, device=q.device)
     assert attend(q[:0], k[:0], v[:0], local_seqlens=lengths, backend=backend).lse.shape == (0, 2, 4)
 
 
-@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("backend", [marked(backend) for backend in SMALL])
 def test_positions_of_all_rows_at_once(backend):
     q, k, v = inputs(backend, T=3, S=8, H=4, H_kv=2, D=8)
-    queries, keys = torch.tensor([2, 0, 5]), torch.arange(8)
+    queries, keys = torch.tensor([2, 0, 5], device=q.device), torch.arange(8, device=q.device)
     expected = attend(q, k, v, q_positions=queries.expand(2, 3), k_positions=keys.expand(2, 8), backend=backend)
     for one, other in ((queries, keys), (queries[None], keys.int()), (queries.int(), keys.expand(2, 8))):
         partial = attend(q, k, v, q_positions=one, k_positions=other, backend=backend)
@@ -316,7 +416,7 @@ ALL_RUNS = [marked(backend, dtype) for backend in BACKENDS for dtype in DTYPES[b
 @pytest.mark.parametrize(("backend", "dtype"), ALL_RUNS)
 def test_split_keys_merge_to_the_whole(backend, dtype):
     compared = []
-    for T in (1, 3):
+    for T in tokens(backend, 1, 3):
         q, k, v = inputs(backend, dtype, T=T, **SHAPES["GQA"])
         sizes = (5, 0, 32, 27)
         pieces = zip(k.split(sizes, 1), v.split(sizes, 1), strict=True)
@@ -328,7 +428,7 @@ def test_split_keys_merge_to_the_whole(backend, dtype):
 @pytest.mark.parametrize(("backend", "dtype"), ALL_RUNS)
 def test_the_order_of_keys_does_not_matter(backend, dtype):
     compared = []
-    for T in (1, 3):
+    for T in tokens(backend, 1, 3):
         q, k, v = inputs(backend, dtype, T=T, **SHAPES["GQA"])
         order = torch.randperm(k.shape[1], generator=torch.Generator().manual_seed(0)).to(k.device)
         actual = attend(q, k[:, order], v[:, order], backend=backend)
@@ -355,7 +455,8 @@ def test_auto_on_the_cpu(dtype):
     for name in (*CHOICES, *HIDDEN):
         how = choices(name, q, k)
         expected = "reference" if name == "softcap" else "cpu_flash"
-        assert choose_backend(q, k, v, softcap=how.get("softcap"), visible=how.get("mask")) == expected
+        keys = {key: value for key, value in how.items() if key not in ("scale", "softcap")}
+        assert choose_backend(q, k, v, softcap=how.get("softcap"), selection=select(q, k, **keys)) == expected
         chosen, auto = attend(q, k, v, **how, backend=expected), attend(q, k, v, **how)
         assert torch.equal(auto.out, chosen.out)
         assert torch.equal(auto.lse, chosen.lse)
@@ -365,18 +466,22 @@ def test_auto_on_the_cpu(dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_auto_on_cuda():
-    def chosen(dtype, *, D=64, D_v=64, masked=False, softcap=None):
-        q, k, v = peaked_inputs(T=1, S=9, D=D, D_v=D_v, dtype=dtype, device="cuda")
-        visible = torch.ones(1, 1, 1, 9, dtype=torch.bool, device="cuda") if masked else None
-        return choose_backend(q, k, v, visible=visible, softcap=softcap)
+    def chosen(dtype, *, T=1, D=64, D_v=64, masked=False, softcap=None):
+        q, k, v = peaked_inputs(T=T, S=9, D=D, D_v=D_v, dtype=dtype, device="cuda")
+        mask = torch.ones(1, 1, T, 9, dtype=torch.bool, device="cuda") if masked else None
+        return choose_backend(q, k, v, selection=Selection(mask=mask), softcap=softcap)
 
     for dtype in HALVES:
-        assert chosen(dtype) == "cudnn"
-        assert chosen(dtype, masked=True) == "efficient"
-        assert chosen(dtype, D=40) == "efficient"
+        assert chosen(dtype) == "triton"
+        assert chosen(dtype, T=16, masked=True, softcap=9.0, D=40) == "triton"
+        assert chosen(dtype, T=17) == "cudnn"  # 68 rows
+        assert chosen(dtype, T=17, masked=True) == "efficient"
+        assert chosen(dtype, T=17, D=40) == "efficient"
+        assert chosen(dtype, T=17, softcap=9.0) == "reference"
+        assert chosen(dtype, D=264, D_v=264) == "efficient"
         assert chosen(dtype, D=20, D_v=20) == "reference"
-        assert chosen(dtype, softcap=9.0) == "reference"
     assert chosen(torch.float32) == chosen(torch.float32, masked=True) == "efficient"
+    assert chosen(torch.float32, softcap=9.0) == "reference"
     assert chosen(torch.float64) == "reference"
 
 
@@ -384,7 +489,14 @@ CALL = {"T": 2, "S": 8, "H": 4, "H_kv": 2, "D": 16}
 HALF, FULL, DOUBLE = {"dtype": torch.float16}, {"dtype": torch.float32}, {"dtype": torch.float64}
 SOFTCAP, LENGTHS = {"softcap": 3.0}, {"local_seqlens": torch.tensor([3, 8])}
 REFUSED_ON_CPU = [("cpu_flash", FULL, SOFTCAP, "has no softcap")]
-REFUSED_ON_CPU += [(backend, HALF, {}, "runs on CUDA tensors, got cpu") for backend in CUDA]
+REFUSED_ON_CPU += [(backend, HALF, {}, "runs on CUDA tensors, got cpu") for backend in CUDA if backend != "triton"]
+REFUSED_BY_TRITON = [
+    ("triton", FULL, {}, "has bfloat16 and float16 only, got torch.float32"),
+    ("triton", HALF | {"D": 20}, {}, "needs head dims that are multiples of 8 up to 256, got 20 and 20"),
+    ("triton", HALF | {"D_v": 12}, {}, "needs head dims that are multiples of 8 up to 256, got 16 and 12"),
+    ("triton", HALF | {"D": 264}, {}, "needs head dims that are multiples of 8 up to 256, got 264 and 264"),
+    ("triton", HALF | {"T": 33}, {}, "takes at most 64 query rows a KV head (T H / H_kv), got 66"),
+]
 REFUSED_ON_CUDA = [
     ("cpu_flash", FULL, {}, "runs on CPU tensors, got cuda"),
     ("efficient", DOUBLE, {}, "does not have float64"),
@@ -404,12 +516,21 @@ for fused in ("cudnn", "cuda_flash"):
 
 @pytest.mark.parametrize(
     ("device", "backend", "shape", "how", "text"),
-    [("cpu", *case) for case in REFUSED_ON_CPU] + [pytest.param("cuda", *case, marks=GPU) for case in REFUSED_ON_CUDA],
+    [("cpu", *case) for case in REFUSED_ON_CPU + ([] if ON_CUDA else REFUSED_BY_TRITON)]
+    + [pytest.param("cuda", *case, marks=GPU) for case in REFUSED_ON_CUDA + REFUSED_BY_TRITON],
 )
 def test_a_backend_that_cannot_run_says_why(device, backend, shape, how, text):
     q, k, v = peaked_inputs(**CALL | shape, device=device)
     with pytest.raises(Unavailable, match=re.escape(f"backend '{backend}' {text}: use backend='auto'")):
         attend(q, k, v, **how, backend=backend)
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        Unavailable, match=re.escape("backend 'triton' runs on CUDA tensors, got cpu: use backend='auto'")
+    ):
+        attend(*peaked_inputs(**CALL | HALF), backend="triton")
 
 
 def test_a_backend_is_refused_where_there_are_no_keys_too():
@@ -423,6 +544,10 @@ def bad_calls():
     q, k, v = peaked_inputs(**CALL)
     queries, keys, mask = torch.arange(2), torch.arange(8), torch.ones(2, 4, 2, 8, dtype=torch.bool)
     seqlens, positions = "local_seqlens must be int32 or int64 [2], got", {"q_positions": queries, "k_positions": keys}
+    table, lengths = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([3, 8])
+    pages = {"page_table": table, "local_seqlens": lengths}
+    is_window = "window must be at least 1, and needs q_positions and k_positions, got"
+    is_table = "page_table must be int32 or int64 [2, max_pages] on cpu, got"
     fits = "mask must be bool [2 or 1, 4 or 1, 2, 8], got"
     return {
         "rank": ({"q": q[0]}, "q must be 4-D [B, tokens, heads, head_dim], got (2, 4, 16)"),
@@ -471,6 +596,18 @@ def bad_calls():
         "mask's dims": ({"mask": mask[0, 0]}, f"{fits} torch.bool [2, 8]"),
         "mask's dtype": ({"mask": mask.float()}, f"{fits} torch.float32 [2, 4, 2, 8]"),
         "mask's device": ({"mask": mask.to("meta")}, "mask must be on cpu, got meta"),
+        "window alone": ({"window": 3}, f"{is_window} 3"),
+        "window 0": (positions | {"window": 0}, f"{is_window} 0"),
+        "table's dims": (pages | {"page_table": table[0]}, f"{is_table} torch.int32 [3] on cpu"),
+        "table's rows": (pages | {"page_table": table[:1]}, f"{is_table} torch.int32 [1, 3] on cpu"),
+        "table's dtype": (pages | {"page_table": table.float()}, f"{is_table} torch.float32 [2, 3] on cpu"),
+        "table's device": (pages | {"page_table": table.to("meta")}, f"{is_table} torch.int32 [2, 3] on meta"),
+        "pages alone": ({"page_table": table}, "page_table needs local_seqlens: how many keys of each row there are"),
+        "longer than pages": (
+            pages | {"local_seqlens": torch.tensor([25, 3])}, "between 0 and S_local = 24, got 3 to 25"
+        ),
+        "positions of pages": (positions | pages, "k_positions must be integers [24] or [2, 24], got torch.int64 [8]"),
+        "mask of pages": (pages | {"mask": mask}, "mask must be bool [2 or 1, 4 or 1, 2, 24], got torch.bool [2, 4"),
         "backend": ({"backend": "flash"}, f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got 'flash'"),
     }  # fmt: skip
 
@@ -485,7 +622,7 @@ def test_arguments_that_do_not_fit(name, backend):
         attend(**arguments)
 
 
-@pytest.mark.parametrize("backend", [marked(backend) for backend in CUDA])
+@pytest.mark.parametrize("backend", [marked(backend) for backend in ("cudnn", "cuda_flash", "efficient")])
 @pytest.mark.parametrize("shape", [{"S": 1, "D": 64}, {"S": 300, "D": 256}, {"S": 1, "D": 256}], ids=str)
 def test_shapes_that_pytorch_itself_keeps_from_cudnn(backend, shape):
     """Right, or refused for a reason; "auto" never runs into them."""

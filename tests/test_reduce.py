@@ -9,12 +9,24 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from tree_attention import InputError, Layout, Partial, TreeAttentionError, attend, merge, tree_decode, tree_reduce
+from tree_attention import (
+    InputError,
+    Layout,
+    Partial,
+    SymmetricLink,
+    TreeAttentionError,
+    Unavailable,
+    attend,
+    merge,
+    tree_decode,
+    tree_reduce,
+)
 from tree_attention.partial import empty, stack
 from tree_attention.reduce import ALGORITHMS, SharedMemoryLink, choose_algorithm, received_bytes, shared_memory
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs, record_traffic
 
 EVERYWHERE = ("all_gather", "all_reduce", "tree", "shared_memory")  # algorithms whose result is whole on every rank
+ON_GPUS = ("symmetric", "symmetric_scatter")  # tests/test_triton.py and tests/test_gpu.py run these
 B, T, H, D_V = 2, 3, 12, 16
 
 
@@ -35,7 +47,7 @@ def reduce_here(group, algorithm, empty_ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in ON_GPUS])
 @pytest.mark.parametrize("empty_ranks", [(), (0,), (1, 2), (0, 1, 2, 3)])
 def test_equals_merge_on_every_rank(pool, ranks, algorithm, empty_ranks):
     exact = merge(
@@ -81,7 +93,11 @@ def test_stated_bytes(ranks):
         "tree": math.ceil(math.log2(ranks)) * packed,
         "reduce_scatter": pytest.approx((ranks - 1) / ranks * packed),
         "shared_memory": 2 * (ranks - 1) * packed,
+        "symmetric": 2 * (ranks - 1) * packed,
+        "symmetric_scatter": pytest.approx(2 * (ranks - 1) / ranks * packed),
     }
+    auto = received_bytes("auto", rows=rows, head_dim=D_V, world_size=ranks, device_type="cuda")
+    assert auto == stated["all_gather"]
 
 
 def decode_here(group, algorithm, dtype, block, seqlens):
@@ -151,7 +167,7 @@ def test_a_group_this_rank_is_not_in(pool):
 
 
 def test_unknown_algorithm_lists_the_known():
-    with pytest.raises(InputError, match="reduce_scatter, shared_memory, got 'ring'"):
+    with pytest.raises(InputError, match="shared_memory, symmetric, symmetric_scatter, got 'ring'"):
         tree_reduce(random_partial(0), algorithm="ring")
 
 
@@ -166,6 +182,65 @@ def scatter_odd_heads(group):
 def test_reduce_scatter_needs_heads_that_divide(pool):
     text = "reduce_scatter needs heads that divide by the ranks, got 5 heads and 2 ranks"
     assert pool.run(scatter_odd_heads, ranks=2) == [text] * 2
+
+
+def without_a_symmetric_link(group):
+    """What is said where there is none: of the group itself, and of a link of the other kind."""
+    texts = []
+    q, k, v = peaked_inputs(H=12, H_kv=3)
+    for over in (group, SharedMemoryLink(group)):
+        for algorithm in ON_GPUS:
+            try:
+                tree_reduce(random_partial(0), over, algorithm=algorithm)
+            except InputError as error:
+                texts.append(str(error))
+        for algorithm in ("symmetric", "fused", "fused_scatter"):
+            for verify in (False, True):
+                try:
+                    tree_decode(q, k, v, group=over, algorithm=algorithm, verify=verify)
+                except TreeAttentionError as error:
+                    texts.append(str(error))
+    return texts
+
+
+def test_symmetric_and_fused_need_a_symmetric_link(pool):
+    for texts in pool.run(without_a_symmetric_link, ranks=2):
+        expected = []
+        for kind in ("ProcessGroup", "SharedMemoryLink"):
+            needs = f"needs a SymmetricLink as the group, got {kind}"
+            expected += [f"{algorithm} {needs}" for algorithm in ON_GPUS]
+            for algorithm in ("symmetric", "fused", "fused_scatter"):
+                text = f"{algorithm} {needs}"
+                expected += [text, f"rank 0: {text}; rank 1: {text}"]
+        assert texts == expected
+
+
+def test_fused_without_a_group_needs_a_link():
+    with pytest.raises(InputError, match="fused needs a SymmetricLink as the group, got NoneType"):
+        tree_decode(*peaked_inputs(), algorithm="fused")
+
+
+def without_cuda(group):
+    bad = [{"rows": 0}, {"head_dim": 0}, {"timeout_s": 0.0}, {"programs": 0}]
+    texts = []
+    for how in ({}, *bad):
+        try:
+            SymmetricLink(group, **how)
+        except (Unavailable, InputError) as error:
+            texts.append((type(error).__name__, str(error)))
+    return texts
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a host without CUDA devices")
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_symmetric_link_needs_cuda(pool, ranks):
+    """On every rank alike, and before that its arguments are looked at."""
+    for (kind, text), *others in pool.run(without_cuda, ranks=ranks):
+        assert kind == "Unavailable"
+        assert text.startswith("a SymmetricLink is not to be had, ")
+        assert all(f"rank {rank} needs CUDA" in text for rank in range(ranks))
+        assert [kind for kind, _ in others] == ["InputError"] * 4
+        assert all("must be positive, got" in text for _, text in others)
 
 
 def disagree(group, what):
@@ -209,7 +284,6 @@ def hammer(group, steps):
     """Many gathers of changing size, the ranks never in step; returns the wrong ones, and the files left behind."""
     before = set(Path("/dev/shm").glob("tree-attention-*"))
     link = SharedMemoryLink(group)
-    left = set(Path("/dev/shm").glob("tree-attention-*")) - before
     sizes = torch.randint(1, 3000, (steps,), generator=torch.Generator().manual_seed(0)).tolist()
     naps = torch.rand(steps, generator=torch.Generator().manual_seed(group.rank())).tolist()
     wrong = []
@@ -220,6 +294,7 @@ def hammer(group, steps):
         expected = torch.tensor([float(step * 10 + rank) for rank in range(group.size())])
         if not torch.equal(gathered, expected[:, None].expand(-1, size)):
             wrong.append(step)
+    left = set(Path("/dev/shm").glob("tree-attention-*")) - before  # only now: the others may be ahead of its unlinking
     return wrong, left
 
 
@@ -267,3 +342,4 @@ def test_what_auto_chooses():
     assert choose_algorithm("cuda", 8) == "all_gather"
     assert choose_algorithm("cpu", 3) == "tree"
     assert choose_algorithm("cpu", 3, linked=True) == "shared_memory"
+    assert choose_algorithm("cuda", 2, linked=True) == "symmetric"

@@ -6,7 +6,7 @@ from .errors import InputError, RanksDisagree, TreeAttentionError, Unavailable, 
 from .layout import Layout
 from .local import attend
 from .partial import Partial, merge
-from .reduce import SharedMemoryLink, tree_reduce
+from .reduce import SharedMemoryLink, SymmetricLink, tree_reduce
 
 __all__ = [
     "InputError",
@@ -14,6 +14,7 @@ __all__ = [
     "Partial",
     "RanksDisagree",
     "SharedMemoryLink",
+    "SymmetricLink",
     "TreeAttentionError",
     "Unavailable",
     "Unsupported",

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .errors import InputError, TreeAttentionError
+from . import fused
+from .errors import InputError, TreeAttentionError, Unavailable
 from .group import Group, check_agreement, rank_and_size, resolve_group
-from .local import attend
+from .local import attend, check
+from .local.visibility import Selection
 from .partial import Partial, merge, stack
-from .reduce import SharedMemoryLink, check_reduction, tree_reduce
+from .reduce import Link, SymmetricLink, check_reduction, check_scatter, tree_reduce
+
+FUSED = ("fused", "fused_scatter")
 
 
 def tree_decode(
@@ -18,11 +22,13 @@ def tree_decode(
     k: Tensor,
     v: Tensor,
     *,
-    group: Group | SharedMemoryLink = None,
+    group: Group | Link = None,
     local_seqlens: Tensor | None = None,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
+    window: int | None = None,
     mask: Tensor | None = None,
+    page_table: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -39,31 +45,72 @@ def tree_decode(
         q: `[B, T, H, D]`, the same on every rank.
         k, v: `[B, S_local, H_kv, D]` and `[B, S_local, H_kv, D_v]`, this rank's keys; S_local may differ between
             ranks and may be 0.
-        group: the ranks that share the keys: a process group, a 1-D DeviceMesh, None for all, or a SharedMemoryLink.
-        local_seqlens, q_positions, k_positions, mask, scale, softcap, backend: as in `attend`, about this rank's keys.
+        group: the ranks that share the keys: a process group, a 1-D DeviceMesh, None for all, or a link over one of
+            these (`SymmetricLink` on GPUs of one host, `SharedMemoryLink` on CPUs).
+        local_seqlens, q_positions, k_positions, window, mask, page_table, scale, softcap, backend: as in `attend`,
+            about this rank's keys.
         sinks: `[H]`, one more logit a head that takes weight and has no value (GPT-OSS); counted once, not per rank.
-        algorithm: as in `tree_reduce`.
+        algorithm: as in `tree_reduce`; or, with a SymmetricLink, "fused": decoding and the exchange in one launch, or
+            "fused_scatter", which leaves each rank its own heads. "auto" is "fused" where that can be had, which
+            `choose_path` tells, otherwise what `tree_reduce` takes.
         verify: ask all ranks, before anything else, whether they were called alike and find no fault: then every
             rank raises, none is left waiting. One collective of Python objects; for set-up and debugging.
 
     Returns:
-        `[B, T, H, D_v]` in q's dtype, or `[B, T, H / P, D_v]` with algorithm "reduce_scatter". Queries that see no
-        key on any rank give 0.
+        `[B, T, H, D_v]` in q's dtype, or `[B, T, H / P, D_v]` with an algorithm that ends in "scatter". Queries that
+        see no key on any rank give 0.
 
     Raises:
         InputError, Unavailable: as in `attend` and `tree_reduce`.
         RanksDisagree: with `verify`, on every rank.
     """
     choices = {"scale": scale, "softcap": softcap, "backend": backend}
-    keys = {"local_seqlens": local_seqlens, "q_positions": q_positions, "k_positions": k_positions, "mask": mask}
+    keys = {
+        "local_seqlens": local_seqlens, "q_positions": q_positions, "k_positions": k_positions, "window": window,
+        "mask": mask, "page_table": page_table,
+    }  # fmt: skip
     if verify:
         _vote(q, k, v, keys, choices, sinks, algorithm, group)
     _check_sinks(sinks, q)
+    if isinstance(group, SymmetricLink):
+        group.check()
+    if isinstance(group, SymmetricLink) and algorithm in ("auto", *FUSED) and q.numel():
+        selection = check(q, k, v, **keys, scale=scale, softcap=softcap)
+        if choose_path(q, k, v, selection, softcap, group, backend, algorithm) == "fused":
+            return fused.fused_decode(
+                q, k, v, selection, group, scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
+                sinks=sinks, scatter=algorithm == "fused_scatter",
+            )  # fmt: skip
+    elif algorithm in FUSED:
+        raise InputError(f"{algorithm} needs a SymmetricLink as the group, got {type(group).__name__}")
     partial = attend(q, k, v, **keys, **choices)
     total = tree_reduce(partial, group, algorithm=algorithm)
     if sinks is not None:
         total = add_sinks(total, _own_heads(sinks, total, group))
     return total.out.to(q.dtype)
+
+
+def choose_path(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    softcap: float | None,
+    link: SymmetricLink,
+    backend: str = "auto",
+    algorithm: str = "auto",
+) -> str:
+    """ "fused", or "apart": first `attend`, then `tree_reduce`. From shapes and dtypes, which all ranks share.
+
+    Raises Unavailable if "fused" was asked for by name and cannot run, InputError as `tree_reduce` does.
+    """
+    check_scatter(q.shape[2], link.group, algorithm)
+    obstacle = fused.obstacle(q, k, v, selection, softcap, link)
+    if obstacle is None and backend not in ("auto", "triton"):
+        obstacle = f"has a kernel of its own, got backend {backend!r}"
+    if obstacle is not None and algorithm in FUSED:
+        raise Unavailable(f"algorithm {algorithm!r} {obstacle}: use algorithm='auto'")
+    return "fused" if obstacle is None else "apart"
 
 
 def add_sinks(partial: Partial, sinks: Tensor) -> Partial:
@@ -72,7 +119,7 @@ def add_sinks(partial: Partial, sinks: Tensor) -> Partial:
     return merge(stack([partial, Partial(torch.zeros_like(partial.out), lse)]))
 
 
-def _own_heads(sinks: Tensor, partial: Partial, group: Group | SharedMemoryLink) -> Tensor:
+def _own_heads(sinks: Tensor, partial: Partial, group: Group | Link) -> Tensor:
     """The sinks of the heads that reduce_scatter left on this rank; all of them otherwise."""
     heads = partial.lse.shape[2]
     if heads == sinks.shape[0]:
@@ -81,8 +128,8 @@ def _own_heads(sinks: Tensor, partial: Partial, group: Group | SharedMemoryLink)
     return sinks[first : first + heads]
 
 
-def _process_group(group: Group | SharedMemoryLink) -> ProcessGroup | None:
-    return group.group if isinstance(group, SharedMemoryLink) else resolve_group(group)
+def _process_group(group: Group | Link) -> ProcessGroup | None:
+    return group.group if isinstance(group, Link) else resolve_group(group)
 
 
 def _vote(
@@ -93,13 +140,19 @@ def _vote(
     choices: dict[str, Any],
     sinks: Tensor | None,
     algorithm: str,
-    group: Group | SharedMemoryLink,
+    group: Group | Link,
 ) -> None:
     """Try everything that needs no communication, then compare what all ranks found."""
     error = None
     try:
         _check_sinks(sinks, q)
-        check_reduction(attend(q, k, v, **keys, **choices), group, algorithm)
+        if algorithm in FUSED:
+            selection = check(q, k, v, **keys, scale=choices["scale"], softcap=choices["softcap"])
+            if not isinstance(group, SymmetricLink):
+                raise InputError(f"{algorithm} needs a SymmetricLink as the group, got {type(group).__name__}")
+            choose_path(q, k, v, selection, choices["softcap"], group, choices["backend"], algorithm)
+        else:
+            check_reduction(attend(q, k, v, **keys, **choices), group, algorithm)
     except TreeAttentionError as fault:
         error = str(fault)
     described = {

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, Unsupported
-from .local import _check
-from .local.visibility import visible_keys
+from .local import check
 from .partial import Partial
 
 
@@ -43,9 +42,9 @@ def attention_energy(
     Raises:
         InputError: shapes, dtypes, devices or values that do not fit, 16-bit inputs among them.
     """
-    _check(q, k, v, None, scale, softcap)
+    positions = {"q_positions": q_positions, "k_positions": k_positions}
+    visible = check(q, k, v, **positions, mask=mask, scale=scale, softcap=softcap).visible(q, k)
     _check_source(zeta, q, v)
-    visible = visible_keys(q, k, None, q_positions, k_positions, mask)
     scores = _products(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -73,7 +72,7 @@ def attention_from_energy(
     """
     if torch.is_inference_mode_enabled():
         raise Unsupported("attention_from_energy needs autograd, which torch.inference_mode forbids: use torch.no_grad")
-    _check(q, k, v, None, scale, softcap)
+    check(q, k, v, scale=scale, softcap=softcap)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     zeta = q.new_zeros((*q.shape[:-1], v.shape[-1]), requires_grad=True)
     with torch.enable_grad():

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ..errors import TreeAttentionError
-from . import bench as bench_command
+from . import bench_decode as decode_command
 from . import info as info_command
+from .bench import bench_generate
 from .generate import Request, generate_on_ranks
 from .launch import RankDied
 
@@ -19,9 +20,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Measure, first whether it is right.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Option(help="Folder of a Hugging Face model, or its name on the hub.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one GPU a rank.")]
+Output = Annotated[Path | None, typer.Option(help="Append the records to this file, one JSON document a line.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
 
 
@@ -61,19 +65,45 @@ def generate(
     _run(lambda: generate_on_ranks(request, nproc))
 
 
-@app.command()
-def bench(
+@bench.command("generate")
+def generation(
     model: Model,
     nproc: Annotated[int, typer.Option(help="Ranks to compare with one process.")] = 2,
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,4096,8192",
     decode_tokens: Annotated[int, typer.Option(help="Tokens to decode in a round.")] = 32,
     rounds: Annotated[int, typer.Option(help="Turns for each contestant at each length.")] = 3,
-    output: Annotated[
-        Path | None, typer.Option(help="Append the records to this file, one JSON document a line.")
-    ] = None,
+    output: Output = None,
 ) -> None:
     """Time reading and writing on one process and on ranks (CPU, float32, a core each), and weigh the KV cache."""
-    _run(lambda: bench_command.bench(model, nproc, contexts, decode_tokens, rounds, output))
+    _run(lambda: bench_generate(model, nproc, contexts, decode_tokens, rounds, output))
+
+
+@bench.command()
+def decode(
+    nproc: Annotated[int, typer.Option(help="Ranks, a GPU each.")] = 2,
+    keys: Annotated[str, typer.Option(help="Keys on each rank.")] = "16384,65536,262144,1048576",
+    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1",
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Of queries, keys and values.")] = 128,
+    layout: Annotated[str, typer.Option(help="Of K and V in memory: NHD, tokens first, or HND, heads first.")] = "HND",
+    ragged: Annotated[
+        bool, typer.Option(help="Lengths drawn between 1 and KEYS; ours alone, peers have none.")
+    ] = False,
+    peers: Annotated[str, typer.Option(help="Names with commas between them, all or none.")] = "all",
+    rounds: Annotated[int, typer.Option(help="Turns for each contestant.")] = 15,
+    eager: Annotated[bool, typer.Option(help="Time the steps called one by one, too.")] = True,
+    output: Output = None,
+) -> None:
+    """Time a decode step on GPUs against other kernels and exchanges and the speed of memory, after comparing results.
+
+    Exit code 1: ours was wrong.
+    """
+    request = decode_command.Request(
+        nproc=nproc, keys=keys, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, layout=layout,
+        ragged=ragged, peers=peers, rounds=rounds, eager=eager, output=output,
+    )  # fmt: skip
+    _run(lambda: decode_command.bench_decode(request))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`tree-attention bench`: ranks against one process, as a table and as records."""
+"""`tree-attention bench generate`: ranks against one process, as a table and as records."""
 
 import json
 import platform
@@ -23,13 +23,10 @@ from .launch import run_on_ranks
 CHUNK_TOKENS = 1024
 
 
-def bench(model: str, nproc: int, contexts: str, decode_tokens: int, rounds: int, output: Path | None) -> int:
+def bench_generate(model: str, nproc: int, contexts: str, decode_tokens: int, rounds: int, output: Path | None) -> int:
     """Measure on `nproc` ranks, print the table and one JSON document; returns the exit code."""
     check_model_folder(model)
-    try:
-        lengths = sorted(int(length) for length in contexts.split(","))
-    except ValueError:
-        raise InputError(f"contexts must be numbers with commas between them, got {contexts!r}") from None
+    lengths = sorted(numbers("contexts", contexts))
     if lengths[0] < 1 or nproc < 2 or decode_tokens < 1 or rounds < 1:
         raise InputError("contexts, decode-tokens and rounds must be at least 1, nproc at least 2")
     with tempfile.TemporaryDirectory() as folder:
@@ -45,6 +42,14 @@ def bench(model: str, nproc: int, contexts: str, decode_tokens: int, rounds: int
             file.writelines(json.dumps(surroundings | record) + "\n" for record in records)
     sys.stdout.write(json.dumps(surroundings | {"records": records}) + "\n")
     return 0
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """ "1,2,3" -> [1, 2, 3], or InputError."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name} must be numbers with commas between them, got {text!r}") from None
 
 
 def _on_rank(

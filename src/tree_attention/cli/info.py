@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InputError
-from ..local import BACKENDS, choose_backend
+from ..local import BACKENDS, choose_backend, triton_decode
+from ..local.visibility import Selection
 from ..reduce import ALGORITHMS, choose_algorithm, received_bytes
+from ..reduce.symmetric import link_obstacle
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,8 @@ def info(shape: Shape, as_json: bool) -> int:
 def describe(shape: Shape) -> dict[str, dict[str, Any]]:
     """Section -> name -> what is known."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    q, k, visible = _example(shape, device)
-    backends = {name: backend.obstacle(q, k, k, visible, None) or "can run it" for name, backend in BACKENDS.items()}
-    chosen = choose_algorithm(device, shape.ranks)
-    linked = "" if device == "cuda" else "; shared_memory with a SharedMemoryLink, which TreeCache makes on one host"
+    q, k, selection = _example(shape, device)
+    backends = {name: backend.obstacle(q, k, k, selection, None) or "can run it" for name, backend in BACKENDS.items()}
     rows = shape.B * shape.T * shape.H
     received = {name: received_bytes(name, rows=rows, head_dim=shape.D, world_size=shape.ranks) for name in ALGORITHMS}
     algorithms = {name: f"{amount / 1e3:.1f} kB a rank and layer" for name, amount in received.items()}
@@ -65,8 +65,29 @@ def describe(shape: Shape) -> dict[str, dict[str, Any]]:
         "shape": {"step": f"{described}, {shape.dtype}, {shape.ranks} ranks" + (", masked" if shape.masked else "")},
         "backends for it": backends,
         "algorithms for it": algorithms,
-        "auto chooses": {"backend": choose_backend(q, k, k, visible=visible), "algorithm": chosen + linked},
+        "auto chooses": {"backend": choose_backend(q, k, k, selection=selection), **_algorithms(shape, device, q, k)},
     }
+
+
+def _algorithms(shape: Shape, device: str, q: torch.Tensor, k: torch.Tensor) -> dict[str, str]:
+    """What "auto" makes of the exchange, without a link and with one, and why."""
+    found = {"algorithm": choose_algorithm(device, shape.ranks)}
+    if device == "cpu":
+        found["with a SharedMemoryLink"] = "shared_memory (TreeCache makes the link on one host)"
+    rows = shape.B * shape.T * shape.H
+    obstacle = link_obstacle()
+    if obstacle is None and torch.cuda.device_count() < shape.ranks:
+        obstacle = f"needs a GPU of this host for each of {shape.ranks} ranks, found {torch.cuda.device_count()}"
+    unfused = triton_decode.obstacle(q, k, k, Selection(), None)
+    if obstacle is not None:
+        found["with a SymmetricLink"] = f"not to be had here: {obstacle}"
+    elif unfused is not None:
+        found["with a SymmetricLink"] = f"symmetric, apart from the decoding: the fused kernel {unfused}"
+    else:
+        found["with a SymmetricLink"] = f"fused, if the link has room: rows={rows}, head_dim={shape.D} at least"
+    if shape.H % shape.ranks == 0:
+        found["for own heads only"] = "ask for fused_scatter or symmetric_scatter with a link, reduce_scatter without"
+    return found
 
 
 def _versions() -> dict[str, str]:
@@ -104,7 +125,7 @@ def _links() -> dict[str, str]:
     return found
 
 
-def _example(shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _example(shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor, Selection]:
     """q, k and mask of that shape, without their memory."""
     dtype = getattr(torch, shape.dtype, None)
     if not isinstance(dtype, torch.dtype):
@@ -119,4 +140,4 @@ def _example(shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor, tor
     q = one.expand(shape.B, shape.T, shape.H, shape.D)
     k = one.expand(shape.B, shape.S_local, shape.H_kv, shape.D)
     mask = torch.empty(1, dtype=torch.bool, device=device).expand(shape.B, 1, shape.T, shape.S_local)
-    return q, k, mask if shape.masked else None
+    return q, k, Selection(mask=mask if shape.masked else None)

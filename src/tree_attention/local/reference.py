@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from ..partial import Partial
+from .visibility import Selection
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Partial:
-    """`local.attend` after its checks; visible is bool `[B or 1, H or 1, T, S]` or None. Memory O(B H T S)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
+    """`local.attend` after its checks. Memory O(B H T S)."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     B, T, H, D = q.shape
     H_kv = k.shape[2]
@@ -15,6 +16,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float
     scores = torch.einsum("btkgd,bskd->bkgts", q.reshape(B, T, H_kv, H // H_kv, D), k).flatten(1, 2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    visible = selection.visible(q, k)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     peak = scores.amax(-1, keepdim=True)

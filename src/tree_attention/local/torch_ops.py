@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..partial import Partial
+from .visibility import Selection
 
 aten = torch.ops.aten
 
 
-def cpu_flash(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Partial:
+def cpu_flash(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
     """`aten._scaled_dot_product_flash_attention_for_cpu`: any dtype; a mask costs a float copy of itself."""
     B, T, H, _ = q.shape
     H_kv, D_v = k.shape[2], v.shape[3]
+    visible = selection.visible(q, k)
     bias = None if visible is None else _bias(visible, q.dtype)
     if T == 1:  # the query heads of one KV head become rows of one query block: the KV is read once, not H / H_kv times
         q = q.unflatten(2, (H_kv, -1)).flatten(1, 2).transpose(1, 2)  # [B, 1 * H_kv, G, D] -> [B, G, H_kv, D]
@@ -29,38 +31,38 @@ def cpu_flash(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: fl
     return _partial(out[..., :D_v], lse, visible)
 
 
-def cpu_flash_obstacle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softcap: float | None) -> str | None:
+def cpu_flash_obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> str | None:
     if q.device.type != "cpu":
         return f"runs on CPU tensors, got {q.device.type}"
     return _softcap_obstacle(softcap)
 
 
-def cuda_flash(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Partial:
+def cuda_flash(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
     """`aten._scaled_dot_product_flash_attention` (FlashAttention-2, split-KV for few queries)."""
     out, lse = aten._scaled_dot_product_flash_attention(*_heads_first(q, k, v), scale=scale)[:2]
-    return _partial(out, lse, visible)
+    return _partial(out, lse, None)
 
 
-def cuda_flash_obstacle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softcap: float | None) -> str | None:
-    return _half_precision_obstacle(q, k, v, visible, softcap)
+def cuda_flash_obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> str | None:
+    return _half_precision_obstacle(q, k, v, selection, softcap)
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Partial:
+def cudnn(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
     """`aten._scaled_dot_product_cudnn_attention`: the fastest of PyTorch's on Hopper (shared notes, kernels)."""
     out, lse = aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True, scale=scale)[:2]
-    return _partial(out, lse.reshape(out.shape[:-1]), visible)
+    return _partial(out, lse.reshape(out.shape[:-1]), None)
 
 
-def cudnn_obstacle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softcap: float | None) -> str | None:
+def cudnn_obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> str | None:
     if q.device.type == "cuda" and not torch.backends.cudnn.is_available():
         return "needs cuDNN, which this PyTorch does not have"
-    return _half_precision_obstacle(q, k, v, visible, softcap)
+    return _half_precision_obstacle(q, k, v, selection, softcap)
 
 
-def efficient(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Partial:
+def efficient(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
     """`aten._scaled_dot_product_efficient_attention`: masks and float32 on CUDA; no split-KV, and KV heads repeated."""
     H, G = q.shape[2], q.shape[2] // k.shape[2]
-    bias = None
+    visible, bias = selection.visible(q, k), None
     if visible is not None:
         S = k.shape[1]
         bias = pad(_bias(visible, q.dtype), (0, -S % 16))[..., :S]  # the kernel wants rows aligned to 16 elements
@@ -70,7 +72,7 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: fl
     return _partial(out, lse[..., : q.shape[1]], visible)
 
 
-def efficient_obstacle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softcap: float | None) -> str | None:
+def efficient_obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> str | None:
     if q.device.type != "cuda":
         return f"runs on CUDA tensors, got {q.device.type}"
     if q.dtype == torch.float64:
@@ -81,7 +83,7 @@ def efficient_obstacle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, 
 
 
 def _half_precision_obstacle(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None
 ) -> str | None:
     if q.device.type != "cuda":
         return f"runs on CUDA tensors, got {q.device.type}"
@@ -89,7 +91,7 @@ def _half_precision_obstacle(
         return f"has bfloat16 and float16 only, got {q.dtype}"
     if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > 256:
         return f"needs one head dim, a multiple of 8 up to 256, got {q.shape[3]} and {v.shape[3]}"
-    if visible is not None:
+    if not selection.is_everything:
         return "has no masks (local_seqlens, positions or mask)"
     return _softcap_obstacle(softcap)
 

@@ -6,6 +6,8 @@ all_reduce       3 all-reduces (Algorithm 3)     2 (P - 1) / P rows (D_v + 2) 4 
 tree             ceil(log2 P) exchanges          ceil(log2 P) n                                    all heads
 reduce_scatter   1 all-to-all, packed            (P - 1) / P n                                     H / P heads
 shared_memory    none: a push, and a read        2 (P - 1) n                                       all heads
+symmetric        none: one kernel, over NVLink   2 (P - 1) n                                       all heads
+symmetric_scatter  the same                      2 (P - 1) / P n                                   H / P heads
 
 P ranks; rows = B T H; float32. docs/math.md has these beside the paper's formulas. With P not a power of two, the last
 of tree's exchanges waits for two others (tree.py).
@@ -19,31 +21,41 @@ from ..group import Group, rank_and_size, resolve_group
 from ..partial import Partial, merge
 from .collectives import all_gather, all_reduce, pack, reduce_scatter, unpack
 from .shared_memory import SharedMemoryLink
+from .symmetric import SymmetricLink
 from .tree import tree
 
-__all__ = ["ALGORITHMS", "SharedMemoryLink", "check_reduction", "choose_algorithm", "received_bytes", "tree_reduce"]
+__all__ = [
+    "ALGORITHMS", "Link", "SharedMemoryLink", "SymmetricLink", "check_reduction", "choose_algorithm", "received_bytes",
+    "tree_reduce",
+]  # fmt: skip
 
-ALGORITHMS = ("all_gather", "all_reduce", "tree", "reduce_scatter", "shared_memory")
+Link = SharedMemoryLink | SymmetricLink
+ALGORITHMS = (
+    "all_gather", "all_reduce", "tree", "reduce_scatter", "shared_memory", "symmetric", "symmetric_scatter"
+)  # fmt: skip
+LINKED = {"shared_memory": SharedMemoryLink, "symmetric": SymmetricLink, "symmetric_scatter": SymmetricLink}
 
 
-def tree_reduce(partial: Partial, group: Group | SharedMemoryLink = None, *, algorithm: str = "auto") -> Partial:
+def tree_reduce(partial: Partial, group: Group | Link = None, *, algorithm: str = "auto") -> Partial:
     """Merge the partials of all ranks of `group`.
 
     Args:
         partial: this rank's, out `[B, T, H, D_v]` and lse `[B, T, H]`; the same shape, dtype and kind of device on
             every rank. `(0, -inf)` is a legal partial, on some ranks or on all.
         group: a process group, a 1-D DeviceMesh, or None for all ranks (without an initialised process group:
-            this process alone); or a SharedMemoryLink over a process group. Any number of ranks.
+            this process alone); or a link over a process group: a SharedMemoryLink between CPU ranks, a SymmetricLink
+            between GPUs of one host. Any number of ranks.
         algorithm: one of `ALGORITHMS`, or "auto": what `choose_algorithm` says.
 
     Returns:
         The merged Partial, the same bits on every rank ("all_reduce": as far as the backend's all-reduce gives them;
-        gloo's and NCCL's do). With "reduce_scatter" rank r keeps heads
+        gloo's and NCCL's do). With "reduce_scatter" and "symmetric_scatter" rank r keeps heads
         `r H / P .. (r + 1) H / P - 1` only.
 
     Raises:
-        InputError: an unknown algorithm, a group this rank is not in, "reduce_scatter" with H not a multiple of P,
-            "shared_memory" without a link or with more bytes than its capacity.
+        InputError: an unknown algorithm, a group this rank is not in, heads that do not divide by the ranks where each
+            is to get its own, an algorithm that needs a link without one or with more than it has room for.
+        TreeAttentionError: another rank did not arrive at an earlier exchange over the link.
         Unsupported: a partial that requires a gradient.
     """
     process_group = check_reduction(partial, group, algorithm)
@@ -51,11 +63,13 @@ def tree_reduce(partial: Partial, group: Group | SharedMemoryLink = None, *, alg
         return partial
     if torch.is_grad_enabled() and partial.out.requires_grad:
         raise Unsupported("the exchange between ranks has no gradient: call it under torch.no_grad()")
-    link = group if isinstance(group, SharedMemoryLink) and group.fits(partial) else None
+    link = group if isinstance(group, Link) and group.fits(partial) else None
     if algorithm == "auto":
         algorithm = choose_algorithm(partial.out.device.type, process_group.size(), linked=link is not None)
-    if link is not None and algorithm == "shared_memory":
+    if isinstance(link, SharedMemoryLink) and algorithm == "shared_memory":
         return merge(unpack(link.gather(pack(partial))))
+    if isinstance(link, SymmetricLink) and algorithm in LINKED:
+        return link.reduce(partial, scatter=algorithm == "symmetric_scatter")
     match algorithm:
         case "all_gather":
             return all_gather(partial, process_group)
@@ -67,33 +81,36 @@ def tree_reduce(partial: Partial, group: Group | SharedMemoryLink = None, *, alg
             return reduce_scatter(partial, process_group, dim=2)
 
 
-def check_reduction(partial: Partial, group: Group | SharedMemoryLink, algorithm: str) -> ProcessGroup | None:
+def check_reduction(partial: Partial, group: Group | Link, algorithm: str) -> ProcessGroup | None:
     """The process group behind `group`, or what `tree_reduce` raises; no communication."""
     _check_algorithm(algorithm)
-    process_group = group.group if isinstance(group, SharedMemoryLink) else resolve_group(group)
-    heads, size = partial.out.shape[2], rank_and_size(process_group)[1]
-    if algorithm == "reduce_scatter" and heads % size:
-        raise InputError(f"reduce_scatter needs heads that divide by the ranks, got {heads} heads and {size} ranks")
-    if algorithm == "shared_memory":
-        if not isinstance(group, SharedMemoryLink):
-            raise InputError(f"shared_memory needs a SharedMemoryLink as the group, got {type(group).__name__}")
+    process_group = group.group if isinstance(group, Link) else resolve_group(group)
+    check_scatter(partial.out.shape[2], process_group, algorithm)
+    needed = LINKED.get(algorithm)
+    if needed is not None:
+        if not isinstance(group, Link) or not isinstance(group, needed):
+            raise InputError(f"{algorithm} needs a {needed.__name__} as the group, got {type(group).__name__}")
         if not group.fits(partial):
-            raise InputError(
-                f"shared_memory needs a CPU partial of at most {group.capacity_bytes} bytes (capacity_bytes), "
-                f"got {partial.out.nbytes + partial.lse.nbytes} on {partial.out.device}"
-            )
+            raise InputError(f"{algorithm} {group.limit(partial)}")
     return process_group
+
+
+def check_scatter(heads: int, process_group: ProcessGroup | None, algorithm: str) -> None:
+    """Where each rank is to get its own heads, there must be as many for each."""
+    size = rank_and_size(process_group)[1]
+    if algorithm.endswith("scatter") and heads % size:
+        raise InputError(f"{algorithm} needs heads that divide by the ranks, got {heads} heads and {size} ranks")
 
 
 def choose_algorithm(device_type: str, world_size: int, *, linked: bool = False) -> str:
     """What "auto" stands for; only from values that all ranks share.
 
-    linked: there is a SharedMemoryLink that can take the partial; then that. Otherwise "all_gather" on CUDA, one
+    linked: there is a link that can take the partial; then that. Otherwise "all_gather" on CUDA, one
     collective and one NCCL launch, and "tree" on the CPU, where gloo's point-to-point calls wake fewer threads than its
     collectives do (figures in docs/log.md).
     """
     if linked:
-        return "shared_memory"
+        return "symmetric" if device_type == "cuda" else "shared_memory"
     return "all_gather" if device_type == "cuda" or world_size == 1 else "tree"
 
 
@@ -115,8 +132,10 @@ def received_bytes(
             return (world_size - 1).bit_length() * packed
         case "reduce_scatter":
             return share * packed
+        case "symmetric_scatter":
+            return 2 * share * packed  # each 4 bytes travel with an epoch
         case _:
-            return 2 * (world_size - 1) * packed  # each 4 bytes travel with an epoch
+            return 2 * (world_size - 1) * packed
 
 
 def _check_algorithm(algorithm: str) -> None:

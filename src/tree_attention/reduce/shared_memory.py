@@ -64,6 +64,14 @@ class SharedMemoryLink:
         nbytes = partial.out.nbytes + partial.lse.nbytes
         return partial.out.device.type == "cpu" and nbytes <= self.capacity_bytes
 
+    def limit(self, partial: Partial) -> str:
+        """What it takes, and what came."""
+        nbytes = partial.out.nbytes + partial.lse.nbytes
+        return (
+            f"needs a CPU partial of at most {self.capacity_bytes} bytes (capacity_bytes), "
+            f"got {nbytes} on {partial.out.device}"
+        )
+
     def gather(self, tensor: Tensor) -> Tensor:
         """`[...]` on each rank, of at most `capacity_bytes` -> `[P, ...]` on every rank, in rank order."""
         self._epoch = self._epoch % 0x7FFFFFFE + 1  # never 0, what fresh memory holds; even before it wraps to odd

@@ -1,0 +1,94 @@
+"""Draw what `tree-attention bench decode --output FILE.jsonl` measured. Needs matplotlib, which the package does not.
+
+    python benchmarks/plot.py FILE.jsonl OUT.svg
+
+Of the first shape (batch, heads, layout, no lengths) in the file, over the keys of a rank: left the time of a step,
+right the same over the fastest local peer. In a CUDA graph; eager for a step that could not be captured. Of a case that
+was measured twice the last record counts.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+SHAPE = ("batch", "heads", "kv_heads", "head_dim", "layout", "ranks")
+STYLES = {  # name -> label, colour, line, marker
+    "fused": ("ours, fused: all ranks' keys", "#d1495b", "-", "o"),
+    "fastest local peer": ("fastest local peer: own keys only", "#30638e", "-", "s"),
+    "three_all_reduce": ("cuDNN + three all-reduces", "#8a8d91", "-", "^"),
+    "all_gather": ("cuDNN + one all-gather", "#00798c", "-", "v"),
+    "ring": ("cuDNN in a ring", "#edae49", "-", "D"),
+    "roofline": ("roofline: every byte read once", "black", "--", None),
+}
+LOCAL = "fastest local peer"
+
+
+def read(lines):
+    """The first shape, and the lines to draw: name -> {keys a rank: seconds}."""
+    records = [record for record in map(json.loads, lines) if not record["ragged"]]
+    if not records:
+        raise SystemExit("no records without lengths in this file")
+    shape = {name: records[0][name] for name in SHAPE}
+    times_s = {name: {} for name in STYLES}
+    last = {(record["keys"], record["what"]): record for record in records if shape.items() <= record.items()}
+    for (keys, what), record in sorted(last.items()):
+        time_s = record["graph_s"] or record["eager_s"]  # a step that cannot be captured has the second only
+        times_s["roofline"][keys] = record["roofline_s"]
+        if time_s and record["kind"] == "local":
+            times_s[LOCAL][keys] = min(time_s, times_s[LOCAL].get(keys, time_s))
+        elif time_s and what in times_s:
+            times_s[what][keys] = time_s
+    return shape, {name: line for name, line in times_s.items() if line}
+
+
+def draw(times_s, title, out):
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    for name, line in times_s.items():
+        label, colour, style, marker = STYLES[name]
+        how = {"color": colour, "linestyle": style, "marker": marker, "markersize": 5, "linewidth": 1.8}
+        how |= {"zorder": 4 if name == "fused" else 3}
+        left.plot(list(line), [1e6 * time_s for time_s in line.values()], label=label, **how)
+        ratios = {
+            keys: time_s / times_s[LOCAL][keys] for keys, time_s in line.items() if keys in times_s.get(LOCAL, {})
+        }
+        right.plot(list(ratios), list(ratios.values()), **how)
+    keys = sorted(times_s["roofline"])
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(keys, [f"{count // 1024}k" if count % 1024 == 0 else str(count) for count in keys])
+        axes.minorticks_off()
+        axes.set_xlabel("keys a rank")
+        axes.grid(alpha=0.25)
+    left.set_yscale("log")
+    left.set_ylabel("time of a step, µs")
+    right.set_yscale("log", base=2)
+    right.yaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
+    right.set_ylabel("time over that of the fastest local peer")
+    figure.suptitle(title)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(out, dpi=160)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("out", type=Path, help="svg or png")
+    options = parser.parse_args(arguments)
+    lines = options.file.read_text().splitlines()
+    shape, times_s = read(lines)
+    gpus = json.loads(lines[0]).get("gpus") or ["GPU"]
+    title = (
+        f"{shape['ranks']} x {gpus[0]}: batch {shape['batch']}, {shape['heads']} query and "
+        f"{shape['kv_heads']} KV heads x {shape['head_dim']}, bfloat16, {shape['layout']}"
+    )
+    draw(times_s, title, options.out)
+
+
+if __name__ == "__main__":
+    main()

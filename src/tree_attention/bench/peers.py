@@ -1,0 +1,249 @@
+"""What our decode is measured against: other people's kernels and exchanges, each as its own users would write it.
+
+LOCAL    one GPU on its own shard: cudnn, flash2, flash3, flashinfer
+SPREAD   all ranks' shards: three_all_reduce (the paper's reference), all_gather, ring
+streaming_read   the ceiling: every byte read once, nothing computed
+
+A Peer never falls back: `obstacle` says why it cannot run here. All steps run on one stream without waiting for the
+device, so each can be captured in a CUDA graph (after some steps outside, in which plans and communicators are made).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..reduce.collectives import gather
+
+Step = Callable[[], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+PAGE_TOKENS = 16
+WORKSPACE_BYTES = 384 << 20  # FlashInfer's, as serving engines give it
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A contestant for q `[B, 1, H, D]` and this rank's k, v `[B, S_local, H_kv, D]`, NHD or HND in memory.
+
+    obstacle: (q, k, v) -> why it cannot run these tensors here, or None.
+    prepare: (q, k, v, group) -> step. It does what a user does once (plans, buffers); `step()` is what is timed: it
+        returns the attention output `[B, 1, H, D]` over these keys (LOCAL, group unused) or all ranks' (SPREAD). The
+        prepare of SPREAD also takes `local=`, the kernel for one shard: (q, k, v) -> out `[B, 1, H, D]` and natural-log
+        lse `[B, 1, H]`, cuDNN's by default.
+    """
+
+    obstacle: Callable[[Tensor, Tensor, Tensor], str | None]
+    prepare: Callable[..., Step]
+
+
+def streaming_read(
+    tensor: Tensor, *, block_bytes: int = 32768, programs_per_sm: int = 4, num_warps: int = 8, num_stages: int = 1
+) -> Step:
+    """A step that reads `tensor` once, in pieces of `block_bytes`, by `programs_per_sm` resident programs an SM.
+
+    It returns one int64 a program; their total is the sum of the tensor's int32 words, modulo 2^32.
+
+    Args:
+        tensor: dense in memory, a multiple of 4 bytes and not empty; on the CPU only under TRITON_INTERPRET=1.
+        block_bytes: a power of two. `block_bytes / (512 * num_warps)` is how many 16-byte loads a thread has in flight
+            with one stage; with more, the compiler keeps that many pieces less one under way in shared memory.
+    """
+    from .read_kernels import read
+
+    words = _dense(tensor).view(-1).view(torch.int32)
+    cores = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+    sums = torch.empty(programs_per_sm * cores, dtype=torch.int64, device=tensor.device)
+    block = block_bytes // 4
+    rounds = len(words) // (len(sums) * block)
+    launch: Any = read[(len(sums),)]
+
+    def step() -> Tensor:
+        launch(words, sums, len(words), ROUNDS=rounds, BLOCK=block, STAGES=num_stages, num_warps=num_warps)
+        return sums
+
+    return step
+
+
+def cudnn_partial(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """cuDNN's attention with GQA as it comes: out `[B, 1, H, D]` in q's dtype, natural-log lse `[B, 1, H]` float32."""
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    out, lse = aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, scale=q.shape[3] ** -0.5)[:2]
+    return out.transpose(1, 2), lse.reshape(out.shape[0], 1, -1)
+
+
+def _prepare_cudnn(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
+    return lambda: cudnn_partial(q, k, v)[0]
+
+
+def _prepare_flash2(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
+    """The query heads of one KV head become its query tokens, so that the keys are read once."""
+    packed = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # [B, H_kv, G, D]
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    flash = aten._scaled_dot_product_flash_attention
+    return lambda: flash(packed, keys, values, scale=q.shape[3] ** -0.5)[0].reshape_as(q)
+
+
+def _prepare_flash3(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
+    """All keys count, so no cache_seqlens: that spares the launch that schedules ragged batches."""
+    from fa3_fwd_interface import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
+
+    return lambda: flash_attn_with_kvcache(q, k, v, num_splits=0)  # 0: FlashAttention's own heuristic
+
+
+def _prepare_flashinfer(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
+    """Batch 1 has an entry of its own; larger batches are read as pages of `PAGE_TOKENS`, planned here."""
+    import flashinfer  # pyright: ignore[reportMissingImports]
+
+    B, S, H_kv, D = k.shape
+    if B == 1:
+        layout = "NHD" if k.is_contiguous() else "HND"
+        query, keys, values = q[0, 0], _dense(k)[0], _dense(v)[0]
+        decode = flashinfer.single_decode_with_kv_cache
+        return lambda: decode(query, keys, values, kv_layout=layout, use_tensor_cores=True).view_as(q)
+    pages, workspace = S // PAGE_TOKENS, torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    starts, page_ids = (torch.arange(n, dtype=torch.int32, device=q.device) for n in (B + 1, B * pages))
+    full = torch.full((B,), PAGE_TOKENS, dtype=torch.int32, device=q.device)
+    wrapper.plan(starts * pages, page_ids, full, q.shape[2], H_kv, D, PAGE_TOKENS, q_data_type=q.dtype)
+    cache = k.view(-1, PAGE_TOKENS, H_kv, D), v.view(-1, PAGE_TOKENS, H_kv, D)
+    return lambda: wrapper.run(q[:, 0], cache).view_as(q)
+
+
+def _prepare_three_all_reduce(
+    q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial
+) -> Step:
+    """Algorithm 3 of arXiv 2408.04093: all-reduce the maximum, then the numerator, then the denominator, in float32."""
+
+    def step() -> Tensor:
+        out, lse = local(q, k, v)
+        peak = lse.clone()
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+        denominator = (lse - peak).exp_()
+        numerator = out * denominator.unsqueeze(-1)
+        dist.all_reduce(numerator, dist.ReduceOp.SUM, group)
+        dist.all_reduce(denominator, dist.ReduceOp.SUM, group)
+        return numerator.div_(denominator.unsqueeze(-1))
+
+    return step
+
+
+def _prepare_all_gather(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial) -> Step:
+    """One all-gather of float32 (out, lse), merged in rank order."""
+    packed = torch.empty((*q.shape[:3], v.shape[3] + 1), dtype=torch.float32, device=q.device)
+
+    def step() -> Tensor:
+        _store(packed, *local(q, k, v))
+        return _merge(gather(packed, group))
+
+    return step
+
+
+def _prepare_ring(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial) -> Step:
+    """q stays, the shards go round: P - 1 hops, each sent while the attention over the same shard is computed.
+
+    KV heads travel unrepeated, into the two halves of one buffer in turn; the P results are merged once, in rank order.
+    Shards may differ in length (all ranks learn the lengths here), not in memory layout.
+    """
+    rank, size = group.rank(), group.size()
+    sources = [(rank - hop) % size for hop in range(size)]  # whose shard is here after so many hops
+    about = torch.tensor([k.shape[1], int(k.is_contiguous())], device=q.device)
+    lengths, contiguous = zip(*gather(about, group).tolist(), strict=True)
+    B, _, H_kv, D = k.shape
+    tokens_first = all(contiguous)  # a shard of one key is contiguous either way
+    buffer = k.new_empty((2, 2, B * max(lengths) * H_kv * D))
+    shards = [(k, v) if tokens_first else (k.transpose(1, 2), v.transpose(1, 2))]
+    for hop in range(1, size):
+        S = lengths[sources[hop]]
+        shape = (B, S, H_kv, D) if tokens_first else (B, H_kv, S, D)
+        keys, values = (half[: B * S * H_kv * D].view(shape) for half in buffer[hop % 2])
+        shards.append((keys, values))
+    hops = [
+        [dist.P2POp(dist.isend, t, group=group, group_peer=(rank + 1) % size) for t in here]
+        + [dist.P2POp(dist.irecv, t, group=group, group_peer=(rank - 1) % size) for t in following]
+        for here, following in pairwise(shards)
+    ]
+    parts = torch.empty((size, *q.shape[:3], D + 1), dtype=torch.float32, device=q.device)
+
+    def step() -> Tensor:
+        for hop, pair in enumerate(shards):
+            works = dist.batch_isend_irecv(hops[hop]) if hop < len(hops) else []
+            keys, values = pair if tokens_first else (t.transpose(1, 2) for t in pair)
+            _store(parts[sources[hop]], *local(q, keys, values))
+            for work in works:  # with NCCL only the stream waits
+                work.wait()
+        return _merge(parts)
+
+    return step
+
+
+def _store(packed: Tensor, out: Tensor, lse: Tensor) -> None:
+    packed[..., :-1].copy_(out)
+    packed[..., -1].copy_(lse)
+
+
+def _merge(packed: Tensor) -> Tensor:
+    """`[P, ..., D + 1]` -> `[..., D]`; fewer launches than `partial.merge`, because no peer is run without keys."""
+    return (packed[..., -1:].softmax(0) * packed[..., :-1]).sum(0)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The contiguous view of what is NHD or HND in memory."""
+    return tensor if tensor.is_contiguous() else tensor.transpose(1, 2)
+
+
+def _obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """What stops any of them."""
+    if q.device.type != "cuda":
+        return f"runs on CUDA tensors, got {q.device.type}"
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)):
+        return f"needs bfloat16 or float16 throughout, got {q.dtype}, {k.dtype} and {v.dtype}"
+    if q.shape[1] != 1 or not q.is_contiguous() or k.shape[1] == 0:
+        return f"needs one query token, contiguous, and at least one key, got {tuple(q.shape)} and {tuple(k.shape)}"
+    if k.shape != v.shape or k.stride() != v.stride() or not _dense(k).is_contiguous():
+        return "needs k and v of one shape and one layout, NHD or HND"
+    if q.shape[3] not in (64, 128, 256):
+        return f"is measured at head dims 64, 128 and 256, got {q.shape[3]}"
+    return None
+
+
+def _cudnn_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    return _obstacle(q, k, v) or (None if torch.backends.cudnn.is_available() else "needs cuDNN")
+
+
+def _flash3_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if find_spec("fa3_fwd_interface") is None:
+        return "needs the package fa3-fwd"
+    found = _obstacle(q, k, v)
+    if found is None and (q.dtype != torch.bfloat16 or torch.cuda.get_device_capability(q.device)[0] != 9):
+        return f"is built for bfloat16 on Hopper (sm_90), got {q.dtype} on {torch.cuda.get_device_name(q.device)}"
+    return found
+
+
+def _flashinfer_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if find_spec("flashinfer") is None:
+        return "needs the package flashinfer-python"
+    found = _obstacle(q, k, v)
+    if found is None and k.shape[0] > 1 and not (k.is_contiguous() and k.shape[1] % PAGE_TOKENS == 0):
+        return f"reads a batch as pages: needs NHD and a multiple of {PAGE_TOKENS} keys"
+    return found
+
+
+LOCAL = {
+    "cudnn": Peer(_cudnn_obstacle, _prepare_cudnn),
+    "flash2": Peer(_obstacle, _prepare_flash2),
+    "flash3": Peer(_flash3_obstacle, _prepare_flash3),
+    "flashinfer": Peer(_flashinfer_obstacle, _prepare_flashinfer),
+}
+SPREAD = {
+    "three_all_reduce": Peer(_cudnn_obstacle, _prepare_three_all_reduce),
+    "all_gather": Peer(_cudnn_obstacle, _prepare_all_gather),
+    "ring": Peer(_cudnn_obstacle, _prepare_ring),
+}

@@ -1,0 +1,20 @@
+"""A kernel that only reads: what it reaches is the ceiling for a decode, which reads each key and value once."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def read(source, sums, count, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """source: int32 `[count]`. Program p of P stores the sum of blocks p, p + P, ... in sums[p], int64.
+
+    ROUNDS: `count // (P * BLOCK)`, the blocks that each program reads whole: no mask, 16 bytes a load. Lanes may wrap.
+    """
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.int32)
+    for i in tl.range(0, ROUNDS, num_stages=STAGES):
+        total += tl.load(source + (i * programs + program) * BLOCK + lane)
+    rest = (ROUNDS * programs + program) * BLOCK
+    total += tl.load(source + rest + lane, mask=lane < count - rest, other=0)
+    tl.store(sums + program, tl.sum(total.to(tl.int64)))

@@ -1,0 +1,387 @@
+"""Split-KV decoding in Triton: persistent programs share out the tiles of keys evenly, and merge their parts in order.
+
+Words beside DESIGN.md's: a *group* is one (batch row, KV head) with its `M = T G` query rows, `G = H / H_kv`, row
+`m = t G + g`. A *tile* is BN keys of a group. A *part* is the result of one program on one group; its place among the
+parts is `program + group`, which never repeats along the staircase of (program, group) pairs. A *unit* is what one
+program merges at once: UR rows and UD columns of a group.
+
+Work division after LeanAttention (arXiv 2405.10480): the tiles of all groups in a row, cut in equal lengths. It is
+computed here, from lengths that lie on the device: a captured graph replays with any lengths, and no host plans.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..packets import receive, send
+
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+NO_SCORE: tl.constexpr = tl.constexpr(-1.0e30)  # finite: -inf - -inf would be NaN
+
+
+@triton.jit
+def split_kernel(
+    tensors, strides, sizes, factors, parts,
+    G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr, B_PAD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """All tiles -> parts. Arguments as in `split`."""
+    if PDL:
+        gdc_wait()
+    work = divide(tensors[3], sizes, tl.num_programs(0), BN, B_PAD)
+    epoch = tl.full([], 1, tl.int32)
+    split(
+        tensors, strides, sizes, factors, work, parts, epoch, None,
+        G, BM, BN, D, DV, D_PAD, DV_PAD, B_PAD, EVEN, STAGES, None, 1, 1, False,
+    )  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def merge_kernel(
+    lens, parts, out, lse, sizes, programs,
+    G: tl.constexpr, BN: tl.constexpr, DV: tl.constexpr, B_PAD: tl.constexpr,
+    UR: tl.constexpr, UD: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Parts -> out `[B, T, H, DV]` and lse `[B, T, H]`, float32: what `split_kernel` left, on `programs` programs."""
+    if PDL:
+        gdc_wait()
+    B, T, H_kv, epoch = sizes[0], sizes[1], sizes[3], tl.full([], 1, tl.int32)
+    work = divide(lens, sizes, programs, BN, B_PAD)
+    group, m, cols = unit_at(tl.program_id(0), T * G, UR, UD, DV)
+    first, last = contributors(group, work, B, H_kv, B_PAD)
+    total, row_lse = merge_parts(
+        parts, epoch, sizes, programs, first, last, group, m, cols, None, None, G, DV, PARTS
+    )
+    row = out_row(group, m, B, T, H_kv, G)
+    live = (m < T * G)[:, None] & (cols < DV)[None, :]
+    tl.store(out + row[:, None] * DV + cols[None, :], total, mask=live)
+    tl.store(lse + row[:, None] + 0 * cols[None, :], row_lse, mask=live & (cols == 0)[None, :])
+
+
+@triton.jit
+def split(
+    tensors, strides, sizes, factors, work, parts, epoch, places,
+    G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr, B_PAD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, WORLD: tl.constexpr, UD: tl.constexpr, SCATTER: tl.constexpr,
+):  # fmt: skip
+    """This program's tiles -> its parts, as packets of `epoch`.
+
+    tensors: q, k, v, and, or None: lens `[B]`, page_table `[B, pages]`, q_positions `[B or 1, T]`,
+        k_positions `[B or 1, S]`, mask `[B or 1, H or 1, T, S]`.
+    strides: of q (b, t, h), k (b or page, s, h), v likewise, page_table (b), q_positions (b, t), k_positions (b, s),
+        mask (b, h, t, s); 0 where a dim is repeated.
+    sizes: B, T, S, H_kv, page_size. factors: scale log2(e), softcap and window, the last two or None. work: `divide`.
+    WHOLE: None, or what takes the groups that this program does from first to last tile, which leave no part:
+        `push_rows` of the exchange, with places, WORLD, UD and SCATTER for it.
+    parts: packets, int64: `[programs + groups, M, DV]` numbers, then `[programs + groups, M]` log-sum-exps in base 2.
+    """
+    B, T, _, H_kv, _ = sizes
+    M = T * G
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    peak, total = tl.full([BM], NO_SCORE, tl.float32), tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DV_PAD], tl.float32)
+    tile, end = first_tile(program, work), first_tile(program + 1, work)
+    group, start, tiles, keys = group_at(tl.minimum(tile, work[5] - 1), work, B, H_kv, B_PAD)
+    if B_PAD > 0:  # one pipeline through groups of any length
+        for at in tl.range(tile, end, num_stages=STAGES):
+            q_rows = query_rows(tensors[0], strides[0], group, B, M, G, BM, D, D_PAD)
+            peak, total, acc = attend_tile(
+                tensors, strides, sizes, factors, q_rows, group, at - start, keys, peak, total, acc,
+                G, BM, BN, D, DV, D_PAD, DV_PAD, EVEN,
+            )  # fmt: skip
+            group_ends = at + 1 == start + tiles
+            if group_ends | (at + 1 == end):
+                out, lse = finish(peak, total, acc)
+                is_whole = group_ends & (start >= tile)
+                publish(
+                    parts, epoch, program, programs, group, B, H_kv, T, out, lse, is_whole, places,
+                    G, BM, DV, DV_PAD, WHOLE, WORLD, UD, SCATTER,
+                )  # fmt: skip
+            peak, total = tl.where(group_ends, NO_SCORE, peak), tl.where(group_ends, 0.0, total)
+            acc = tl.where(group_ends, 0.0, acc)
+            start = tl.where(group_ends, start + tiles, start)
+            group = tl.where(group_ends, group + 1, group)
+            here = tl.arange(0, B_PAD) == group % B
+            keys, tiles = tl.sum(tl.where(here, work[1], 0), 0), tl.sum(tl.where(here, work[0], 0), 0)
+    else:  # a pipeline a group: less to do for a tile, and queries stay in registers
+        while tile < end:
+            stop = tl.minimum(end, start + tiles)
+            q_rows = query_rows(tensors[0], strides[0], group, B, M, G, BM, D, D_PAD)
+            peak, total = tl.full([BM], NO_SCORE, tl.float32), tl.zeros([BM], tl.float32)
+            acc = tl.zeros([BM, DV_PAD], tl.float32)
+            for at in tl.range(tile, stop, num_stages=STAGES):
+                peak, total, acc = attend_tile(
+                    tensors, strides, sizes, factors, q_rows, group, at - start, keys, peak, total, acc,
+                    G, BM, BN, D, DV, D_PAD, DV_PAD, EVEN,
+                )  # fmt: skip
+            out, lse = finish(peak, total, acc)
+            is_whole = (tile == start) & (stop == start + tiles)
+            publish(
+                parts, epoch, program, programs, group, B, H_kv, T, out, lse, is_whole, places,
+                G, BM, DV, DV_PAD, WHOLE, WORLD, UD, SCATTER,
+            )  # fmt: skip
+            tile, start, group = stop, start + tiles, group + 1
+
+
+@triton.jit
+def query_rows(
+    q, strides, group, B, M, G: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
+):  # fmt: skip
+    """The queries of a group `[BM, D_PAD]`."""
+    m, dims = tl.arange(0, BM), tl.arange(0, D_PAD)
+    base = q + (group % B).to(tl.int64) * strides[0] + group // B * G * strides[2]
+    at = base + (m // G * strides[1] + m % G * strides[2])[:, None] + dims[None, :]
+    return tl.load(at, mask=(m < M)[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def attend_tile(
+    tensors, strides, sizes, factors, q_rows, group, tile, length, peak, total, acc,
+    G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """One more tile: the new (largest score, sum of weights, their sum of values), scores in base 2.
+
+    EVEN: all tiles are full and all dims powers of two, so nothing needs a mask.
+    """
+    _, k, v, _, page_table, q_positions, k_positions, mask = tensors
+    _, k_strides, v_strides, table_stride, q_pos_strides, k_pos_strides, mask_strides = strides
+    B, T, _, _, page_size = sizes
+    scale, softcap, window = factors
+    m, offsets, dims, v_dims = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
+    t, g = m // G, m % G
+    b, head = (group % B).to(tl.int64), (group // B).to(tl.int64)
+    begin = tile * BN
+    keys = begin + offsets
+    live = keys < length
+    k_base, v_base = k + head * k_strides[2], v + head * v_strides[2]
+    if page_table is None:
+        k_rows = k_base + b * k_strides[0] + begin.to(tl.int64) * k_strides[1] + offsets * k_strides[1]
+        v_rows = v_base + b * v_strides[0] + begin.to(tl.int64) * v_strides[1] + offsets * v_strides[1]
+    else:
+        page = tl.load(page_table + b * table_stride + keys // page_size, mask=live, other=0).to(tl.int64)
+        k_rows = k_base + page * k_strides[0] + keys % page_size * k_strides[1]
+        v_rows = v_base + page * v_strides[0] + keys % page_size * v_strides[1]
+    scores = tl.dot(q_rows, tl.trans(_rows(k_rows, dims, live, D, D_PAD, EVEN))) * scale
+    if softcap is not None:  # in base 2: cap' tanh(s / cap'), cap' = cap log2(e)
+        cap = softcap * 1.4426950408889634
+        scores = cap - 2 * cap / (tl.exp2(scores * (2 / softcap)) + 1)
+    if not EVEN:
+        seen = live[None, :] & (m < T * G)[:, None]
+        if k_positions is not None:
+            q_pos = tl.load(q_positions + b * q_pos_strides[0] + t * q_pos_strides[1], mask=t < T, other=0)
+            k_pos = tl.load(k_positions + b * k_pos_strides[0] + keys * k_pos_strides[1], mask=live, other=0)
+            seen &= k_pos[None, :] <= q_pos[:, None]
+            if window is not None:
+                seen &= k_pos[None, :] > q_pos[:, None] - window
+        if mask is not None:
+            mask_rows = mask + b * mask_strides[0] + (head * G + g) * mask_strides[1] + t * mask_strides[2]
+            mask_at = mask_rows[:, None] + (keys.to(tl.int64) * mask_strides[3])[None, :]
+            seen &= tl.load(mask_at, mask=seen, other=0) != 0
+        scores = tl.where(seen, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_peak[:, None])
+    keep = tl.exp2(peak - new_peak)
+    values = _rows(v_rows, v_dims, live, DV, DV_PAD, EVEN)
+    acc = tl.dot(weights.to(values.dtype), values, acc * keep[:, None])
+    return new_peak, total * keep + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def finish(peak, total, acc):
+    """out and lse in base 2, (0, -inf) if no key was seen."""
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    return acc / safe[:, None], tl.where(some, peak + tl.log2(safe), float("-inf"))
+
+
+@triton.jit
+def publish(
+    parts, epoch, program, programs, group, B, H_kv, T, out, lse, is_whole, places,
+    G: tl.constexpr, BM: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    WHOLE: tl.constexpr, WORLD: tl.constexpr, UD: tl.constexpr, SCATTER: tl.constexpr,
+):  # fmt: skip
+    """This program's part of a group, out `[BM, DV_PAD]` and lse `[BM]`, to its place; a whole group to WHOLE."""
+    m, v_dims = tl.arange(0, BM), tl.arange(0, DV_PAD)
+    if WHOLE is None:
+        leave(parts, epoch, program + group, programs + B * H_kv, m, v_dims, T * G, out, lse, DV)
+    else:
+        if is_whole:
+            row = out_row(group, m, B, T, H_kv, G)
+            WHOLE(places, row, v_dims, m < T * G, out, lse * LN2, DV, WORLD, UD, SCATTER)
+        else:
+            leave(parts, epoch, program + group, programs + B * H_kv, m, v_dims, T * G, out, lse, DV)
+
+
+@triton.jit
+def leave(parts, epoch, place, places, m, v_dims, M, out, lse, DV: tl.constexpr):
+    """A part, to its place among the parts."""
+    at = (place * M + m).to(tl.int64)
+    out_live = (m < M)[:, None] & (v_dims < DV)[None, :]
+    send(parts + at[:, None] * DV + v_dims[None, :], out, epoch, out_live)
+    send(parts + places * M * DV + at, lse, epoch, m < M)
+
+
+@triton.jit
+def _rows(pointers, dims, live, D: tl.constexpr, D_PAD: tl.constexpr, EVEN: tl.constexpr):
+    """Rows of k or v; zeros where no key is, so that whatever lies there does not count, NaN included."""
+    at = pointers[:, None] + dims[None, :]
+    if EVEN:
+        return tl.load(at)
+    elif D == D_PAD:
+        return tl.load(at, mask=live[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=live[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def prefetch(tensors, strides, sizes, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, B_PAD: tl.constexpr):
+    """Ask L2 for this program's first tile, while the kernel before still runs.
+
+    Safe whatever that kernel writes: its stores land in L2 too, and only what is read after `gdc_wait` is used. Only
+    addresses that the host knows are asked for, so neither ragged nor paged caches.
+    """
+    k, v, page_table = tensors[1], tensors[2], tensors[4]
+    _, k_strides, v_strides, _, _, _, _ = strides
+    if tensors[3] is None and page_table is None:
+        B, S, H_kv = sizes[0], sizes[2], sizes[3]
+        work = divide(None, sizes, tl.num_programs(0), BN, B_PAD)
+        tile = tl.minimum(first_tile(tl.program_id(0), work), work[5] - 1)
+        group, start, _, _ = group_at(tile, work, B, H_kv, B_PAD)
+        b, head = (group % B).to(tl.int64), (group // B).to(tl.int64)
+        key = tl.minimum((tile - start) * BN + tl.arange(0, BN), S - 1).to(tl.int64)
+        k_rows = k + b * k_strides[0] + head * k_strides[2] + key * k_strides[1]
+        v_rows = v + b * v_strides[0] + head * v_strides[2] + key * v_strides[1]
+        for line in tl.static_range(0, D, 64):  # 64 numbers of 16 bits are a line of L2
+            _prefetch_line(k_rows + line)
+        for line in tl.static_range(0, DV, 64):
+            _prefetch_line(v_rows + line)
+
+
+@triton.jit
+def _prefetch_line(pointers):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def merge_parts(
+    parts, epoch, sizes, programs, first, last, group, m, cols, fault, timeout_ns,
+    G: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The parts of programs `first` to `last` of rows `m` and columns `cols`: out and natural lse, `[UR, UD]` both.
+
+    Merged in that order, PARTS at a time. Waits for them, unless timeout_ns is None.
+    """
+    B, T, _, H_kv, _ = sizes
+    M = T * G
+    shape: tl.constexpr = [m.shape[0], cols.shape[0]]
+    peak, total, acc = tl.full(shape, NO_SCORE, tl.float32), tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)
+    for at in range(first, last + 1, PARTS):
+        program = (at + tl.arange(0, PARTS))[:, None, None]
+        live = (program <= last) & (m < M)[None, :, None] & (cols < DV)[None, None, :]  # [PARTS, UR, UD]
+        row = ((program + group) * M + m[None, :, None]).to(tl.int64)
+        lse_at = parts + (programs + B * H_kv) * M * DV + row + 0 * cols[None, None, :]
+        out, lse = receive(parts + row * DV + cols[None, None, :], lse_at, live, epoch, fault, timeout_ns)
+        lse = tl.where(live, lse, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(lse, 0))
+        weight, keep = tl.exp2(lse - new_peak[None, :, :]), tl.exp2(peak - new_peak)
+        total = total * keep + tl.sum(weight, 0)
+        acc = acc * keep + tl.sum(weight * out, 0)
+        peak = new_peak
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    return acc / safe, tl.where(some, (peak + tl.log2(safe)) * LN2, float("-inf"))
+
+
+@triton.jit
+def unit_at(unit, M, UR: tl.constexpr, UD: tl.constexpr, DV: tl.constexpr):
+    """(group, its rows `[UR]`, columns `[UD]`) of a unit; rows and columns may lie past the end."""
+    per_row: tl.constexpr = (DV + UD - 1) // UD
+    block, column = unit // per_row, unit % per_row
+    blocks = tl.cdiv(M, UR)
+    return block // blocks, block % blocks * UR + tl.arange(0, UR), column * UD + tl.arange(0, UD)
+
+
+@triton.jit
+def out_row(group, m, B, T, H_kv, G: tl.constexpr):
+    """The row of `[B T H, DV]` that is row `m` of a group."""
+    return ((group % B * T + m // G) * H_kv + group // B).to(tl.int64) * G + m % G
+
+
+@triton.jit
+def divide(lens, sizes, programs, BN: tl.constexpr, B_PAD: tl.constexpr):
+    """(tiles of a group, keys, where a row's tiles end, span, splits, all tiles); the first three by batch row.
+
+    Each `span` tiles in a row are shared out evenly among `splits` programs. Where the groups have one length and fill
+    most of the programs, a span is a group, and no program has parts of two; otherwise it is all tiles. A group without
+    keys has one tile, so that it is answered too. With one row or without lens B_PAD is 0, the first three are numbers.
+    """
+    B, _, S, H_kv, _ = sizes
+    if B_PAD == 0:
+        keys = S if lens is None else tl.load(lens).to(tl.int32)
+        tiles, ends = tl.maximum(tl.cdiv(keys, BN), 1), 0
+        longest, total = tiles, tiles * B * H_kv
+    else:
+        row = tl.arange(0, B_PAD)
+        keys = tl.load(lens + row, mask=row < B, other=0).to(tl.int32)
+        tiles = tl.where(row < B, tl.maximum(tl.cdiv(keys, BN), 1), 0)
+        ends = tl.cumsum(tiles, 0)
+        longest, total = tl.max(tiles, 0), tl.sum(tiles, 0) * H_kv
+    splits = programs // (B * H_kv)
+    whole = (total == longest * B * H_kv) & (splits * B * H_kv * 16 >= programs * 15)
+    span = tl.where(whole, longest, total)
+    return tiles, keys, ends, span, tl.minimum(tl.where(whole, splits, programs), span), total
+
+
+@triton.jit
+def first_tile(program, work):
+    """The first of a program's tiles; that of `program + 1` is the end."""
+    _, _, _, span, splits, total = work
+    place = program % splits
+    each, over = span // splits, span % splits
+    return tl.minimum(program // splits * span + place * each + tl.minimum(place, over), total)
+
+
+@triton.jit
+def program_of(tile, work):
+    """Whose tile it is: the inverse of `first_tile`."""
+    _, _, _, span, splits, _ = work
+    place = tile % span
+    each, over = span // splits, span % splits
+    early = over * (each + 1)  # the tiles of the programs that have one more
+    late = over + tl.maximum(place - early, 0) // each
+    return tile // span * splits + tl.where(place < early, place // (each + 1), late)
+
+
+@triton.jit
+def group_at(tile, work, B, H_kv, B_PAD: tl.constexpr):
+    """(group, its first tile, tiles, keys) of a tile."""
+    tiles, keys, ends, _, _, total = work
+    if B_PAD == 0:
+        return tile // tiles, tile // tiles * tiles, tiles, keys
+    else:
+        of_head = total // H_kv
+        b = tl.sum((ends <= tile % of_head).to(tl.int32), 0)
+        here = tl.arange(0, B_PAD) == b
+        count = tl.sum(tl.where(here, tiles, 0), 0)
+        end = tl.sum(tl.where(here, ends, 0), 0)
+        start = tile // of_head * of_head + end - count
+        return tile // of_head * B + b, start, count, tl.sum(tl.where(here, keys, 0), 0)
+
+
+@triton.jit
+def contributors(group, work, B, H_kv, B_PAD: tl.constexpr):
+    """The first and the last of the programs that have tiles of a group."""
+    tiles, _, ends, _, _, total = work
+    if B_PAD == 0:
+        start, count = group * tiles, tiles
+    else:
+        here = tl.arange(0, B_PAD) == group % B
+        count = tl.sum(tl.where(here, tiles, 0), 0)
+        start = group // B * (total // H_kv) + tl.sum(tl.where(here, ends, 0), 0) - count
+    return program_of(start, work), program_of(start + count - 1, work)

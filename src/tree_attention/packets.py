@@ -1,0 +1,90 @@
+"""Numbers that carry their own flag, for Triton kernels: a reader who sees the epoch sees the number, with no fence.
+
+A packet is 8 bytes, half float32 and half epoch. An aligned 8-byte store is seen whole or not at all, in the chip's L2
+as over NVLink, so neither side needs a barrier or a fence: the writer stores, the reader looks until the epoch is the
+one it waits for. `SharedMemoryLink` does the same between CPU processes.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import num_threads
+
+
+@triton.jit
+def send(pointers, numbers, epoch, mask):
+    """Store float32 `numbers` as packets of `epoch` (int32) at int64 `pointers`."""
+    low = numbers.to(tl.float32).to(tl.uint32, bitcast=True).to(tl.int64)
+    tl.store(pointers, low | (epoch.to(tl.int64) << 32), mask=mask, cache_modifier=".wt")  # past L1, to the peer
+
+
+@triton.jit
+def receive(pointers, lse_pointers, mask, epoch, fault, timeout_ns):
+    """(numbers, their log-sum-exps), float32, all tensors of one shape; 0 where the mask is false.
+
+    Waits for packets of `epoch`. Each thread waits for its own and no control flow depends on what another thread saw:
+    threads that look at one address may see it change at different times. Looks again at all of a thread's packets at
+    once, since one look takes as long as many. After timeout_ns it writes 1 to the packet's `fault` address, which the
+    host can read, and traps: that ends the CUDA context. With timeout_ns None it does not wait.
+    """
+    if timeout_ns is None:
+        packets, lse_packets = tl.load(pointers, mask=mask, other=0), tl.load(lse_pointers, mask=mask, other=0)
+    else:
+        threads: tl.constexpr = num_threads()
+        each: tl.constexpr = (pointers.numel + threads - 1) // threads
+        nowhere = tl.zeros(pointers.shape, tl.int64)
+        packets, lse_packets = tl.inline_asm_elementwise(
+            _receive_asm(each),
+            _receive_constraints(each),
+            [
+                tl.where(mask, pointers.to(tl.int64), nowhere), tl.where(mask, lse_pointers.to(tl.int64), nowhere),
+                nowhere.to(tl.int32) + epoch, fault.to(tl.int64) + nowhere, nowhere + timeout_ns,
+            ],
+            dtype=(tl.int64, tl.int64), is_pure=False, pack=each,
+        )  # fmt: skip
+    return _number(packets), _number(lse_packets)
+
+
+@triton.jit
+def _number(packets):
+    return (packets & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.constexpr_function
+def _receive_constraints(each):
+    return ",".join(["=&l"] * 2 * each + ["l"] * 2 * each + ["r"] * each + ["l"] * 2 * each)
+
+
+@triton.constexpr_function
+def _receive_asm(each):
+    """PTX that loads a thread's `each` pairs of packets, all at once, until every flag is the epoch."""
+    packets, first = 2 * each, 2 * each
+    epoch, faults, timeout = f"${4 * each}", 5 * each, f"${6 * each}"
+    load = [f"@%has{i % each} ld.volatile.global.b64 ${i}, [${first + i}];" for i in range(packets)]
+    test = [f"mov.b64 {{%low, %high}}, ${i}; setp.eq.and.u32 %all, %high, {epoch}, %all;" for i in range(packets)]
+    note = [
+        f"mov.b64 {{%low, %high}}, ${i}; setp.ne.u32 %late, %high, {epoch};"
+        f"@%late st.volatile.global.b32 [${faults + i % each}], 1;"
+        for i in range(packets)
+    ]
+    return "\n".join(
+        [
+            "{",
+            f".reg .pred %has<{each}>, %all, %late; .reg .b32 %low, %high, %looks; .reg .b64 %begin, %now;",
+            *[f"setp.ne.u64 %has{i}, ${first + i}, 0;" for i in range(each)],
+            *[f"mov.b64 ${i}, {{0, {epoch}}};" for i in range(packets)],
+            "mov.u32 %looks, 0;",
+            "AGAIN:",
+            *load,
+            "setp.eq.u32 %all, %looks, %looks;",
+            *test,
+            "@%all bra DONE;",
+            "add.u32 %looks, %looks, 1; and.b32 %low, %looks, 1023; setp.ne.u32 %late, %low, 0; @%late bra AGAIN;",
+            "mov.u64 %now, %globaltimer; setp.eq.u32 %late, %looks, 1024; @%late mov.u64 %begin, %now;",
+            f"sub.u64 %now, %now, %begin; setp.lt.u64 %late, %now, {timeout}; @%late bra AGAIN;",
+            *note,
+            "fence.acq_rel.sys; trap;",
+            "DONE:",
+            "bar.warp.sync 0xffffffff;",
+            "}",
+        ]
+    )
