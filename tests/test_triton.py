@@ -143,7 +143,7 @@ def fused_arguments(q, k, v, lens, *, cut, sinks, buffers, rank, epochs, parts, 
         "buffers": tuple(buffers), "mine": buffers[rank], "epochs": epochs, "fault": fault, "out": out,
         "capacity": capacity, "rank": rank, "timeout_ns": None, **cut.split, **cut.unit, "WORLD": len(buffers),
         "W_PAD": ranks_padded(cut, len(buffers)), "SCATTER": scatter, "SPLIT": True, "PUSH": True, "COLLECT": True,
-        "PDL": False, "EARLY": True,
+        "PDL": False,
     } | how  # fmt: skip
 
 
@@ -191,7 +191,7 @@ class Ranks:
         keep = {"buffers": self.buffers, "rank": rank, "epochs": self.epochs[rank], "fault": self.fault}
         return keep | {"capacity": self.capacity}
 
-    def decode(self, q, ks, vs, lens=None, sinks=None, scatter=False, *, early=True):
+    def decode(self, q, ks, vs, lens=None, sinks=None, scatter=False):
         """q and each rank's keys, values and lengths -> each rank's out."""
         self.begin()
         B, T, H, _ = q.shape
@@ -206,8 +206,7 @@ class Ranks:
                 powers = all(d == triton.next_power_of_2(d) >= 16 for d in (q.shape[3], v.shape[3]))
                 arguments = fused_arguments(
                     q, k, v, length, cut=cut, sinks=sinks, parts=parts[rank], out=outs[rank], scatter=scatter,
-                    **self.kept(rank), BN=BN, EVEN=whole and powers, EARLY=early, SPLIT=False, PUSH=False,
-                    COLLECT=False,
+                    **self.kept(rank), BN=BN, EVEN=whole and powers, SPLIT=False, PUSH=False, COLLECT=False,
                 )  # fmt: skip
                 fused_kernel[(cut.programs,)](**arguments | {step: True}, num_warps=cut.warps)
         rows, DV, UD = B * T * H, shape[3], cut.unit["UD"]
@@ -295,12 +294,8 @@ def test_fused_steps_between_ranks(size):
 def test_fused_steps_on_any_number_of_programs(programs):
     for name in ("even", "ragged scatter with sinks"):
         arguments, exact, plain = step_of(name, 2)
-        results = []
-        for early in (True, False):  # whether a group that one program does alone is pushed at once
-            outs = Ranks(2, programs=programs).decode(*arguments, early=early)
-            results.append(torch.cat(outs, 2) if arguments[-1] else outs[0])
-            assert_within_rounding(results[-1], exact.out, plain)
-        torch.testing.assert_close(*results, atol=0, rtol=2 * torch.finfo(torch.float16).eps)
+        outs = Ranks(2, programs=programs).decode(*arguments)
+        assert_within_rounding(torch.cat(outs, 2) if arguments[-1] else outs[0], exact.out, plain)
 
 
 def test_epochs_start_again():

@@ -57,7 +57,7 @@ def _fused_decode(
             tensors, strides, sizes, factors, parts, sinks, tuple(buffers), buffers[rank], epochs, fault, out,
             capacity, rank, timeout_ns, **cut.split, **cut.unit, WORLD=W, W_PAD=ranks_padded(cut, W), SCATTER=scatter,
             SPLIT=True, PUSH=True, COLLECT=True, num_warps=cut.warps,
-            EARLY=2 * k.shape[2] * q.shape[0] > cut.programs, **pdl(q.device, k.nbytes + v.nbytes if alone else NEVER),
+            **pdl(q.device, k.nbytes + v.nbytes if alone else NEVER),
         )  # fmt: skip
     return out
 

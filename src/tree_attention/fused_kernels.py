@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .local.triton_kernels import contributors, divide, merge_parts, out_row, prefetch, split, unit_at
-from .reduce.symmetric_kernels import collect, keep_epoch, next_epoch, out_place, own, push, push_rows
+from .reduce.symmetric_kernels import collect, keep_epoch, next_epoch, out_place, own, push
 
 
 @triton.jit
@@ -19,13 +19,11 @@ def fused_kernel(
     DV_PAD: tl.constexpr, B_PAD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
     UR: tl.constexpr, UD: tl.constexpr, PARTS: tl.constexpr, WORLD: tl.constexpr, W_PAD: tl.constexpr,
     SCATTER: tl.constexpr, SPLIT: tl.constexpr, PUSH: tl.constexpr, COLLECT: tl.constexpr, PDL: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """`tensors` to `parts` as in `split`; buffers to timeout_ns as in `exchange_kernel`; sinks `[H]` or None.
 
     out: `[B, T, H, DV]`, with SCATTER `[B, T, H / WORLD, DV]`, in its own dtype. SPLIT, PUSH, COLLECT: the steps; all
-    but in tests, where programs run one after the other and cannot wait for one another. EARLY: a group that one
-    program does alone is pushed at once, beside the reading of the next.
+    but in tests, where programs run one after the other and cannot wait for one another.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     B, T, _, H_kv, _ = sizes
@@ -38,11 +36,10 @@ def fused_kernel(
         gdc_wait()
     epoch = next_epoch(epochs, program)
     work = divide(tensors[3], sizes, programs, BN, B_PAD)
-    places = (buffers, rows, H, capacity, rank, epoch)
     if SPLIT:
         split(
-            tensors, strides, sizes, factors, work, parts, epoch, places,
-            G, BM, BN, D, DV, D_PAD, DV_PAD, B_PAD, EVEN, STAGES, push_rows if EARLY else None, WORLD, UD, SCATTER,
+            tensors, strides, sizes, factors, work, parts, epoch,
+            G, BM, BN, D, DV, D_PAD, DV_PAD, B_PAD, EVEN, STAGES,
         )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -50,12 +47,11 @@ def fused_kernel(
         for unit in range(program, units, programs):
             group, m, cols = unit_at(unit, M, UR, UD, DV)
             first, last = contributors(group, work, B, H_kv, B_PAD)
-            if not EARLY or first < last:
-                numbers, lse = merge_parts(
-                    parts, epoch, sizes, programs, first, last, group, m, cols, fault + rank, timeout_ns, G, DV, PARTS
-                )
-                row = out_row(group, m, B, T, H_kv, G)
-                push(buffers, numbers, lse, row, cols, m < M, rows, H, capacity, rank, epoch, DV, WORLD, UD, SCATTER)
+            numbers, lse = merge_parts(
+                parts, epoch, sizes, programs, first, last, group, m, cols, fault + rank, timeout_ns, G, DV, PARTS
+            )
+            row = out_row(group, m, B, T, H_kv, G)
+            push(buffers, numbers, lse, row, cols, m < M, rows, H, capacity, rank, epoch, DV, WORLD, UD, SCATTER)
     if COLLECT:
         for unit in range(program, units, programs):
             group, m, cols = unit_at(unit, M, UR, UD, DV)

@@ -83,6 +83,9 @@ def decode(
     nproc: Annotated[int, typer.Option(help="Ranks, a GPU each.")] = 2,
     keys: Annotated[str, typer.Option(help="Keys on each rank.")] = "16384,65536,262144,1048576",
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1",
+    pairs: Annotated[
+        bool, typer.Option(help="The first batch size with the first KEYS, and so on, not each with each.")
+    ] = False,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     head_dim: Annotated[int, typer.Option(help="Of queries, keys and values.")] = 128,
@@ -100,8 +103,8 @@ def decode(
     Exit code 1: ours was wrong.
     """
     request = decode_command.Request(
-        nproc=nproc, keys=keys, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, layout=layout,
-        ragged=ragged, peers=peers, rounds=rounds, eager=eager, output=output,
+        nproc=nproc, keys=keys, batch=batch, pairs=pairs, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        layout=layout, ragged=ragged, peers=peers, rounds=rounds, eager=eager, output=output,
     )  # fmt: skip
     _run(lambda: decode_command.bench_decode(request))
 

@@ -1,5 +1,6 @@
 """`tree-attention bench decode`: a decode step on GPUs, its peers and the speed of memory, as tables and records."""
 
+import itertools
 import json
 import os
 import re
@@ -41,6 +42,7 @@ class Request:
     nproc: int
     keys: str
     batch: str
+    pairs: bool
     heads: int
     kv_heads: int
     head_dim: int
@@ -65,7 +67,7 @@ def bench_decode(request: Request) -> int:
 
 
 def cases_of(request: Request) -> list[Case]:
-    """Every batch size with every number of keys."""
+    """Every batch size with every number of keys; with `pairs` one of each."""
     keys, batch = numbers("keys", request.keys), numbers("batch", request.batch)
     sizes = (*keys, *batch, request.heads, request.kv_heads, request.head_dim)
     if min(sizes) < 1 or request.heads % request.kv_heads:
@@ -76,7 +78,10 @@ def cases_of(request: Request) -> list[Case]:
     if request.layout not in ("NHD", "HND"):
         raise InputError(f"layout must be NHD or HND, got {request.layout!r}")
     rest = (request.heads, request.kv_heads, request.head_dim, request.layout, request.ragged)
-    wanted = [Case(rows, held, *rest) for rows in batch for held in keys]
+    if request.pairs and len(batch) != len(keys):
+        raise InputError(f"pairs needs as many batch sizes as keys, got {request.batch} and {request.keys}")
+    sizes_of = zip(batch, keys, strict=True) if request.pairs else itertools.product(batch, keys)
+    wanted = [Case(rows, held, *rest) for rows, held in sizes_of]
     largest = 2 * max(case.allocated_bytes() for case in wanted)
     if largest > MOST_BYTES:
         raise InputError(f"two sets of K and V must take at most {MOST_BYTES / 1e9:g} GB, got {largest / 1e9:.0f} GB")

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..partial import Partial
 from .visibility import Selection
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant: torch.compile traces what asks for it
 MAX_QUERY_ROWS = 64  # T H / H_kv
 MAX_HEAD_DIM = 256
 UNIT_PACKETS = 1024  # that a program waits for at once
@@ -27,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, 
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "needs the package triton"
     if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreted()):
         return f"runs on CUDA tensors, got {q.device.type}"

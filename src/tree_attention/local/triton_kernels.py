@@ -30,10 +30,7 @@ def split_kernel(
         gdc_wait()
     work = divide(tensors[3], sizes, tl.num_programs(0), BN, B_PAD)
     epoch = tl.full([], 1, tl.int32)
-    split(
-        tensors, strides, sizes, factors, work, parts, epoch, None,
-        G, BM, BN, D, DV, D_PAD, DV_PAD, B_PAD, EVEN, STAGES, None, 1, 1, False,
-    )  # fmt: skip
+    split(tensors, strides, sizes, factors, work, parts, epoch, G, BM, BN, D, DV, D_PAD, DV_PAD, B_PAD, EVEN, STAGES)
     if PDL:
         gdc_launch_dependents()
 
@@ -62,10 +59,9 @@ def merge_kernel(
 
 @triton.jit
 def split(
-    tensors, strides, sizes, factors, work, parts, epoch, places,
+    tensors, strides, sizes, factors, work, parts, epoch,
     G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr,
     DV_PAD: tl.constexpr, B_PAD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, WORLD: tl.constexpr, UD: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
     """This program's tiles -> its parts, as packets of `epoch`.
 
@@ -74,8 +70,6 @@ def split(
     strides: of q (b, t, h), k (b or page, s, h), v likewise, page_table (b), q_positions (b, t), k_positions (b, s),
         mask (b, h, t, s); 0 where a dim is repeated.
     sizes: B, T, S, H_kv, page_size. factors: scale log2(e), softcap and window, the last two or None. work: `divide`.
-    WHOLE: None, or what takes the groups that this program does from first to last tile, which leave no part:
-        `push_rows` of the exchange, with places, WORLD, UD and SCATTER for it.
     parts: packets, int64: `[programs + groups, M, DV]` numbers, then `[programs + groups, M]` log-sum-exps in base 2.
     """
     B, T, _, H_kv, _ = sizes
@@ -94,12 +88,7 @@ def split(
             )  # fmt: skip
             group_ends = at + 1 == start + tiles
             if group_ends | (at + 1 == end):
-                out, lse = finish(peak, total, acc)
-                is_whole = group_ends & (start >= tile)
-                publish(
-                    parts, epoch, program, programs, group, B, H_kv, T, out, lse, is_whole, places,
-                    G, BM, DV, DV_PAD, WHOLE, WORLD, UD, SCATTER,
-                )  # fmt: skip
+                leave(parts, epoch, program + group, programs + B * H_kv, M, peak, total, acc, BM, DV, DV_PAD)
             peak, total = tl.where(group_ends, NO_SCORE, peak), tl.where(group_ends, 0.0, total)
             acc = tl.where(group_ends, 0.0, acc)
             start = tl.where(group_ends, start + tiles, start)
@@ -117,12 +106,7 @@ def split(
                     tensors, strides, sizes, factors, q_rows, group, at - start, keys, peak, total, acc,
                     G, BM, BN, D, DV, D_PAD, DV_PAD, EVEN,
                 )  # fmt: skip
-            out, lse = finish(peak, total, acc)
-            is_whole = (tile == start) & (stop == start + tiles)
-            publish(
-                parts, epoch, program, programs, group, B, H_kv, T, out, lse, is_whole, places,
-                G, BM, DV, DV_PAD, WHOLE, WORLD, UD, SCATTER,
-            )  # fmt: skip
+            leave(parts, epoch, program + group, programs + B * H_kv, M, peak, total, acc, BM, DV, DV_PAD)
             tile, start, group = stop, start + tiles, group + 1
 
 
@@ -191,38 +175,17 @@ def attend_tile(
 
 
 @triton.jit
-def finish(peak, total, acc):
-    """out and lse in base 2, (0, -inf) if no key was seen."""
+def leave(
+    parts, epoch, place, places, M, peak, total, acc, BM: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr
+):  # fmt: skip
+    """A part to its place of `places`: out and lse in base 2, (0, -inf) if no key was seen."""
+    m, v_dims = tl.arange(0, BM), tl.arange(0, DV_PAD)
+    at = (place * M + m).to(tl.int64)
     some = total > 0
     safe = tl.where(some, total, 1.0)
-    return acc / safe[:, None], tl.where(some, peak + tl.log2(safe), float("-inf"))
-
-
-@triton.jit
-def publish(
-    parts, epoch, program, programs, group, B, H_kv, T, out, lse, is_whole, places,
-    G: tl.constexpr, BM: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    WHOLE: tl.constexpr, WORLD: tl.constexpr, UD: tl.constexpr, SCATTER: tl.constexpr,
-):  # fmt: skip
-    """This program's part of a group, out `[BM, DV_PAD]` and lse `[BM]`, to its place; a whole group to WHOLE."""
-    m, v_dims = tl.arange(0, BM), tl.arange(0, DV_PAD)
-    if WHOLE is None:
-        leave(parts, epoch, program + group, programs + B * H_kv, m, v_dims, T * G, out, lse, DV)
-    else:
-        if is_whole:
-            row = out_row(group, m, B, T, H_kv, G)
-            WHOLE(places, row, v_dims, m < T * G, out, lse * LN2, DV, WORLD, UD, SCATTER)
-        else:
-            leave(parts, epoch, program + group, programs + B * H_kv, m, v_dims, T * G, out, lse, DV)
-
-
-@triton.jit
-def leave(parts, epoch, place, places, m, v_dims, M, out, lse, DV: tl.constexpr):
-    """A part, to its place among the parts."""
-    at = (place * M + m).to(tl.int64)
     out_live = (m < M)[:, None] & (v_dims < DV)[None, :]
-    send(parts + at[:, None] * DV + v_dims[None, :], out, epoch, out_live)
-    send(parts + places * M * DV + at, lse, epoch, m < M)
+    send(parts + at[:, None] * DV + v_dims[None, :], acc / safe[:, None], epoch, out_live)
+    send(parts + places * M * DV + at, tl.where(some, peak + tl.log2(safe), float("-inf")), epoch, m < M)
 
 
 @triton.jit

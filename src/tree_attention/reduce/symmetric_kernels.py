@@ -91,25 +91,6 @@ def push(
 
 
 @triton.jit
-def push_rows(
-    places, row, cols, live, numbers, lse,
-    DV: tl.constexpr, WORLD: tl.constexpr, UD: tl.constexpr, SCATTER: tl.constexpr,
-):  # fmt: skip
-    """`push` of whole rows: numbers `[n, DV_PAD]`, lse `[n]`; places: what `push` takes besides."""
-    buffers, rows, H, capacity, rank, epoch = places
-    per_row: tl.constexpr = (DV + UD - 1) // UD
-    blocks: tl.constexpr = cols.shape[0] // UD
-    block = tl.arange(0, blocks)
-    place = ((epoch & 1) * WORLD + rank).to(tl.int64) * capacity
-    for peer in tl.static_range(WORLD):
-        to = live & (row % H // (H // WORLD) == peer) if SCATTER else live
-        at = buffers[peer] + place
-        send(at + row[:, None] * DV + cols[None, :], numbers, epoch, to[:, None] & (cols < DV)[None, :])
-        lse_at = at + rows * DV + row[:, None] * per_row + block[None, :]
-        send(lse_at, lse[:, None] + 0.0 * block[None, :], epoch, to[:, None] & (block < per_row)[None, :])
-
-
-@triton.jit
 def collect(
     mine, row, cols, live, rows, capacity, rank, epoch, fault, timeout_ns,
     DV: tl.constexpr, WORLD: tl.constexpr, W_PAD: tl.constexpr, UD: tl.constexpr,
