@@ -398,7 +398,10 @@ def at_the_same_time(group):
         plain = attend(q, k, v, backend="efficient").out.bfloat16()
         assert_decodes(link, *calls[-1], oracle(q, k, v).out, plain, ("half", seed))
         expected.append(tree_decode(*calls[-1], group=link, algorithm="fused"))
-    wrong = [torch.zeros((), dtype=torch.long, device="cuda") for _ in links]
+    # the first comparison here: CUDA loads a kernel at its first launch and may wait for the device to do so
+    wrong = [(out != out.clone()).sum() for out in expected]
+    for count in wrong:
+        count += (expected[0] != expected[0]).sum()
     torch.cuda.synchronize()
     for step in range(500):
         for i in (0, 1) if step % 2 == group.rank() else (1, 0):  # the ranks take the links in another order

@@ -74,6 +74,8 @@ def tree_decode(
     _check_sinks(sinks, q)
     if isinstance(group, SymmetricLink):
         group.check()
+    elif algorithm in FUSED:
+        raise InputError(f"{algorithm} needs a SymmetricLink as the group, got {type(group).__name__}")
     if isinstance(group, SymmetricLink) and algorithm in ("auto", *FUSED) and q.numel():
         selection = check(q, k, v, **keys, scale=scale, softcap=softcap)
         if choose_path(q, k, v, selection, softcap, group, backend, algorithm) == "fused":
@@ -81,10 +83,8 @@ def tree_decode(
                 q, k, v, selection, group, scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
                 sinks=sinks, scatter=algorithm == "fused_scatter",
             )  # fmt: skip
-    elif algorithm in FUSED:
-        raise InputError(f"{algorithm} needs a SymmetricLink as the group, got {type(group).__name__}")
     partial = attend(q, k, v, **keys, **choices)
-    total = tree_reduce(partial, group, algorithm=algorithm)
+    total = tree_reduce(partial, group, algorithm=algorithm.replace("fused", "symmetric"))  # "fused": nothing to decode
     if sinks is not None:
         total = add_sinks(total, _own_heads(sinks, total, group))
     return total.out.to(q.dtype)

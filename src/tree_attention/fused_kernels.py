@@ -1,7 +1,7 @@
 """Decoding and the merge over ranks in one kernel: split, merge the chip's parts, push, wait, merge the ranks', round.
 
-No program waits before all of its own work is published, and all programs are resident at once (a cooperative launch),
-so none can wait for one that cannot start.
+No program waits before all of its own work is published, and there are no more programs than multiprocessors, so that
+none waits for one that cannot start (what else may hold them: `SymmetricLink`).
 """
 
 import triton

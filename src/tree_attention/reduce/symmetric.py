@@ -30,6 +30,8 @@ class SymmetricLink:
     shapes, as often; a CUDA graph may replay them. A call waits on the GPU for the other ranks, and holds
     multiprocessors meanwhile. What else waits there for another rank at the same time (another link on another
     stream, NCCL) needs room beside it, or each may wait for what the other keeps out: give each its share (`programs`).
+    CUDA loads a kernel at its first launch and may wait for the device then: with several streams, warm up all kernels
+    before, or set CUDA_MODULE_LOADING=EAGER.
 
     Args:
         group: ranks on one host with peer access, a CUDA device each: a process group, a 1-D mesh, or None for all.
@@ -101,7 +103,7 @@ class SymmetricLink:
         """
         self.check()
         if partial.out.numel() == 0:
-            return partial
+            return Partial(*_merged(partial.out, self.world_size, scatter))
         out, lse = _exchange(
             partial.out, partial.lse, self.buffers, self.epochs, self.fault, self.capacity, self.rank, self.programs,
             self.is_alone, int(self.timeout_s * 1e9), scatter,
