@@ -57,6 +57,7 @@ def inputs_and_reference(group, case):
     return *(t.float() for t in shared), lengths, own, total, len(sets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_the_reference_takes_all_keys(pool, layout, ragged):

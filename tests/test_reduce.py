@@ -13,6 +13,7 @@ from tree_attention import (
     InputError,
     Layout,
     Partial,
+    RanksDisagree,
     SymmetricLink,
     TreeAttentionError,
     Unavailable,
@@ -229,6 +230,15 @@ def without_cuda(group):
         except (Unavailable, InputError) as error:
             texts.append((type(error).__name__, str(error)))
     return texts
+
+
+def of_other_sizes(group):
+    with pytest.raises(RanksDisagree, match="rows must be the same on every rank, got rank 0: 10, rank 1: 11"):
+        SymmetricLink(group, rows=10 + group.rank())
+
+
+def test_a_symmetric_link_is_of_one_size(pool):
+    pool.run(of_other_sizes, ranks=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a host without CUDA devices")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..errors import InputError, TreeAttentionError, Unavailable
-from ..group import Group, rank_and_size, resolve_group
+from ..group import Group, check_agreement, rank_and_size, resolve_group
 from ..partial import Partial
 
 EPOCHS, FEWEST_COLUMNS, PARTS_BYTES = 1024, 16, 1 << 25
@@ -46,6 +46,7 @@ class SymmetricLink:
 
     Raises:
         InputError: rows, head_dim, programs or timeout_s not positive, a group this rank is not in.
+        RanksDisagree: on every rank, if rows, head_dim or programs differ between ranks.
         Unavailable: on every rank, if one of them cannot: no CUDA, no Triton, several hosts, no peer access, or
             NVLink multicast turned on by TORCH_SYMM_MEM_DISABLE_MULTICAST=0.
     """
@@ -65,6 +66,7 @@ class SymmetricLink:
                 f"got {rows}, {head_dim}, {programs} and {timeout_s}"
             )
         self.group = resolve_group(group)
+        check_agreement({"rows": rows, "head_dim": head_dim, "programs": programs}, self.group)
         self.rank, self.world_size = rank_and_size(self.group)
         self.rows, self.head_dim, self.timeout_s = rows, head_dim, timeout_s
         self.programs = _agree(self.group, programs)
@@ -148,18 +150,19 @@ def _agree(group: ProcessGroup | None, wanted: int | None) -> int:
     """The programs of a launch, the fewest that a rank can hold; or raises on every rank what stands in the way."""
     obstacle = link_obstacle()
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    programs = 0 if device is None else torch.cuda.get_device_properties(device).multi_processor_count
-    programs = min(programs, wanted or programs)
-    mine = (obstacle, socket.gethostname(), device, programs)
+    properties = None if device is None else torch.cuda.get_device_properties(device)
+    programs = 0 if properties is None else min(properties.multi_processor_count, wanted or 1 << 30)
+    mine = (obstacle, socket.gethostname(), device, str(getattr(properties, "uuid", device)), programs)
     ranks = [mine]
     if group is not None and group.size() > 1:
         ranks = [mine] * group.size()
         dist.all_gather_object(ranks, mine, group=group)
     found = [f"rank {rank} {what}" for rank, (what, *_) in enumerate(ranks) if what]
-    hosts, devices = {host for _, host, _, _ in ranks}, [device for _, _, device, _ in ranks]
+    hosts, devices = {host for _, host, *_ in ranks}, [device for _, _, device, *_ in ranks]
+    uuids = {uuid for *_, uuid, _ in ranks}  # an index may be 0 on every rank, where each sees its own device only
     if not found and len(hosts) > 1:
         found = [f"its ranks are on several hosts: {', '.join(sorted(hosts))}"]
-    elif not found and len(set(devices)) < len(devices):
+    elif not found and len(uuids) < len(devices):
         found = [f"two ranks share a device: {devices}"]
     elif not found:
         found = _without_peer_access(devices)
