@@ -18,6 +18,7 @@ from .visibility import Selection
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant: torch.compile traces what asks for it
 MAX_QUERY_ROWS = 64  # T H / H_kv
 MAX_HEAD_DIM = 256
+ROOMY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))  # compute capabilities
 UNIT_PACKETS = 1024  # that a program waits for at once
 PDL_BYTES = 3 << 29  # of keys and values; measured: below, an early start gains 1 to 4 us, above it costs (docs/log.md)
 
@@ -32,6 +33,8 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: flo
         return "needs the package triton"
     if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreted()):
         return f"runs on CUDA tensors, got {q.device.type}"
+    if torch.version.hip or (q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] < 8):
+        return "runs on NVIDIA GPUs of compute capability 8.0 and later"
     if q.dtype not in ((torch.float16,) if q.device.type == "cpu" else (torch.bfloat16, torch.float16)):
         if q.dtype == torch.bfloat16:
             return "has float16 only on the CPU, where Triton's interpreter runs it, got torch.bfloat16"
@@ -69,7 +72,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, selection: Selection, programs: int, r
     G, groups = H // H_kv, B * H_kv
     M, D_PAD, DV_PAD = T * G, max(_power_of_2(D), 16), max(_power_of_2(DV), 16)
     BM, widest = max(_power_of_2(M), 16), max(D_PAD, DV_PAD)
-    BN, stages = _tile(BM, widest, paged=selection.page_table is not None)
+    BN, stages = _tile(BM, widest, paged=selection.page_table is not None, roomy=_is_roomy(q.device))
     keys = k.shape[1] * (1 if selection.page_table is None else selection.page_table.shape[1])
     warps = 4 if groups * _ceil(keys, BN) <= 16 * programs else 8
     parts = min(_power_of_2(max(programs // groups, 1)), 64)
@@ -87,8 +90,8 @@ def plan(q: Tensor, k: Tensor, v: Tensor, selection: Selection, programs: int, r
     )  # fmt: skip
 
 
-def _tile(BM: int, widest: int, *, paged: bool) -> tuple[int, int]:
-    """(BN, stages): what fills a multiprocessor's shared memory once, measured fastest (docs/log.md).
+def _tile(BM: int, widest: int, *, paged: bool, roomy: bool) -> tuple[int, int]:
+    """(BN, stages): what fills a multiprocessor's shared memory once, measured fastest on Hopper (docs/log.md).
 
     A page table's entry is loaded before the page it names, so a pipeline is two stages longer.
     """
@@ -96,7 +99,14 @@ def _tile(BM: int, widest: int, *, paged: bool) -> tuple[int, int]:
         BN, stages = 128 if BM < 64 else 64, 3 if widest == 128 else 5
     else:
         BN, stages = (64, 3) if BM < 64 else (32, 2)
-    return BN, stages + 2 * paged
+    return (BN if roomy else max(BN // 2, 16)), stages + 2 * paged
+
+
+def _is_roomy(device: torch.device) -> bool:
+    """Whether a program may have 160 KB of shared memory and more (A100, Hopper, B200), not 99 (most other GPUs)."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return True  # interpreted, or compiled for another machine
+    return torch.cuda.get_device_capability(device) in ROOMY
 
 
 def unit_shape(M: int, DV: int, groups: int, programs: int, deep: int) -> tuple[int, int]:
