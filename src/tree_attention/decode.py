@@ -72,10 +72,9 @@ def tree_decode(
     if verify:
         _vote(q, k, v, keys, choices, sinks, algorithm, group)
     _check_sinks(sinks, q)
+    _check_link(algorithm, group)
     if isinstance(group, SymmetricLink):
         group.check()
-    elif algorithm in FUSED:
-        raise InputError(f"{algorithm} needs a SymmetricLink as the group, got {type(group).__name__}")
     if isinstance(group, SymmetricLink) and algorithm in ("auto", *FUSED) and q.numel():
         selection = check(q, k, v, **keys, scale=scale, softcap=softcap)
         if choose_path(q, k, v, selection, softcap, group, backend, algorithm) == "fused":
@@ -146,10 +145,9 @@ def _vote(
     error = None
     try:
         _check_sinks(sinks, q)
-        if algorithm in FUSED:
+        _check_link(algorithm, group)
+        if isinstance(group, SymmetricLink) and algorithm in FUSED:
             selection = check(q, k, v, **keys, scale=choices["scale"], softcap=choices["softcap"])
-            if not isinstance(group, SymmetricLink):
-                raise InputError(f"{algorithm} needs a SymmetricLink as the group, got {type(group).__name__}")
             choose_path(q, k, v, selection, choices["softcap"], group, choices["backend"], algorithm)
         else:
             check_reduction(attend(q, k, v, **keys, **choices), group, algorithm)
@@ -164,6 +162,11 @@ def _vote(
         **choices,
     }
     check_agreement(described, _process_group(group), error=error)
+
+
+def _check_link(algorithm: str, group: Group | Link) -> None:
+    if algorithm in FUSED and not isinstance(group, SymmetricLink):
+        raise InputError(f"{algorithm} needs a SymmetricLink as the group, got {type(group).__name__}")
 
 
 def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:

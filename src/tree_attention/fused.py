@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from .local import triton_decode
-from .local.triton_decode import Plan, on_device, pdl, plan, split_arguments, tensors_of
+from .local.triton_decode import Plan, on_device, pdl, plan, split_arguments, starts_early, tensors_of
 from .local.visibility import Selection
 from .reduce import SymmetricLink
-
-NEVER = 1 << 62
 
 
 def fused_decode(
@@ -56,8 +54,7 @@ def _fused_decode(
         kernel[(cut.programs,)](
             tensors, strides, sizes, factors, parts, sinks, tuple(buffers), buffers[rank], epochs, fault, out,
             capacity, rank, timeout_ns, **cut.split, **cut.unit, WORLD=W, W_PAD=ranks_padded(cut, W), SCATTER=scatter,
-            SPLIT=True, PUSH=True, COLLECT=True, num_warps=cut.warps,
-            **pdl(q.device, k.nbytes + v.nbytes if alone else NEVER),
+            SPLIT=True, PUSH=True, COLLECT=True, num_warps=cut.warps, **pdl(q.device, alone and starts_early(k, v)),
         )  # fmt: skip
     return out
 

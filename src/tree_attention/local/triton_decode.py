@@ -4,6 +4,7 @@ Two launches, the parts and their merge, since nothing outlives the call. With a
 to be kept, `fused.py` does both in one, and the exchange over ranks with it.
 """
 
+import contextlib
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -164,18 +165,12 @@ def _split_decode(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     with on_device(q.device):
         cast(Any, split_kernel)[(cut.programs,)](
-            tensors,
-            strides,
-            sizes,
-            factors,
-            parts,
-            **cut.split,
-            num_warps=cut.warps,
-            **pdl(q.device, k.nbytes + v.nbytes),
-        )
+            tensors, strides, sizes, factors, parts, **cut.split, num_warps=cut.warps,
+            **pdl(q.device, starts_early(k, v)),
+        )  # fmt: skip
         cast(Any, merge_kernel)[(cut.units,)](
             tensors[3], parts, out, lse, sizes, cut.programs, **cut.merge, **cut.unit, num_warps=cut.warps,
-            **pdl(q.device),
+            **pdl(q.device, True),
         )  # fmt: skip
     return out, lse
 
@@ -190,15 +185,22 @@ def programs_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 7
 
 
-def pdl(device: torch.device, kv_bytes: int = 0) -> dict[str, Any]:
+def starts_early(k: Tensor, v: Tensor) -> bool:
+    """Whether reading so many keys and values gains by an early start."""
+    return k.nbytes + v.nbytes <= PDL_BYTES
+
+
+def pdl(device: torch.device, wanted: bool) -> dict[str, Any]:
     """Programmatic dependent launch: the kernel is set up while the one before it ends (Hopper and later)."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 and kv_bytes <= PDL_BYTES
-    return {"PDL": able, "launch_pdl": able} if device.type == "cuda" else {"PDL": False}
+    if device.type != "cuda":
+        return {"PDL": False}
+    able = wanted and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"PDL": able, "launch_pdl": able}
 
 
 def on_device(device: torch.device) -> Any:
     """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
