@@ -20,6 +20,7 @@ from tree_attention import (
     tree_decode,
     tree_reduce,
 )
+from tree_attention.fused import MAX_QUERY_ROWS
 from tree_attention.hf import TreeCache, prefill
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 
@@ -30,16 +31,16 @@ pytestmark = [
 S = 4096
 
 
-def run(function, tmp_path):
-    mp.spawn(_rank, (2, f"file://{tmp_path}/meeting", function), nprocs=2)
+def run(function, tmp_path, *args):
+    mp.spawn(_rank, (2, f"file://{tmp_path}/meeting", function, args), nprocs=2)
 
 
-def _rank(rank, size, meeting, function):
+def _rank(rank, size, meeting, function, args):
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=meeting, rank=rank, world_size=size)
     try:
-        function(dist.group.WORLD)
+        function(dist.group.WORLD, *args)
     finally:
         dist.destroy_process_group()
 
@@ -174,32 +175,34 @@ def poisoned(cache, lengths):
     return cache.masked_fill(unused[:, :, None, None], torch.nan)
 
 
-def over_a_link(group):
+def over_a_link(group, shape, dtype):
     link, S = SymmetricLink(group, rows=4096, head_dim=256), 1000
     layout = Layout(group.size(), 16)
     slots = held_by(layout, S, group)
-    for shape in SHAPES:
-        for dtype in (torch.bfloat16, torch.float16):
-            q, k, v = peaked_inputs(S=S, dtype=dtype, device="cuda", **shape)
-            mine = k[:, slots], v[:, slots]
-            exact, plain = oracle(q, k, v).out, attend(q, k, v, backend="efficient").out.to(dtype)
-            assert_decodes(link, q, *mine, exact, plain, (shape, dtype, "even"))
-            held = S if group.rank() == 0 else 0
-            assert_decodes(link, q, k[:, :held], v[:, :held], exact, plain, (shape, dtype, "an empty rank"))
-            total = lengths_of(shape["B"], S, seed=3)
-            ragged = {"local_seqlens": total.cuda()}
-            exact, plain = oracle(q, k, v, **ragged).out, attend(q, k, v, **ragged, backend="efficient").out.to(dtype)
-            local = layout.local_length(total, group.rank()).int().cuda()
-            cache = (poisoned(t, local) for t in mine)
-            assert_decodes(link, q, *cache, exact, plain, (shape, dtype, "ragged"), local_seqlens=local)
+    q, k, v = peaked_inputs(S=S, dtype=dtype, device="cuda", **shape)
+    mine = k[:, slots], v[:, slots]
+    fits = shape["T"] * shape["H"] // shape["H_kv"] <= MAX_QUERY_ROWS
+    algorithms = LINKED if fits else ("auto", "symmetric", "symmetric_scatter")
+    exact, plain = oracle(q, k, v).out, attend(q, k, v, backend="efficient").out.to(dtype)
+    assert_decodes(link, q, *mine, exact, plain, "even", algorithms=algorithms)
+    held = S if group.rank() == 0 else 0
+    assert_decodes(link, q, k[:, :held], v[:, :held], exact, plain, "an empty rank", algorithms=algorithms)
+    total = lengths_of(shape["B"], S, seed=3)
+    ragged = {"local_seqlens": total.cuda()}
+    exact, plain = oracle(q, k, v, **ragged).out, attend(q, k, v, **ragged, backend="efficient").out.to(dtype)
+    local = layout.local_length(total, group.rank()).int().cuda()
+    cache = [poisoned(t, local) for t in mine]
+    assert_decodes(link, q, *cache, exact, plain, "ragged", algorithms=algorithms, local_seqlens=local)
     nobody = torch.zeros(shape["B"], dtype=torch.int32, device="cuda")
-    for algorithm in LINKED:
+    for algorithm in algorithms:
         assert tree_decode(q, *mine, group=link, algorithm=algorithm, local_seqlens=nobody).eq(0).all()
     link.synchronize()
 
 
-def test_over_a_link(tmp_path):
-    run(over_a_link, tmp_path)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape.values())))
+def test_over_a_link(tmp_path, shape, dtype):
+    run(over_a_link, tmp_path, shape, dtype)
 
 
 def paged(k, v, lengths, page_tokens):
@@ -217,59 +220,59 @@ def paged(k, v, lengths, page_tokens):
     return *pages, order.view(B, count).masked_fill(~used, 10**6).int()
 
 
-def with_everything(group):
+def with_everything(group, T):
     """Sinks, soft cap, positions, windows, masks and pages."""
     link, S, dtype = SymmetricLink(group), 700, torch.bfloat16
     layout = Layout(group.size(), 16)
     slots = held_by(layout, S, group)
     shape = {"B": 3, "H": 16, "H_kv": 4, "D": 64}
     sinks = torch.linspace(-2, 4, 16, device="cuda")
-    for T in (1, 4):
-        q, k, v = peaked_inputs(T=T, S=S, dtype=dtype, device="cuda", **shape)
-        mine = k[:, slots], v[:, slots]
-        every = torch.arange(S, device="cuda")
-        total = torch.tensor([S, 333, 0])
-        local = layout.local_length(total, group.rank()).cuda()
-        mask = torch.rand(3, 1, T, S, generator=torch.Generator().manual_seed(5)).cuda() < 0.5
-        queries = {"q_positions": torch.arange(300, 300 + 100 * T, 100, device="cuda")}
-        ragged = {"local_seqlens": total.cuda()}, {"local_seqlens": local}
-        causal = queries | {"k_positions": every}, queries | {"k_positions": slots}
-        cases = {
-            "causal": causal,
-            "window": tuple(how | {"window": 90} for how in causal),
-            "mask": ({"mask": mask}, {"mask": mask[..., slots]}),
-            "softcap": ({"softcap": 2.5}, {"softcap": 2.5}),
-            "ragged and causal": tuple(a | b for a, b in zip(ragged, causal, strict=True)),
-        }
-        for name, (of_all, of_mine) in cases.items():
-            if name == "softcap":
-                exact, plain = oracle(q, k, v, **of_all), attend(q, k, v, backend="reference", **of_all)
-            else:
-                exact, plain = oracle(q, k, v, **of_all), attend(q, k, v, backend="efficient", **of_all)
-            assert_decodes(link, q, *mine, exact.out, plain.out.to(dtype), (T, name), **of_mine)
-            with_sinks = [(p.out / (1 + (sinks - p.lse).exp())[..., None]) for p in (exact, plain)]
-            assert_decodes(
-                link, q, *mine, with_sinks[0], with_sinks[1].to(dtype), (T, name, "sinks"), sinks=sinks, **of_mine
-            )
-        exact, plain = oracle(q, k, v, **ragged[0]).out, attend(q, k, v, backend="efficient", **ragged[0]).out.to(dtype)
-        for page_tokens in (1, 5, 16):
-            k_pages, v_pages, table = paged(*mine, local, page_tokens)
-            assert_decodes(
-                link,
-                q,
-                k_pages,
-                v_pages,
-                exact,
-                plain,
-                (T, "pages", page_tokens),
-                page_table=table,
-                local_seqlens=local,
-            )
+    q, k, v = peaked_inputs(T=T, S=S, dtype=dtype, device="cuda", **shape)
+    mine = k[:, slots], v[:, slots]
+    every = torch.arange(S, device="cuda")
+    total = torch.tensor([S, 333, 0])
+    local = layout.local_length(total, group.rank()).cuda()
+    mask = torch.rand(3, 1, T, S, generator=torch.Generator().manual_seed(5)).cuda() < 0.5
+    queries = {"q_positions": torch.arange(300, 300 + 100 * T, 100, device="cuda")}
+    ragged = {"local_seqlens": total.cuda()}, {"local_seqlens": local}
+    causal = queries | {"k_positions": every}, queries | {"k_positions": slots}
+    cases = {
+        "causal": causal,
+        "window": tuple(how | {"window": 90} for how in causal),
+        "mask": ({"mask": mask}, {"mask": mask[..., slots]}),
+        "softcap": ({"softcap": 2.5}, {"softcap": 2.5}),
+        "ragged and causal": tuple(a | b for a, b in zip(ragged, causal, strict=True)),
+    }
+    for name, (of_all, of_mine) in cases.items():
+        if name == "softcap":
+            exact, plain = oracle(q, k, v, **of_all), attend(q, k, v, backend="reference", **of_all)
+        else:
+            exact, plain = oracle(q, k, v, **of_all), attend(q, k, v, backend="efficient", **of_all)
+        assert_decodes(link, q, *mine, exact.out, plain.out.to(dtype), (T, name), **of_mine)
+        with_sinks = [(p.out / (1 + (sinks - p.lse).exp())[..., None]) for p in (exact, plain)]
+        assert_decodes(
+            link, q, *mine, with_sinks[0], with_sinks[1].to(dtype), (T, name, "sinks"), sinks=sinks, **of_mine
+        )
+    exact, plain = oracle(q, k, v, **ragged[0]).out, attend(q, k, v, backend="efficient", **ragged[0]).out.to(dtype)
+    for page_tokens in (1, 5, 16):
+        k_pages, v_pages, table = paged(*mine, local, page_tokens)
+        assert_decodes(
+            link,
+            q,
+            k_pages,
+            v_pages,
+            exact,
+            plain,
+            (T, "pages", page_tokens),
+            page_table=table,
+            local_seqlens=local,
+        )
     link.synchronize()
 
 
-def test_over_a_link_with_everything(tmp_path):
-    run(with_everything, tmp_path)
+@pytest.mark.parametrize("T", [1, 4])
+def test_over_a_link_with_everything(tmp_path, T):
+    run(with_everything, tmp_path, T)
 
 
 def captured(group):

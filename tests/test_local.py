@@ -533,6 +533,17 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
         attend(*peaked_inputs(**CALL | HALF), backend="triton")
 
 
+@pytest.mark.parametrize("asking", [0, 1, 2])
+def test_triton_has_no_gradient_and_says_so(asking):
+    tensors = peaked_inputs(**CALL | HALF, device="cuda" if ON_CUDA else "cpu")
+    tensors[asking].requires_grad_()
+    with pytest.raises(Unavailable, match=re.escape("backend 'triton' has no gradient, for which q, k or v ask: use")):
+        attend(*tensors, backend="triton")
+    assert not attend(*tensors, backend="auto").out.isnan().any()
+    with torch.no_grad():
+        attend(*tensors, backend="triton")
+
+
 def test_a_backend_is_refused_where_there_are_no_keys_too():
     q, k, v = peaked_inputs(**CALL)
     with pytest.raises(Unavailable, match="has no softcap"):

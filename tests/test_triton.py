@@ -23,7 +23,7 @@ from tree_attention.decode import choose_path
 from tree_attention.fused import ranks_padded
 from tree_attention.fused_kernels import fused_kernel
 from tree_attention.local import triton_decode
-from tree_attention.local.triton_decode import plan, split_arguments, tensors_of
+from tree_attention.local.triton_decode import _launched, plan, split_arguments, tensors_of
 from tree_attention.local.triton_kernels import (
     contributors,
     divide,
@@ -131,6 +131,17 @@ def test_every_tile_has_one_owner(name):
         slots |= {p + group for p in owners}
     assert len(slots) == len({(p, tile[0]) for p, tile in zip(owner, expected, strict=True)})
     assert max(slots) < programs + len(starts)
+
+
+@pytest.mark.parametrize(
+    ("groups", "alike", "launched"),
+    [
+        (8, True, 128), (8, False, 128), (128, True, 128), (132, True, 132), (100, True, 132), (512, True, 128),
+        (512, False, 132), (511, True, 132), (264, True, 132), (200, True, 132),
+    ],
+)  # fmt: skip
+def test_programs_share_the_groups_evenly_where_nearly_all_can(groups, alike, launched):
+    assert _launched(groups, 132, alike=alike) == launched
 
 
 def fused_arguments(q, k, v, lens, *, cut, sinks, buffers, rank, epochs, parts, fault, out, capacity, scatter, **how):
@@ -408,6 +419,8 @@ def test_what_is_fused():
         "has bfloat16 and float16 only, got torch.float32": {"dtype": torch.float32},
         "needs head dims that are multiples of 8 up to 256, got 20 and 20": {"D": 20},
         "has a kernel of its own, got backend 'reference'": {"backend": "reference"},
+        "takes at most 32 query rows a KV head (T H / H_kv), got 36": {"T": 9},
+        "takes at most 64 query rows a KV head (T H / H_kv), got 68": {"T": 17},
     }
     for text, how in cannot.items():
         assert path(**how) == "apart"

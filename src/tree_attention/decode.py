@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from . import fused
 from .errors import InputError, TreeAttentionError, Unavailable
 from .group import Group, check_agreement, rank_and_size, resolve_group
-from .local import attend, check
+from .local import attend_selected, check
 from .local.visibility import Selection
 from .partial import Partial, merge, stack
 from .reduce import Link, SymmetricLink, check_reduction, check_scatter, tree_reduce
@@ -64,8 +64,8 @@ def tree_decode(
         InputError, Unavailable: as in `attend` and `tree_reduce`.
         RanksDisagree: with `verify`, on every rank.
     """
-    choices = {"scale": scale, "softcap": softcap, "backend": backend}
-    keys = {
+    choices: dict[str, Any] = {"scale": scale, "softcap": softcap, "backend": backend}
+    keys: dict[str, Any] = {
         "local_seqlens": local_seqlens, "q_positions": q_positions, "k_positions": k_positions, "window": window,
         "mask": mask, "page_table": page_table,
     }  # fmt: skip
@@ -75,14 +75,18 @@ def tree_decode(
     _check_link(algorithm, group)
     if isinstance(group, SymmetricLink):
         group.check()
-    if isinstance(group, SymmetricLink) and algorithm in ("auto", *FUSED) and q.numel():
-        selection = check(q, k, v, **keys, scale=scale, softcap=softcap)
-        if choose_path(q, k, v, selection, softcap, group, backend, algorithm) == "fused":
-            return fused.fused_decode(
-                q, k, v, selection, group, scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
-                sinks=sinks, scatter=algorithm == "fused_scatter",
-            )  # fmt: skip
-    partial = attend(q, k, v, **keys, **choices)
+    selection = check(q, k, v, **keys, scale=scale, softcap=softcap)
+    if (
+        isinstance(group, SymmetricLink)
+        and algorithm in ("auto", *FUSED)
+        and q.numel() > 0
+        and choose_path(q, k, v, selection, softcap, group, backend, algorithm) == "fused"
+    ):
+        return fused.fused_decode(
+            q, k, v, selection, group, scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
+            sinks=sinks, scatter=algorithm == "fused_scatter",
+        )  # fmt: skip
+    partial = attend_selected(q, k, v, selection, **choices)
     total = tree_reduce(partial, group, algorithm=algorithm.replace("fused", "symmetric"))  # "fused": nothing to decode
     if sinks is not None:
         total = add_sinks(total, _own_heads(sinks, total, group))
@@ -146,11 +150,11 @@ def _vote(
     try:
         _check_sinks(sinks, q)
         _check_link(algorithm, group)
+        selection = check(q, k, v, **keys, scale=choices["scale"], softcap=choices["softcap"])
         if isinstance(group, SymmetricLink) and algorithm in FUSED:
-            selection = check(q, k, v, **keys, scale=choices["scale"], softcap=choices["softcap"])
             choose_path(q, k, v, selection, choices["softcap"], group, choices["backend"], algorithm)
         else:
-            check_reduction(attend(q, k, v, **keys, **choices), group, algorithm)
+            check_reduction(attend_selected(q, k, v, selection, **choices), group, algorithm)
     except TreeAttentionError as fault:
         error = str(fault)
     described = {

@@ -22,7 +22,7 @@ from ..reduce import SymmetricLink
 from ..reduce.collectives import gather, pack, unpack
 from .case import ROTATED_BYTES, Case, keys_and_values, make_inputs, reference
 from .peers import LOCAL, SPREAD, Peer, Step, streaming_read
-from .timing import Captured, Run, agreed, capture, one_line, seconds_in_turns
+from .timing import Captured, Run, agreed, capture, one_line, seconds_in_turns, waiting_seconds
 
 MOST_ERROR = 1e-2
 READS = ((65536, 2, 8), (16384, 4, 4), (32768, 8, 4))  # block_bytes, programs_per_sm, num_warps
@@ -76,7 +76,8 @@ def measure(
     """For each case, those that read most first, a record for each contestant; the same on every rank.
 
     peers: names of `LOCAL` and `SPREAD`. Times are those of one call: graph_s in a CUDA graph, eager_s called one by
-    one, read_s the streaming read of the same bytes. roofline_s: the bytes over the fastest such read so far.
+    one, read_s the streaming read of the same bytes, waiting_s what a step of ours would lose to always waiting for the
+    slower rank, measured without an exchange. roofline_s: the bytes over the fastest such read so far.
     """
     fastest = 0.0
     for case in sorted(cases, key=Case.read_bytes, reverse=True):
@@ -106,13 +107,16 @@ def _measure_case(case: Case, ranks: Ranks, peers: Sequence[str], rounds: int, e
             runs[what, "eager_s"] = Run(bind(_call_all, calls), ahead=False)
     read = _streaming_read(case, sets, rounds)
     taken = seconds_in_turns(runs, rounds)
+    alone = captured.get("fused_alone")
+    waiting_s = None if alone is None else waiting_seconds(alone.calls, rounds)
     for what, graph in captured.items():  # right in the graph, too, and after all replays
         again = _verdict(entered[what], graph.first, exact, ranks.world)
         records[what] |= again if again["wrong"] else {}
     ranks.link.check()
     about = asdict(case) | {
         "ranks": ranks.world.size(), "bytes": case.read_bytes(), "sets": len(sets), "calls": case.calls(),
-        "rounds": rounds, "beyond_caches": len(sets) * case.read_bytes() >= ROTATED_BYTES, **read,
+        "rounds": rounds, "beyond_caches": len(sets) * case.read_bytes() >= ROTATED_BYTES, "waiting_s": waiting_s,
+        **read,
     }  # fmt: skip
     return [
         about | {"what": what, "kind": entered[what].kind} | record | _times(taken, what, case, record["wrong"])

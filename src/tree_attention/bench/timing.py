@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-LEAD_CYCLES = 400_000  # about 0.2 ms, in which the host hands in what is timed
+LEAD_CYCLES = 2_000_000  # about 1 ms, in which the host hands in what is timed
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -43,6 +44,30 @@ def seconds_in_turns(runs: Mapping[Name, Run], rounds: int) -> dict[Name, float]
     slowest = torch.tensor(turns, dtype=torch.float64, device="cuda")
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return {name: statistics.median(taken) for name, taken in zip(runs, slowest.T.tolist(), strict=True)}
+
+
+def waiting_seconds(calls: Sequence[Callable[[], Any]], rounds: int) -> float:
+    """What a call loses if it always waits for the slower rank, measured on calls that do not; the median of `rounds`.
+
+    That is the mean over calls of the slower rank's time, less the slower rank's mean.
+    """
+    return statistics.median(_waiting_seconds(calls) for _ in range(rounds))
+
+
+def _waiting_seconds(calls: Sequence[Callable[[], Any]]) -> float:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+    dist.barrier()
+    torch.cuda._sleep(LEAD_CYCLES * len(calls))  # the host is done before the device begins
+    events[0].record()
+    for event, call in zip(events[1:], calls, strict=True):
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    taken = torch.tensor([a.elapsed_time(b) / 1e3 for a, b in pairwise(events)], dtype=torch.float64, device="cuda")
+    slower, mean = taken.clone(), taken.mean()
+    dist.all_reduce(slower, dist.ReduceOp.MAX)
+    dist.all_reduce(mean, dist.ReduceOp.MAX)
+    return float(slower.mean() - mean)
 
 
 def capture(calls: Sequence[Callable[[], Tensor]]) -> Captured | str:

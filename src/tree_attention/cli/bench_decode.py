@@ -149,6 +149,7 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
         f"roofline {1e6 * case['roofline_s']:.1f} µs: {case['bytes'] / 1e6:.1f} MB a rank at "
         f"{case['bytes'] / case['roofline_s'] / 1e12:.2f} TB/s, the fastest read so far; "
         f"reading as much here: {1e6 * case['read_s']:.1f} µs",
+        f"always waiting for the slower rank would cost a step: {_cell(1e6 * (case['waiting_s'] or 0), '.1f')} µs",
         sep="\n", highlight=False,
     )  # fmt: skip
     table = Table()

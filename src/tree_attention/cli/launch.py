@@ -75,7 +75,10 @@ def _rank(rank: int, size: int, meeting: str | None, device: torch.device, funct
     elif size > 1:
         torch.set_num_threads(max((os.cpu_count() or 1) // size, 1))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=PEER_TIMEOUT)
+    dist.init_process_group(
+        backend, init_method=meeting, rank=rank, world_size=size, timeout=PEER_TIMEOUT,
+        device_id=device if backend == "nccl" else None,
+    )  # fmt: skip
     try:
         return function(*args, device)
     finally:

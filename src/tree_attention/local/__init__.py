@@ -19,7 +19,7 @@ from ..partial import Partial, empty
 from . import reference, torch_ops, triton_decode
 from .visibility import Selection, select
 
-__all__ = ["BACKENDS", "attend", "check", "choose_backend"]
+__all__ = ["BACKENDS", "attend", "attend_selected", "check", "choose_backend"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,13 @@ def attend(
         q, k, v, scale=scale, softcap=softcap, local_seqlens=local_seqlens, q_positions=q_positions,
         k_positions=k_positions, window=window, mask=mask, page_table=page_table,
     )  # fmt: skip
+    return attend_selected(q, k, v, selection, scale=scale, softcap=softcap, backend=backend)
+
+
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, *, scale: float | None, softcap: float | None, backend: str
+) -> Partial:
+    """`attend` after its checks."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose_backend(q, k, v, selection=selection, softcap=softcap, backend=backend)
     if k.shape[0] * k.shape[1] == 0 or q.numel() == 0:

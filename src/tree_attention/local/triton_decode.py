@@ -36,6 +36,8 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: flo
         return f"runs on CUDA tensors, got {q.device.type}"
     if torch.version.hip or (q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] < 8):
         return "runs on NVIDIA GPUs of compute capability 8.0 and later"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
+        return "has no gradient, for which q, k or v ask"
     if q.dtype not in ((torch.float16,) if q.device.type == "cpu" else (torch.bfloat16, torch.float16)):
         if q.dtype == torch.bfloat16:
             return "has float16 only on the CPU, where Triton's interpreter runs it, got torch.bfloat16"
@@ -76,19 +78,26 @@ def plan(q: Tensor, k: Tensor, v: Tensor, selection: Selection, programs: int, r
     BN, stages = _tile(BM, widest, paged=selection.page_table is not None, roomy=_is_roomy(q.device))
     keys = k.shape[1] * (1 if selection.page_table is None else selection.page_table.shape[1])
     warps = 4 if groups * _ceil(keys, BN) <= 16 * programs else 8
-    parts = min(_power_of_2(max(programs // groups, 1)), 64)
+    parts = min(_power_of_2(max(programs // groups, 2)), 64)
     UR, UD = unit_shape(M, DV, groups, programs, max(parts, _power_of_2(ranks)))
     parts = max(parts, 32 * warps // (UR * UD))
     even = selection.is_everything and k.shape[1] % BN == 0 and k.shape[1] > 0 and (D, DV) == (D_PAD, DV_PAD)
     merge = {"G": G, "BN": BN, "DV": DV, "B_PAD": 0 if selection.local_seqlens is None or B == 1 else _power_of_2(B)}
     split = merge | {"BM": BM, "D": D, "D_PAD": D_PAD, "DV_PAD": DV_PAD, "EVEN": even, "STAGES": stages}
-    even_share = programs // groups * groups
-    if even_share * 16 >= programs * 15:
-        programs = even_share
+    programs = _launched(groups, programs, alike=selection.local_seqlens is None)
     return Plan(
         programs, warps, split, groups * _ceil(M, UR) * _ceil(DV, UD), {"UR": UR, "UD": UD, "PARTS": parts}, merge,
         (programs + groups) * M * (DV + 1),
     )  # fmt: skip
+
+
+def _launched(groups: int, programs: int, *, alike: bool) -> int:
+    """As many programs as share the groups evenly, if nearly all do; alike: the groups have one length."""
+    if groups <= programs:
+        even = programs // groups * groups
+    else:
+        even = groups // _ceil(groups, programs) if alike and groups % _ceil(groups, programs) == 0 else programs
+    return even if even * 16 >= programs * 15 else programs
 
 
 def _tile(BM: int, widest: int, *, paged: bool, roomy: bool) -> tuple[int, int]:
@@ -105,7 +114,7 @@ def _tile(BM: int, widest: int, *, paged: bool, roomy: bool) -> tuple[int, int]:
 
 def _is_roomy(device: torch.device) -> bool:
     """Whether a program may have 160 KB of shared memory and more (A100, Hopper, B200), not 99 (most other GPUs)."""
-    if device.type == "cpu" or not torch.cuda.is_available():
+    if device.type != "cuda" or not torch.cuda.is_available():
         return True  # interpreted, or compiled for another machine
     return torch.cuda.get_device_capability(device) in ROOMY
 

@@ -218,10 +218,11 @@ def prefetch(tensors, strides, sizes, BN: tl.constexpr, D: tl.constexpr, DV: tl.
         key = tl.minimum((tile - start) * BN + tl.arange(0, BN), S - 1).to(tl.int64)
         k_rows = k + b * k_strides[0] + head * k_strides[2] + key * k_strides[1]
         v_rows = v + b * v_strides[0] + head * v_strides[2] + key * v_strides[1]
-        for line in tl.static_range(0, D, 64):  # 64 numbers of 16 bits are a line of L2
-            _prefetch_line(k_rows + line)
-        for line in tl.static_range(0, DV, 64):
-            _prefetch_line(v_rows + line)
+        if S > 0:
+            for line in tl.static_range(0, D, 64):  # 64 numbers of 16 bits are a line of L2
+                _prefetch_line(k_rows + line)
+            for line in tl.static_range(0, DV, 64):
+                _prefetch_line(v_rows + line)
 
 
 @triton.jit

@@ -19,7 +19,8 @@ from ..errors import InputError, TreeAttentionError, Unavailable
 from ..group import Group, check_agreement, rank_and_size, resolve_group
 from ..partial import Partial
 
-EPOCHS, FEWEST_COLUMNS, PARTS_BYTES = 1024, 16, 1 << 25
+EPOCHS = 1024  # counters, one a program of a launch: more than any GPU has multiprocessors
+FEWEST_COLUMNS, PARTS_BYTES = 16, 1 << 25
 WARPS, ELEMENTS = 4, 1024
 
 

@@ -13,9 +13,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..packets import receive, send
+from .symmetric import EPOCHS as MOST_PROGRAMS
 
 LAST_EPOCH: tl.constexpr = tl.constexpr(0x7FFFFFFE)  # even: the slots keep their turns when the epochs start again at 1
-EPOCHS: tl.constexpr = tl.constexpr(1024)  # programs of one launch at most
+EPOCHS: tl.constexpr = tl.constexpr(MOST_PROGRAMS)
 
 
 @triton.jit
