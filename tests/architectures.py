@@ -79,15 +79,18 @@ def one_process(name, padded):
     return out.sequences, torch.stack(out.logits)
 
 
-def sharded(group, name, padded, reading):
+def sharded(group, name, padded, reading, static=False, step="captured"):
     """The same with a TreeCache; reading is "replicated", "chunked" or "parallel"."""
     ids, mask = prompt(padded)
     model = tiny(name, "tree_attention")
-    cache = TreeCache(model.config, group, block_tokens=BLOCK)
+    max_tokens = TOKENS + NEW_TOKENS - 1 if static else None  # the last token is not fed
+    cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=max_tokens)
+    cache.step = step
     how = {"prefill_chunk_size": 16} if reading == "chunked" else {}
     if reading == "parallel":
         prefill(model, ids, cache, attention_mask=mask if padded else None, chunk_tokens=24)
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, **how, **GREEDY)
+    assert bool(cache.steps) == static  # whether tokens were fed by the cursor
     return out.sequences, torch.stack(out.logits)
 
 

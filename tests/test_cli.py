@@ -95,6 +95,21 @@ def test_two_ranks_write_what_one_process_writes(folder, document):
 
 
 @pytest.mark.slow
+def test_random_weights_are_timed_and_named(folder):
+    """The same on all ranks, for as many tokens as asked for; beyond the model's positions only on request."""
+    arguments = [
+        "generate", "--random-weights", "--config", folder / "config.json", "--max-prompt-tokens", POSITIONS,
+        "--max-new-tokens", 3, "--json", "--nproc", 2, "--chunk-tokens", 4096,
+    ]  # fmt: skip
+    assert "do not fit" in run(*arguments).stderr
+    ended = run(*arguments, "--extrapolate", "--verify")
+    figures = last_json(ended)
+    assert (figures["random_weights"], figures["prompt_tokens"], figures["new_tokens"]) == (True, POSITIONS, 3)
+    assert figures["verify"]["identical"]
+    assert "random weights: the times count, the tokens mean nothing" in ended.stderr
+
+
+@pytest.mark.slow
 def test_a_seed_draws_the_same_text_again_and_under_torchrun(folder, document):
     arguments = [
         "generate", "--model", folder, "--file", document, "--prompt", QUESTION, "--max-new-tokens", 24,
@@ -137,6 +152,13 @@ def call(capfd, monkeypatch, *arguments):
         ({"--file": "{tmp}"}, "cannot be read: Is a directory"),
         ({"--file": "{tmp}/empty.txt"}, "empty.txt must hold text, and is empty"),
         ({"--file": "{tmp}/latin.txt"}, "latin.txt must be UTF-8 text: .* at byte 4"),
+        ({"--model": None}, "give --model and --prompt, or --random-weights with --config and --max-prompt-tokens"),
+        ({"--prompt": None}, "give --model and --prompt, or --random-weights"),
+        ({"--random-weights": True}, "random-weights needs --config FILE, a model's config.json, and --max-prompt"),
+        (
+            {"--random-weights": True, "--config": "{tmp}/no_tokenizer/config.json", "--max-prompt-tokens": 9},
+            "random-weights reads random tokens: leave out --model, --prompt and --file",
+        ),
         ({"--nproc": 0}, "nproc must be at least 1, got 0"),
         ({"--nproc": -2}, "nproc must be at least 1, got -2"),
         ({"--dtype": "float8"}, "dtype must be auto, float32, bfloat16 or float16, got 'float8'"),
@@ -153,7 +175,8 @@ def test_mistakes_in_generate(capfd, monkeypatch, tmp_path, folder, change, text
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes("Straße".encode("latin-1"))
     options = {"--model": folder, "--prompt": QUESTION} | change
-    words = [str(word).replace("{tmp}", str(tmp_path)) for option in options.items() for word in option]
+    words = [name if value is True else f"{name}={value}" for name, value in options.items() if value is not None]
+    words = [word.replace("{tmp}", str(tmp_path)) for word in words]
     code, out, err = call(capfd, monkeypatch, "generate", *words)
     assert (code, out) == (2, "")
     assert re.fullmatch(f"tree-attention: .*{text}.*\n", err), err
@@ -193,14 +216,11 @@ def test_a_document_is_cut_to_the_limit(folder):
     """What --max-prompt-tokens leaves: the beginning of the document, all of the question."""
     import transformers
 
-    from tree_attention.cli import generate
+    from tree_attention.cli.prompt import prompt_ids
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    options = dict.fromkeys(generate.Request.__dataclass_fields__) | {"prompt": QUESTION, "max_new_tokens": 1}
     for limit in (22, 23, 60, 100):
-        request = generate.Request(**options | {"max_prompt_tokens": limit})
-        ids = generate._prompt_ids(request, tokenizer, "0123456789" * 50, config)
+        ids = prompt_ids(tokenizer, "0123456789" * 50, QUESTION, plain=False, limit=limit)
         assert ids.shape == (1, limit)
         assert tokenizer.decode(ids[0]) == ("0123456789" * 10)[: limit - 21] + "\n\n" + QUESTION
 

@@ -114,6 +114,35 @@ def test_generate(tmp_path):
     run(generate, tmp_path)
 
 
+def static(group, name, step):
+    """Steps of a static cache, run in one of the ways: one process's tokens in float32, eager's bits in bfloat16."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for padded in (False, True):
+        tokens, logits = one_process(name, padded)
+        ids, mask = (t.cuda() for t in prompt(padded))
+        of_dtype = []
+        for dtype, way in ((torch.float32, step), (torch.bfloat16, step), (torch.bfloat16, "eager")):
+            model = tiny(name, "tree_attention").cuda().to(dtype)
+            cache = TreeCache(model.config, group, block_tokens=4, max_tokens=tokens.shape[1])
+            cache.step = way
+            out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+            got = torch.stack(out.logits)
+            assert same_on_all_ranks(got)
+            assert isinstance(cache.placement.link, SymmetricLink)
+            assert [kept.graph is not None for kept in cache.steps.values()] == [way != "eager"]
+            of_dtype.append((out.sequences.cpu(), got.cpu()))
+        assert torch.equal(of_dtype[0][0], tokens), (name, padded)
+        assert (of_dtype[0][1] - logits).abs().max() < 2e-4 * logits.abs().max()
+        if step == "captured":
+            assert torch.equal(of_dtype[1][1], of_dtype[2][1]), (name, padded)
+
+
+@pytest.mark.parametrize("step", ["captured", "compiled"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_a_static_cache(tmp_path, name, step):
+    run(static, tmp_path, name, step)
+
+
 def sample(group):
     ids, mask = (t.cuda() for t in prompt(padded=False))
     model = tiny("llama", "tree_attention").cuda()

@@ -38,19 +38,25 @@ def assert_like_one_process(results, tokens, logits):
 
 
 @pytest.mark.parametrize("reading", ["replicated", "parallel"])
-def test_llama_on_two_ranks(pool, reading):
-    assert_like_one_process(pool.run(sharded, "llama", False, reading, ranks=2), *one_process("llama", False))
+@pytest.mark.parametrize("static", [False, True])
+def test_llama_on_two_ranks(pool, reading, static):
+    assert_like_one_process(pool.run(sharded, "llama", False, reading, static, ranks=2), *one_process("llama", False))
 
 
-def every_reading(group, name):
-    return {(pad, reading): sharded(group, name, pad, reading) for pad in (False, True) for reading in readings(name)}
+def every_reading(group, name, static):
+    return {
+        (pad, reading): sharded(group, name, pad, reading, static)
+        for pad in (False, True)
+        for reading in readings(name)
+    }
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_and_way_of_reading(pool, name, ranks):
-    results = pool.run(every_reading, name, ranks=ranks)
+def test_every_architecture_and_way_of_reading(pool, name, ranks, static):
+    results = pool.run(every_reading, name, static, ranks=ranks)
     for padded, reading in results[0]:
         of_ranks = [result[padded, reading] for result in results]
         assert_like_one_process(of_ranks, *one_process(name, padded))
@@ -233,15 +239,16 @@ WAYS = {
 }
 
 
-def write(group, name, way):
-    """Without naming a cache, each rank with a seed of its own; also the cache's type, and the crops that cut it."""
+def write(group, name, way, static=False):
+    """Each rank with a seed of its own, without naming a cache; also the cache's type, and the crops that cut it."""
     ids, mask = prompt(padded=True)
     if way == "prompt lookup":  # one row, which says a few things again and again
         ids, mask = ids[:1, :20].repeat(1, 4), torch.ones(1, 80, dtype=torch.long)
     model = tiny(name, "tree_attention" if group else "eager")
     torch.manual_seed(100 + (group.rank() if group else 0))
+    how = {"past_key_values": TreeCache(model.config, group, max_tokens=120)} if static else {}
     with mock.patch.object(TreeCache, "crop", autospec=True, side_effect=TreeCache.crop) as crop:
-        out = model.generate(ids, attention_mask=mask, **GREEDY | WAYS[way])
+        out = model.generate(ids, attention_mask=mask, **GREEDY | WAYS[way] | how)
     return out.sequences, torch.stack(out.logits), type(out.past_key_values), crop.call_count
 
 
@@ -258,11 +265,23 @@ def test_ways_of_writing_with_the_automatic_cache(pool, name, way):
         assert bool(crops) == (way == "prompt lookup")
 
 
-def three_turns(group, name):
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [way for way in WAYS if "without a cache" not in way])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_ways_of_writing_with_a_static_cache(pool, name, way):
+    if way == "prompt lookup" and name == "gemma2":
+        return
+    results = pool.run(write, name, way, True, ranks=3)
+    assert_like_one_process([result[:2] for result in results], *write(None, name, way)[:2])
+
+
+def three_turns(group, name, static=False):
     """The text grows by 20 tokens between turns; -> it, logits, what the cache held after each, progress."""
     ids, mask = (t[:, :58] for t in prompt(padded=name == "gemma2"))
     model = tiny(name, "tree_attention" if group else "eager")
-    cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)
+    if group:
+        cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=124 if static else None)
     logits, held, progress = [], [], []
     for turn in range(3):
         if group:
@@ -279,7 +298,8 @@ def three_turns(group, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_three_turns_on_one_cache(pool, name, ranks):
+@pytest.mark.parametrize("static", [False, True])
+def test_three_turns_on_one_cache(pool, name, ranks, static):
     tokens, logits, held, _ = three_turns(None, name)
     assert held == [66, 95, 124]
     assert all(length % Layout(ranks, BLOCK).cycle for length in held)  # each turn ends within a cycle
@@ -288,17 +308,17 @@ def test_three_turns_on_one_cache(pool, name, ranks):
         3: [24, 48, 72, 84, 96, 108],
         4: [16, 32, 48, 80, 96, 112],
     }
-    results = pool.run(three_turns, name, ranks=ranks)
+    results = pool.run(three_turns, name, static, ranks=ranks)
     assert_like_one_process([result[:2] for result in results], tokens, logits)
     for *_, its_held, progress in results:
         assert its_held == held
         assert progress == read[ranks]
 
 
-def reset_between(group):
+def reset_between(group, max_tokens):
     ids, mask = prompt(padded=True)
     model = tiny("gemma2", "tree_attention")
-    cache = TreeCache(model.config, group, block_tokens=BLOCK)
+    cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=max_tokens)
     model.generate(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache, **GREEDY)
     cache.reset()
     prefill(model, ids, cache, attention_mask=mask, chunk_tokens=24)
@@ -307,8 +327,55 @@ def reset_between(group):
 
 
 @pytest.mark.slow
-def test_a_cache_can_be_reset(pool):
-    assert_like_one_process(pool.run(reset_between, ranks=3), *one_process("gemma2", True))
+@pytest.mark.parametrize("max_tokens", [None, TOKENS + NEW_TOKENS])
+def test_a_cache_can_be_reset(pool, max_tokens):
+    assert_like_one_process(pool.run(reset_between, max_tokens, ranks=3), *one_process("gemma2", True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_torch_compile_takes_a_step_whole(monkeypatch, name, padded):
+    """One graph for all steps and without a break, which fullgraph would not let pass."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiler)
+    tokens, logits = one_process(name, padded)
+    assert_like_one_process([sharded(None, name, padded, "replicated", True, "compiled")], tokens, logits)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def in_one_place(group):
+    """A static cache's bytes and addresses after each of three turns, and by how much it is refused."""
+    ids, mask = prompt(padded=False)
+    model = tiny("llama", "tree_attention")
+    cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=100)
+    seen, refused = [], []
+    for tokens in (40, 50, 61):
+        model.generate(ids[:, :tokens], attention_mask=mask[:, :tokens], past_key_values=cache, **GREEDY)
+        cache.crop(tokens - 1 - cache.get_seq_length())
+        seen.append((cache.kv_bytes, [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]))
+    for new_tokens in (40, 41):
+        try:
+            model.generate(ids, past_key_values=cache, **GREEDY | {"max_new_tokens": new_tokens})
+        except InputError as error:
+            refused.append((str(error), cache.get_seq_length()))
+    try:
+        with torch.no_grad():
+            model(torch.zeros(2, 2, dtype=torch.long), past_key_values=cache)
+    except InputError as error:
+        refused.append((str(error), cache.get_seq_length()))
+    return seen, refused
+
+
+def test_a_static_cache_stays_in_one_place_and_says_when_it_is_full(pool):
+    for rank, (seen, refused) in enumerate(pool.run(in_one_place, ranks=2)):
+        assert seen == [seen[0]] * 3
+        places = Layout(2, BLOCK).local_length(100, rank) + 1  # one is never read
+        assert seen[0][0] == places * 4 * 2 * ROWS * 2 * 16 * 4  # layers, K and V, rows, KV heads, head dim, bytes
+        text = "this TreeCache has room for 100 tokens over all ranks, {} are needed: make it with a larger max_tokens"
+        assert refused == [(text.format(101), 100), (text.format(102), 100)]
 
 
 def with_long_padding(group, name):

@@ -31,8 +31,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as t
 
 @app.command()
 def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="What to ask, or the text to continue.")],
+    model: Annotated[str | None, typer.Option(help="Folder of a Hugging Face model, or its name on the hub.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to ask, or the text to continue.")] = "",
     file: Annotated[Path | None, typer.Option(help="A UTF-8 document, put before the prompt.")] = None,
     nproc: Annotated[int | None, typer.Option(help="Ranks to start on this machine; 1 by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
@@ -47,6 +47,13 @@ def generate(
     device: Device = "auto",
     block_tokens: Annotated[int, typer.Option(help="Neighbouring tokens that one rank keeps together.")] = 16,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens read in one forward pass, over all ranks.")] = 1024,
+    extrapolate: Annotated[
+        bool, typer.Option(help="Read on where the model's trained positions end: the answer may be nonsense.")
+    ] = False,
+    random_weights: Annotated[
+        bool, typer.Option(help="Time a model whose weights are not at hand, on random tokens.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option(help="Its config.json; --max-prompt-tokens says how many.")] = None,
     verify: Annotated[
         bool, typer.Option(help="Do the same on one process, and say whether the tokens are equal.")
     ] = False,
@@ -58,9 +65,10 @@ def generate(
     2: an argument is not what it must be.
     """
     request = Request(
-        model=model, prompt=prompt, file=file, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
-        plain=plain, sample=sample, temperature=temperature, seed=seed, dtype=dtype, device=device,
-        block_tokens=block_tokens, chunk_tokens=chunk_tokens, verify=verify, as_json=as_json,
+        model=model, config=config, random_weights=random_weights, prompt=prompt, file=file,
+        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, plain=plain, sample=sample,
+        temperature=temperature, seed=seed, dtype=dtype, device=device, block_tokens=block_tokens,
+        chunk_tokens=chunk_tokens, extrapolate=extrapolate, verify=verify, as_json=as_json,
     )  # fmt: skip
     _run(lambda: generate_on_ranks(request, nproc))
 

@@ -15,18 +15,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 from ..errors import InputError
 from ..hf import TreeCache, can_prefill, prefill
 from .launch import run_on_ranks
+from .prompt import check_model_folder, check_positions, prompt_ids, random_ids, read_document
 
 
 @dataclass(frozen=True)
 class Request:
     """What the command line asked for."""
 
-    model: str
+    model: str | None
+    config: Path | None
+    random_weights: bool
     prompt: str
     file: Path | None
     max_new_tokens: int
@@ -39,14 +42,23 @@ class Request:
     device: str
     block_tokens: int
     chunk_tokens: int
+    extrapolate: bool
     verify: bool
     as_json: bool
 
 
 def generate_on_ranks(request: Request, nproc: int | None) -> int:
     """Check what needs no model, then start the ranks; returns the exit code."""
-    document = _document(request.file)
-    check_model_folder(request.model)
+    document = read_document(request.file)
+    if request.random_weights:
+        if request.config is None or not request.config.is_file() or request.max_prompt_tokens is None:
+            raise InputError("random-weights needs --config FILE, a model's config.json, and --max-prompt-tokens")
+        if request.model is not None or request.file is not None or request.prompt:
+            raise InputError("random-weights reads random tokens: leave out --model, --prompt and --file")
+    elif request.model is None or not request.prompt or request.config is not None:
+        raise InputError("give --model and --prompt, or --random-weights with --config and --max-prompt-tokens")
+    else:
+        check_model_folder(request.model)
     if request.max_new_tokens < 1 or request.chunk_tokens < 1 or request.block_tokens < 1:
         raise InputError("max-new-tokens, chunk-tokens and block-tokens must be at least 1")
     if request.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -54,48 +66,29 @@ def generate_on_ranks(request: Request, nproc: int | None) -> int:
     return run_on_ranks(_on_rank, nproc, request.device, request, document)
 
 
-def check_model_folder(model: str) -> None:
-    """A path must be a folder with a model and a tokenizer; anything else is taken for a name on the hub."""
-    folder = Path(model)
-    if not folder.exists():
-        if model.count("/") != 1 or model.startswith((".", "/", "~")):
-            raise InputError(f"model must be a folder or a name on the hub (owner/name), and {model!r} does not exist")
-        return
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model folder {model} must hold a config.json: is it a transformers model?")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise InputError(f"model folder {model} has no tokenizer (tokenizer.json): save it there with save_pretrained")
-
-
-def _document(file: Path | None) -> str:
-    if file is None:
-        return ""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"file {file} must be UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise InputError(f"file {file} cannot be read: {error.strerror}") from None
-    if not text.strip():
-        raise InputError(f"file {file} must hold text, and is empty")
-    return text
-
-
 def _on_rank(request: Request, document: str, device: torch.device) -> int:
     """What each rank does; only the first prints."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rank, size = dist.get_rank(), dist.get_world_size()
-    tokenizer = AutoTokenizer.from_pretrained(request.model)
     model = _load(request, device)
-    input_ids = _prompt_ids(request, tokenizer, document, model.config).to(device)
+    if request.model is None:
+        tokenizer, input_ids = None, random_ids(model.config, request.max_prompt_tokens or 1, request.seed)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(request.model)
+        how: dict[str, Any] = {"plain": request.plain, "limit": request.max_prompt_tokens}
+        input_ids = prompt_ids(tokenizer, document, request.prompt, **how)
+    if not request.extrapolate:
+        check_positions(model.config, input_ids.shape[1], request.max_new_tokens)
+    input_ids = input_ids.to(device)
     if size > -(-input_ids.shape[1] // request.block_tokens):
         raise InputError(
             f"nproc must be at most the prompt's blocks, got {size} ranks for {input_ids.shape[1]} tokens in blocks "
             f"of {request.block_tokens}: start fewer ranks, or lower block-tokens"
         )
-    cache = TreeCache(model.config, block_tokens=request.block_tokens)
-    cache.reserve(input_ids.shape[1] + request.max_new_tokens)
+    tokens, on_cuda = input_ids.shape[1] + request.max_new_tokens, device.type == "cuda"
+    cache = TreeCache(model.config, block_tokens=request.block_tokens, max_tokens=tokens if on_cuda else None)
+    cache.reserve(tokens)
     dist.barrier()
     run = _generate(request, model, tokenizer, input_ids, cache)
     figures = _figures(request, run, cache, input_ids.shape[1], size, device)
@@ -116,41 +109,16 @@ def _load(request: Request, device: torch.device) -> Any:
     dtype = request.dtype
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
+    how: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "tree_attention"}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            request.model, dtype=getattr(torch, dtype), attn_implementation="tree_attention"
-        )
+        if request.random_weights:
+            torch.manual_seed(0)  # the same weights on every rank
+            with device:
+                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(request.config)), **how).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(str(request.model), **how)
     except (OSError, ValueError) as error:
-        raise InputError(f"model {request.model} cannot be loaded: {error}") from None
+        raise InputError(f"model {request.model or request.config} cannot be loaded: {error}") from None
     return model.to(device).eval()
-
-
-def _prompt_ids(request: Request, tokenizer: Any, document: str, config: Any) -> Tensor:
-    """`[1, tokens]`: the document, the question, and the chat template around them if the tokenizer has one."""
-
-    def tokens(text: str) -> list[int]:
-        whole = f"{text}\n\n{request.prompt}" if text else request.prompt
-        if request.plain or tokenizer.chat_template is None:
-            return tokenizer(whole).input_ids
-        message = [{"role": "user", "content": whole}]
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-    ids, limit = tokens(document), request.max_prompt_tokens
-    if limit is not None and len(ids) > limit:
-        alone = len(tokens(""))
-        kept = tokenizer(document).input_ids[: max(limit - alone, 0)]
-        while kept and len(ids) > limit:  # around the cut and in the template there may be some tokens more
-            ids = tokens(tokenizer.decode(kept, skip_special_tokens=True))
-            kept = kept if len(ids) <= limit else kept[:-1]
-        if not kept:
-            raise InputError(f"max-prompt-tokens must be more than the {alone} of the prompt alone, got {limit}")
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is not None and len(ids) + request.max_new_tokens > positions:
-        raise InputError(
-            f"the model has {positions} positions, and {len(ids)} prompt tokens with {request.max_new_tokens} new ones "
-            "do not fit: use --max-prompt-tokens to cut the document"
-        )
-    return torch.tensor([ids])
 
 
 @dataclass
@@ -174,7 +142,14 @@ class _Clock(TextStreamer):
         if not self.next_tokens_are_prompt:
             self.run.token_s.append(time.perf_counter())
             self.run.received_bytes.append(self.cache.received_bytes)
-        super().put(value)
+        if self.tokenizer is None:
+            self.next_tokens_are_prompt = False
+        else:
+            super().put(value)
+
+    def end(self) -> None:
+        if self.tokenizer is not None:
+            super().end()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if self.prints:
@@ -213,11 +188,13 @@ def _generate(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, c
 
 def _decoding(request: Request) -> dict[str, Any]:
     torch.manual_seed(request.seed)
+    how: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "do_sample": request.sample}
+    if request.random_weights:
+        how |= {"eos_token_id": None}  # as many tokens as asked for
     if request.sample:
-        return {"max_new_tokens": request.max_new_tokens, "do_sample": True, "temperature": request.temperature}
+        return how | {"temperature": request.temperature}
     # None: what a model's generation_config says of sampling is not for us
-    plain = dict.fromkeys(("temperature", "top_p", "top_k"))
-    return {"max_new_tokens": request.max_new_tokens, "do_sample": False, **plain}
+    return how | dict.fromkeys(("temperature", "top_p", "top_k"))
 
 
 def _figures(
@@ -231,7 +208,8 @@ def _figures(
     kv_bytes: list[Any] = [None] * size
     dist.all_gather_object(kv_bytes, cache.kv_bytes)
     return {
-        "model": request.model, "ranks": size, "device": str(device.type), "prompt_tokens": prompt_tokens,
+        "model": request.model or str(request.config), "random_weights": request.random_weights,
+        "ranks": size, "device": str(device.type), "prompt_tokens": prompt_tokens,
         "new_tokens": len(run.tokens), "ttft_s": float(times[0]), "tpot_s": float(times[1]) if steps else None,
         "kv_bytes_per_rank": kv_bytes,
         "received_bytes_per_token": (run.received_bytes[-1] - run.received_bytes[0]) / steps if steps else None,
@@ -265,6 +243,8 @@ def _report(figures: dict[str, Any]) -> None:
         "KV cache": f"{megabytes} MB a rank",
         "received": f"{received / 1e3:.1f} kB a token and rank" if received is not None else "nothing",
     }
+    if figures["random_weights"]:
+        rows["model"] = "random weights: the times count, the tokens mean nothing"
     if "verify" in figures:
         verdict = figures["verify"]
         rows["one process"] = (

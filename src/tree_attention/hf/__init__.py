@@ -10,8 +10,9 @@ and, for a long prompt, each rank computing only its share of it:
     prefill(model, inputs.input_ids, cache)
     model.generate(**inputs, past_key_values=cache)
 
-attention.py is what transformers calls in each layer, mask.py its mask, cache.py the cache, chunk.py the attention of a
-chunk whose queries are spread too, prefill.py and generation.py the two steps above.
+attention.py is what transformers calls in each layer, mask.py its mask; cache.py the cache, layers.py its layers,
+placement.py its ranks; chunk.py the attention of a chunk whose queries are spread too; prefill.py and generation.py the
+two steps above; cursor.py and step.py the decode step of a static cache.
 """
 
 from transformers import AttentionInterface, AttentionMaskInterface

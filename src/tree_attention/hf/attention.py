@@ -9,8 +9,9 @@ from ..decode import add_sinks
 from ..errors import InputError, Unsupported
 from ..local import attend
 from ..partial import Partial
-from .cache import ReplicatedWindowLayer, ShardedLayer, layer_behind
+from .cache import layer_behind
 from .chunk import attend_chunk, attend_seen_and_new
+from .layers import ReplicatedWindowLayer, ShardedLayer
 from .mask import LazyMask, lazy_mask
 
 
@@ -36,6 +37,8 @@ def tree_attention_forward(
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     how: dict[str, Any] = {"scale": scaling, "softcap": softcap}
     layer = layer_behind(module, key)
+    if layer is not None and layer.placement.is_stepping:
+        return _step(layer, q, k, v, attention_mask, s_aux, how).contiguous(), None
     if isinstance(layer, ShardedLayer):
         mask = lazy_mask() if attention_mask is None else _over_slots(attention_mask, layer.length)
         if layer.held < k.shape[1]:  # it holds nothing, and showed an unused key
@@ -47,6 +50,19 @@ def tree_attention_forward(
     if s_aux is not None:
         total = add_sinks(total, s_aux)
     return total.out.to(query.dtype).contiguous(), None
+
+
+def _step(
+    layer: ShardedLayer | ReplicatedWindowLayer, q: Tensor, k: Tensor, v: Tensor, mask: LazyMask | Tensor | None,
+    sinks: Tensor | None, how: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """A decode step that goes by the cursor; k and v are whole buffers, of which it tells what counts."""
+    placement, cursor = layer.placement, layer.placement.stepping_cursor
+    mask = mask if isinstance(mask, LazyMask) else lazy_mask()  # a step is not given a tensor
+    if isinstance(layer, ShardedLayer):
+        return placement.step_over(q, k, v, cursor.mask_of_shard(mask), sinks=sinks, **how)
+    total = attend(q, k, v, mask=cursor.mask_of_ring(mask, k.shape[1]), **how)
+    return (total if sinks is None else add_sinks(total, sinks)).out.to(q.dtype)
 
 
 def _over_ranks(layer: ShardedLayer, q: Tensor, k: Tensor, v: Tensor, mask: LazyMask, how: dict[str, Any]) -> Partial:

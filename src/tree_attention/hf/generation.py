@@ -16,6 +16,7 @@ from transformers import GenerationMixin
 from ..errors import Unsupported
 from ..group import resolve_group
 from .cache import TreeCache
+from .step import install_step
 
 
 def install_generation_hook() -> None:
@@ -46,6 +47,11 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -
     cache = model_kwargs.get("past_key_values")
     if cache is None and generation_config.use_cache is not False:
         cache = model_kwargs["past_key_values"] = TreeCache(model.config)
+    if isinstance(cache, TreeCache) and cache.placement.max_tokens is not None:
+        cache.placement.check_room(generation_config.max_length - 1)  # the last token is not fed
+        if generation_config.disable_compile:
+            cache.step = "eager"
+        install_step(model)
     group = cache.placement.group if isinstance(cache, TreeCache) else resolve_group()
     if generation_config.do_sample and group is not None:
         share_random_state(group, model.device)

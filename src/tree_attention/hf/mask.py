@@ -37,7 +37,7 @@ class LazyMask:
         head = torch.zeros(1, dtype=torch.long, device=query_slots.device)[None, :, None, None]
         visible = self.rule(at, head, query_slots[None, None, :, None], key_slots[None, None, None, :])
         if self.padding is not None:
-            real = self.padding[:, key_slots.clamp(max=self.padding.shape[1] - 1)]
+            real = self.padding[:, key_slots.clamp(0, self.padding.shape[1] - 1)]
             visible = visible & real[:, None, None, :]
         return visible.expand(-1, -1, len(query_slots), len(key_slots))
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..errors import InputError, Unsupported
-from .cache import ReplicatedWindowLayer, ShardedLayer, TreeCache
+from .cache import TreeCache
+from .layers import ReplicatedWindowLayer, ShardedLayer
 
 CHUNK_TOKENS = 4096
 

@@ -1,0 +1,127 @@
+"""The decode step of a model with a static TreeCache: one token a row, on a GPU captured once and then replayed.
+
+`generate` calls `model.forward`, which `install_step` wraps. The wrapper takes the calls that are such a step and
+passes the others on. `TreeCache.step` says how such a step is run:
+
+eager      as it is; always on the CPU, with `generate(disable_compile=True)`, and where a model cannot be captured
+captured   once as it is, so that kernels are compiled and links made, then as a CUDA graph: a thousand launches are one
+compiled   the same of what torch.compile makes of the model (one graph, no breaks), which fuses its small kernels
+
+Sampling stays with `generate`, beside the graph.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .cache import TreeCache
+
+TAKEN = (  # arguments of `forward` that a step takes, or that say nothing new for one token
+    "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
+)  # fmt: skip
+
+
+@dataclass
+class Captured:
+    """A step's graph, if it has one, and the memory that it reads and writes."""
+
+    ids: Tensor
+    positions: Tensor
+    is_tried: bool = False
+    graph: torch.cuda.CUDAGraph | None = None
+    logits: Tensor | None = None
+    received_bytes: float = 0.0
+
+
+def install_step(model: Any) -> None:
+    """Wrap `model.forward`, once."""
+    original = model.forward
+    if hasattr(original, "_tree_attention"):
+        return
+    compiled = torch.compile(original, dynamic=False)  # nothing happens before it is called
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if args or not is_step(kwargs):
+            return original(*args, **kwargs)
+        cache = kwargs["past_key_values"]
+        ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
+        run = compiled if cache.step == "compiled" else original
+        logits = decode_step(run, cache, ids, positions, kwargs.get("attention_mask"))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    forward._tree_attention = True  # type: ignore[attr-defined]
+    model.forward = forward
+
+
+def is_step(arguments: dict[str, Any]) -> bool:
+    """Whether a call of `forward` is one new token for each row of a static TreeCache, and asks for nothing else."""
+    cache, ids, mask = (arguments.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
+    return (
+        isinstance(cache, TreeCache)
+        and cache.can_step()
+        and isinstance(ids, Tensor)
+        and ids.shape[1] == 1
+        and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
+        and arguments.get("use_cache") is not False
+        and arguments.get("return_dict") is not False
+        and all(value is None for name, value in arguments.items() if name not in TAKEN)
+        and not torch.is_grad_enabled()
+    )
+
+
+def decode_step(
+    forward: Callable[..., Any], cache: TreeCache, ids: Tensor, positions: Tensor, padding: Tensor | None
+) -> Tensor:
+    """Feed ids `[B, 1]` at `positions`; returns the logits `[B, 1, vocabulary]`, new memory each time."""
+    cursor = cache.begin_step(len(ids), ids.device, padding)
+    key = (id(forward), ids.shape, positions.shape, cursor.padding is None, cache.placement.version)
+    step = cache.steps.get(key)
+    if step is None:
+        cache.steps.clear()
+        step = cache.steps[key] = Captured(ids.clone(), positions.clone())
+    else:
+        step.ids.copy_(ids)
+        step.positions.copy_(positions)
+        if ids.is_cuda and cache.step != "eager" and not step.is_tried:
+            _capture(forward, cache, step)
+    if step.graph is None or step.logits is None:
+        logits = _run(forward, cache, step)
+    else:
+        step.graph.replay()
+        cache.placement.received_bytes += step.received_bytes
+        logits = step.logits.clone()
+    cache.end_step()
+    return logits
+
+
+def _capture(forward: Callable[..., Any], cache: TreeCache, step: Captured) -> None:
+    """The graph of a step, which is not run here; without one, and with a warning, if the model does not let it."""
+    before, graph, here = cache.placement.received_bytes, torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    step.is_tried = True
+    try:
+        # thread_local: NCCL's watchdog looks at its events meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step.logits = _run(forward, cache, step)
+        step.graph = graph
+    except RuntimeError as error:
+        torch.cuda.set_stream(here)  # torch leaves a stream that it could not capture current
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(f"the decode step is launched kernel by kernel, it cannot be captured: {reason}", stacklevel=2)
+    step.received_bytes = cache.placement.received_bytes - before
+    cache.placement.received_bytes = before
+
+
+def _run(forward: Callable[..., Any], cache: TreeCache, step: Captured) -> Tensor:
+    with cache.stepping():
+        return forward(
+            input_ids=step.ids, position_ids=step.positions, past_key_values=cache, use_cache=True, return_dict=True
+        ).logits
