@@ -57,9 +57,9 @@ def document(tmp_path_factory):
     return file
 
 
-def run(*arguments, command=(COMMAND,), timeout_s=120):
+def run(*arguments, command=(COMMAND,), timeout_s=120, lines=""):
     arguments = [*command, *map(str, arguments)]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout_s, check=False, input=lines)
 
 
 def last_json(ended):
@@ -121,6 +121,50 @@ def test_a_seed_draws_the_same_text_again_and_under_torchrun(folder, document):
     other = last_json(run(*arguments, 6))
     assert [figures["ranks"] for figures in (drawn, again, other)] == [2, 2, 1]
     assert drawn["tokens"] == again["tokens"] != other["tokens"]
+
+
+@pytest.mark.slow
+def test_a_chat_is_put_away_and_taken_up_on_other_ranks(folder, document, tmp_path):
+    arguments = ["chat", "--model", folder, "--max-new-tokens", 9]
+    whole = run(*arguments, "--file", document, lines="What?\n\nWho?\nWhen?\n")
+    answers = whole.stdout.splitlines()
+    assert whole.returncode == 0, whole.stderr
+    begun = run(*arguments, "--file", document, "--nproc", 2, "--save", tmp_path / "save", lines="What?\nWho?\n")
+    assert begun.returncode == 0, begun.stderr
+    torchrun = (TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "3", COMMAND)
+    ended = run(*arguments, "--load", tmp_path / "save", lines="When?\n", command=torchrun)
+    assert ended.returncode == 0, ended.stderr
+    assert begun.stdout + ended.stdout == whole.stdout
+    assert len(answers) >= 3
+
+
+@pytest.mark.slow
+def test_a_chat_survives_a_question_that_does_not_fit(folder):
+    arguments = ["chat", "--model", folder, "--max-new-tokens", 9, "--max-tokens", 40, "--nproc", 2]
+    ended = run(*arguments, lines=f"{'x' * 40}\nWho?\n")
+    assert ended.returncode == 0
+    assert ended.stderr.startswith(
+        "tree-attention: this TreeCache has room for 40 tokens over all ranks, 50 are needed"
+    )
+    alone = run(*arguments, lines="Who?\n")
+    assert ended.stdout == "\n" + alone.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--load", "{tmp}"], "{tmp} holds no save: there is no current.json"),
+        (["--file", "{tmp}/absent.txt"], "file {tmp}/absent.txt cannot be read: No such file or directory"),
+        (["--max-tokens", 0], "max-tokens, max-new-tokens, chunk-tokens and block-tokens must be at least 1"),
+        (["--dtype", "int8"], "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
+        (["--nproc", 0], "nproc must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_in_chat(capfd, monkeypatch, tmp_path, folder, options, text):
+    monkeypatch.setattr(sys, "stdin", [])
+    options = [str(option).replace("{tmp}", str(tmp_path)) for option in options]
+    code, out, err = call(capfd, monkeypatch, "chat", "--model", folder, *options)
+    assert (code, out, err) == (2, "", f"tree-attention: {text.replace('{tmp}', str(tmp_path))}\n")
 
 
 def test_a_mistake_is_one_line_and_code_2():
@@ -216,7 +260,7 @@ def test_a_document_is_cut_to_the_limit(folder):
     """What --max-prompt-tokens leaves: the beginning of the document, all of the question."""
     import transformers
 
-    from tree_attention.cli.prompt import prompt_ids
+    from tree_attention.cli.inputs import prompt_ids
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for limit in (22, 23, 60, 100):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tree_attention.hf import Session
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "smollm2.py"
 
 
@@ -36,6 +38,36 @@ def test_knows_the_capital_of_france(folder, tokenizer):
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=4, do_sample=False)[0, prompt.input_ids.shape[1] :]
     assert tokenizer.decode(answer).startswith(" Paris")
+
+
+def talk(group, folder, static, save):
+    """200 tokens about a page of the language reference; the session is saved after 100."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="tree_attention")
+    session = Session.open(model.eval(), tokenizer, group, max_tokens=1000 if static else None)
+    session.read(smollm2.topics["assert"])
+    list(session.ask("What is this about?", max_new_tokens=100, do_sample=False, eos_token_id=None))
+    if save:
+        session.save(save)
+    list(session.ask("Go on.", max_new_tokens=100, do_sample=False, eos_token_id=None))
+    return session.tokens[0].tolist()
+
+
+def go_on(group, folder, save):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="tree_attention")
+    session = Session.load(save, model.eval(), tokenizer, group)
+    list(session.ask("Go on.", max_new_tokens=100, do_sample=False, eos_token_id=None))
+    return session.tokens[0].tolist()
+
+
+@pytest.mark.model
+def test_static_is_dynamic_is_one_process_and_a_save_goes_on(pool, folder, tmp_path):
+    expected = talk(None, folder, False, None)
+    assert pool.run(talk, folder, False, None, ranks=2) == [expected] * 2
+    assert pool.run(talk, folder, True, str(tmp_path / "save"), ranks=2) == [expected] * 2
+    for ranks in (1, 3):
+        assert pool.run(go_on, folder, str(tmp_path / "save"), ranks=ranks) == [expected] * ranks
 
 
 @pytest.mark.model

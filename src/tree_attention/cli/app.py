@@ -9,6 +9,7 @@ import typer
 
 from ..errors import TreeAttentionError
 from . import bench_decode as decode_command
+from . import chat as chat_command
 from . import info as info_command
 from .bench import bench_generate
 from .generate import Request, generate_on_ranks
@@ -71,6 +72,34 @@ def generate(
         chunk_tokens=chunk_tokens, extrapolate=extrapolate, verify=verify, as_json=as_json,
     )  # fmt: skip
     _run(lambda: generate_on_ranks(request, nproc))
+
+
+@app.command()
+def chat(
+    model: Model,
+    file: Annotated[Path | None, typer.Option(help="A UTF-8 document to talk about.")] = None,
+    load: Annotated[Path | None, typer.Option(help="Folder of a session to go on with.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder to keep it in: after reading, and at the end.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Ranks to start on this machine; 1 by default.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Room for so many tokens; on GPUs 8192 more than are read, by default.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    sample: Annotated[bool, typer.Option(help="Draw tokens instead of taking the likeliest.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    dtype: Annotated[str, typer.Option(help="As in generate.")] = "auto",
+    device: Device = "auto",
+    block_tokens: Annotated[int, typer.Option(help="Neighbouring tokens that one rank keeps together.")] = 16,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens read in one forward pass, over all ranks.")] = 1024,
+    extrapolate: Annotated[bool, typer.Option(help="Go on where the model's trained positions end.")] = False,
+) -> None:
+    """Ask questions about a document, a line of stdin each; the answers stream to stdout."""
+    request = chat_command.Request(
+        model=model, file=file, load=load, save=save, max_tokens=max_tokens, max_new_tokens=max_new_tokens,
+        sample=sample, seed=seed, dtype=dtype, device=device, block_tokens=block_tokens, chunk_tokens=chunk_tokens,
+        extrapolate=extrapolate,
+    )  # fmt: skip
+    _run(lambda: chat_command.chat_on_ranks(request, nproc))
 
 
 @bench.command("generate")

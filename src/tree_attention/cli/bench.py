@@ -17,8 +17,8 @@ from rich.table import Table
 
 from ..bench.generation import measure
 from ..errors import InputError
+from .inputs import check_model_folder
 from .launch import run_on_ranks
-from .prompt import check_model_folder
 
 CHUNK_TOKENS = 1024
 

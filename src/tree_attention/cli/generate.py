@@ -12,15 +12,23 @@ import torch
 import torch.distributed as dist
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+from transformers import AutoTokenizer, DynamicCache, TextStreamer
 
 from ..errors import InputError
 from ..hf import TreeCache, can_prefill, prefill
+from .inputs import (
+    check_dtype,
+    check_model_folder,
+    check_positions,
+    load_model,
+    prompt_ids,
+    random_ids,
+    read_document,
+    reading_bar,
+)
 from .launch import run_on_ranks
-from .prompt import check_model_folder, check_positions, prompt_ids, random_ids, read_document
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,7 @@ def generate_on_ranks(request: Request, nproc: int | None) -> int:
         check_model_folder(request.model)
     if request.max_new_tokens < 1 or request.chunk_tokens < 1 or request.block_tokens < 1:
         raise InputError("max-new-tokens, chunk-tokens and block-tokens must be at least 1")
-    if request.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise InputError(f"dtype must be auto, float32, bfloat16 or float16, got {request.dtype!r}")
+    check_dtype(request.dtype)
     return run_on_ranks(_on_rank, nproc, request.device, request, document)
 
 
@@ -71,7 +78,7 @@ def _on_rank(request: Request, document: str, device: torch.device) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rank, size = dist.get_rank(), dist.get_world_size()
-    model = _load(request, device)
+    model = load_model(request.model or str(request.config), request.dtype, device, random=request.random_weights)
     if request.model is None:
         tokenizer, input_ids = None, random_ids(model.config, request.max_prompt_tokens or 1, request.seed)
     else:
@@ -103,22 +110,6 @@ def _on_rank(request: Request, document: str, device: torch.device) -> int:
         sys.stdout.write(json.dumps(figures) + "\n")
         sys.stdout.flush()
     return 0 if figures.get("verify", {}).get("identical", True) else 1
-
-
-def _load(request: Request, device: torch.device) -> Any:
-    dtype = request.dtype
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
-    how: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "tree_attention"}
-    try:
-        if request.random_weights:
-            torch.manual_seed(0)  # the same weights on every rank
-            with device:
-                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(request.config)), **how).eval()
-        model: Any = AutoModelForCausalLM.from_pretrained(str(request.model), **how)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {request.model or request.config} cannot be loaded: {error}") from None
-    return model.to(device).eval()
 
 
 @dataclass
@@ -161,19 +152,8 @@ def _generate(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, c
     run = _Run()
     first = dist.get_rank() == 0
     if can_prefill(cache):
-        columns = (
-            TextColumn("reading"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), disable=not first, transient=True) as progress:
-            task = progress.add_task("", total=input_ids.shape[1])
-            prefill(
-                model, input_ids, cache, chunk_tokens=request.chunk_tokens,
-                on_progress=lambda done: progress.update(task, completed=done),
-            )  # fmt: skip
+        with reading_bar(input_ids.shape[1], shown=first) as on_progress:
+            prefill(model, input_ids, cache, chunk_tokens=request.chunk_tokens, on_progress=on_progress)
         how = {}
     else:
         how = {"prefill_chunk_size": request.chunk_tokens}

@@ -1,12 +1,22 @@
-"""What `tree-attention generate` reads: the document, the question, the template around them; or random tokens."""
+"""From the command line to a model and tokens: folders, documents, the chat template around them; or random ones."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import InputError
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
 
 
 def check_model_folder(model: str) -> None:
@@ -20,6 +30,31 @@ def check_model_folder(model: str) -> None:
         raise InputError(f"model folder {model} must hold a config.json: is it a transformers model?")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise InputError(f"model folder {model} has no tokenizer (tokenizer.json): save it there with save_pretrained")
+
+
+def load_model(model: str, dtype: str, device: torch.device, *, random: bool = False) -> Any:
+    """A folder, a name on the hub or, with random weights, a config.json; auto is float32 on the CPU, else bfloat16."""
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    how: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "tree_attention"}
+    try:
+        if random:
+            torch.manual_seed(0)  # the same weights on every rank
+            with device:
+                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), **how).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, **how)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {model} cannot be loaded: {error}") from None
+    return loaded.to(device).eval()
+
+
+@contextlib.contextmanager
+def reading_bar(tokens: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr that predicts the end; gives what to call with the number of tokens read."""
+    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as progress:
+        task = progress.add_task("", total=tokens)
+        yield lambda done: progress.update(task, completed=done)
 
 
 def read_document(file: Path | None) -> str:

@@ -1,0 +1,265 @@
+"""A TreeCache in a folder: written whole or not at all, read on any number of ranks.
+
+    FOLDER/current.json                         what the save is, and the SHA-256 of each of its files
+    FOLDER/<name>/layer-7-rank-0.safetensors    keys and values of rank 0's slots
+    FOLDER/<name>/layer-8.safetensors           a layer that is whole on every rank: a window, a linear state
+
+A save is a new sub-folder. current.json is replaced, in one step of the file system, when every rank has written its
+files and they are on the disk; whatever happens before, the last save is as it was. Older sub-folders go last. The
+folder must be one that all ranks see.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..errors import InputError, TreeAttentionError
+from ..layout import Layout
+from .cache import TreeCache
+from .layers import ReplicatedWindowLayer, ShardedLayer
+
+VERSION = 1
+CURRENT = "current.json"
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """What a save must agree in with the model that reads it: the shape, the dtype, and a digest of some weights."""
+    config = model.config.get_text_config(decoder=True)
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        here = weight.to_local() if hasattr(weight, "to_local") else weight
+        digest.update(here.detach().flatten()[:8].float().cpu().numpy().tobytes())
+    shape = {name: getattr(config, name, None) for name in SHAPE}
+    return shape | {"dtype": str(model.dtype).removeprefix("torch."), "weights": digest.hexdigest()}
+
+
+def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any]) -> None:
+    """Write what the cache holds, and `about`, JSON values that `load_cache` gives back; all ranks together.
+
+    Raises TreeAttentionError on every rank if one of them could not write; the folder's last save stays.
+    """
+    placement = cache.placement
+    first = placement.rank == 0
+    [name] = _from_first([uuid.uuid4().hex], placement.group)
+    here, digests, states = folder / name, {}, {}
+    fault = _make_folder(here) if first else None
+    _vote(fault, placement.group)
+    try:
+        for index, layer in enumerate(cache.layers):
+            tensors, states[str(index)] = _state_of(layer)
+            if isinstance(layer, ShardedLayer):
+                file = f"layer-{index}-rank-{placement.rank}.safetensors"
+            elif tensors and first:
+                file = f"layer-{index}.safetensors"
+            else:
+                continue
+            digests[file] = _write(here / file, save({key: t.contiguous().cpu() for key, t in tensors.items()}))
+    except OSError as error:
+        fault = f"rank {placement.rank} cannot write to {folder}: {error.strerror or error}"
+    gathered = _gathered((fault, digests), placement.group)
+    fault = next((said for said, _ in gathered if said), None)
+    if fault is None and first:
+        manifest = {
+            "version": VERSION, "name": name, "about": about, "tokens": cache.get_seq_length(),
+            "world_size": placement.layout.world_size, "block": placement.layout.block, "states": states,
+            "files": {file: digest for _, its in gathered for file, digest in its.items()},
+        }  # fmt: skip
+        try:
+            _replace_manifest(folder, manifest)
+        except OSError as error:
+            fault = f"rank 0 cannot write to {folder}: {error.strerror or error}"
+    [fault] = _from_first([fault], placement.group)
+    if first:
+        old = [here] if fault else [path for path in folder.iterdir() if path.is_dir() and path.name != name]
+        for path in old:
+            shutil.rmtree(path, ignore_errors=True)
+    if fault:
+        raise TreeAttentionError(f"not saved, {fault}; a save that was there before is as it was")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the folder's last save is; raises InputError if there is none, or one that was changed."""
+    try:
+        document = json.loads((folder / CURRENT).read_text(encoding="utf-8"))
+        manifest, digest = document["manifest"], document["sha256"]
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no save: there is no {CURRENT}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the save in {folder} cannot be read: {CURRENT} is damaged ({error})") from None
+    if digest != _digest(_as_json(manifest)):
+        raise InputError(f"the save in {folder} cannot be read: {CURRENT} was changed since it was written")
+    if manifest["version"] != VERSION:
+        raise InputError(f"the save in {folder} is of version {manifest['version']}, this library reads {VERSION}")
+    return manifest
+
+
+def load_cache(cache: TreeCache, folder: Path, manifest: dict[str, Any], device: torch.device) -> None:
+    """Fill a new cache, of any number of ranks and block size; all ranks together.
+
+    Raises InputError if it has no room, TreeAttentionError on every rank if a file is missing or was changed.
+    """
+    placement = cache.placement
+    placement.check_room(manifest["tokens"])
+    fault = None
+    try:
+        for index, layer in enumerate(cache.layers):
+            _fill(layer, index, folder / manifest["name"], manifest, device)
+    except (OSError, SafetensorError, InputError) as error:
+        fault = f"rank {placement.rank}: {error}"
+    placement.moved = True
+    _vote(fault, placement.group)
+
+
+def copy_cache(source: TreeCache, target: TreeCache) -> None:
+    """Into a new cache of the same model, ranks and block size; no communication."""
+    for old, new in zip(source.layers, target.layers, strict=True):
+        tensors, plain = _state_of(old)
+        if not isinstance(new, ShardedLayer):
+            _set_state(new, {name: tensor.clone() for name, tensor in tensors.items()}, plain)
+        elif tensors and isinstance(old, ShardedLayer):
+            new.lazy_initialization(*(tensors[name][:, :, :0] for name in ("keys", "values")))
+            new.length = old.length
+            new.grow(new.held)
+            for name, buffer in (("keys", new.keys), ("values", new.values)):
+                buffer[:, :, : new.held] = tensors[name]
+    target.placement.moved = True
+
+
+def _fill(layer: Any, index: int, here: Path, manifest: dict[str, Any], device: torch.device) -> None:
+    files, length = manifest["files"], manifest["tokens"]
+    if not isinstance(layer, ShardedLayer):
+        file, state = f"layer-{index}.safetensors", manifest["states"][str(index)]
+        tensors = _read(here / file, files[file]) if file in files else {}
+        _set_state(layer, {name: tensor.to(device) for name, tensor in tensors.items()}, state)
+        return
+    saved, mine, rank = Layout(manifest["world_size"], manifest["block"]), layer.placement.layout, layer.placement.rank
+    layer.length, layer.fed = length, 0
+    for other in [rank] if saved == mine else range(saved.world_size):
+        file = f"layer-{index}-rank-{other}.safetensors"
+        tensors = _read(here / file, files[file])
+        if not layer.is_initialized:
+            empty = (tensors[name][:, :, :0].to(device) for name in ("keys", "values"))
+            layer.lazy_initialization(*empty)
+            layer.grow(layer.held)
+        slots = saved.slots(0, length, other)
+        kept = (mine.owner(slots) == rank).nonzero().flatten()
+        places = mine.local_index(slots[kept]).to(device)
+        for name, buffer in (("keys", layer.keys), ("values", layer.values)):
+            buffer.index_copy_(2, places, tensors[name][:, :, kept].to(device))
+
+
+def _state_of(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A layer's tensors, and its numbers and flags."""
+    if isinstance(layer, ShardedLayer):
+        held = layer.held
+        if not layer.is_initialized:
+            return {}, {}
+        return {"keys": layer.keys[:, :, :held], "values": layer.values[:, :, :held]}, {}
+    if isinstance(layer, ReplicatedWindowLayer):
+        layer.from_ring()
+        whole = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+        return {name: tensor for name, tensor in whole.items() if tensor is not None}, {"length": layer.length}
+    tensors, plain = {}, {}
+    for name, value in vars(layer).items():
+        for key, item in value.items() if isinstance(value, dict) else [(None, value)]:
+            path = name if key is None else f"{name}.{key}"
+            if isinstance(item, Tensor):
+                tensors[path] = item
+            elif item is None or isinstance(item, bool | int | float | str):
+                plain[path] = item
+    return tensors, plain
+
+
+def _set_state(layer: Any, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """The inverse, on a new layer."""
+    if isinstance(layer, ReplicatedWindowLayer):
+        if tensors:
+            layer.lazy_initialization(tensors["keys"], tensors["values"])
+            layer.keys, layer.values = tensors["keys"], tensors["values"]
+        layer.count(plain["length"])
+        return
+    for path, value in (plain | tensors).items():
+        name, _, key = path.partition(".")
+        if key:
+            getattr(layer, name)[int(key)] = value
+        else:
+            setattr(layer, name, value)
+    for tensor in tensors.values():
+        layer.dtype, layer.device = tensor.dtype, tensor.device
+
+
+def _make_folder(folder: Path) -> str | None:
+    """Or why not."""
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        return f"not saved, {folder.parent} cannot be written to: {error.strerror or error}"
+    return None
+
+
+def _write(file: Path, data: bytes) -> str:
+    """To the disk; returns the digest."""
+    with file.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return _digest(data)
+
+
+def _read(file: Path, digest: str) -> dict[str, Tensor]:
+    data = file.read_bytes()
+    if _digest(data) != digest:
+        raise InputError(f"{file} is cut off or was changed since it was written")
+    return load(data)
+
+
+def _replace_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    new = folder / f"{CURRENT}.new"
+    _write(new, json.dumps({"manifest": manifest, "sha256": _digest(_as_json(manifest))}).encode())
+    new.replace(folder / CURRENT)
+    listing = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(listing)
+    finally:
+        os.close(listing)
+
+
+def _as_json(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest, sort_keys=True).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _from_first(values: list[Any], group: Any) -> list[Any]:
+    if group is not None:
+        dist.broadcast_object_list(values, group=group, group_src=0)
+    return values
+
+
+def _gathered(mine: Any, group: Any) -> list[Any]:
+    if group is None:
+        return [mine]
+    of_ranks: list[Any] = [None] * group.size()
+    dist.all_gather_object(of_ranks, mine, group=group)
+    return of_ranks
+
+
+def _vote(fault: str | None, group: Any) -> None:
+    """Raise on every rank what one of them found."""
+    found = next((said for said in _gathered(fault, group) if said), None)
+    if found:
+        raise TreeAttentionError(found)

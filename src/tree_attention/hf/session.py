@@ -1,0 +1,190 @@
+"""`Session`: read a long text once, ask it questions, put it away, take it up again on another number of ranks."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextIteratorStreamer
+
+from ..errors import InputError, Unsupported
+from ..group import Group
+from .cache import TreeCache
+from .layers import ReplicatedWindowLayer, ShardedLayer
+from .prefill import CHUNK_TOKENS, can_prefill, prefill
+from .save import copy_cache, describe, load_cache, read_manifest, save_cache
+
+MARKS = ("\x02a\x03", "\x02b\x03", "\x02c\x03")  # stand for messages while the chat template is taken apart
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a chat template puts before the first message, between question and answer, and before the next question."""
+
+    opening: str = ""
+    answer: str = "\n\n"
+    question: str = "\n\n"
+
+
+class Session:
+    """A text in a cache that is spread over ranks, and a conversation about it. All ranks make the same calls.
+
+    Made by `open` or `load`. `tokens` is int64 `[1, n]` on the model's device: everything that was read and written.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, cache: TreeCache, tokens: Tensor, *, in_question: bool) -> None:
+        self.model, self.tokenizer, self.cache, self.tokens = model, tokenizer, cache, tokens
+        self.in_question = in_question  # the last word is the reader's, and no answer was asked for yet
+        self.frame = frame_of(tokenizer)
+
+    @classmethod
+    def open(
+        cls, model: Any, tokenizer: Any, group: Group = None, *, max_tokens: int | None = None, **options: Any
+    ) -> "Session":
+        """A session that has read nothing.
+
+        Args:
+            model: loaded with attn_implementation="tree_attention", on this rank's device.
+            tokenizer: the model's.
+            group, max_tokens, options: of the TreeCache.
+        """
+        cache = TreeCache(model.config, group, max_tokens=max_tokens, **options)
+        nothing = torch.empty((1, 0), dtype=torch.long, device=model.device)
+        return cls(model, tokenizer, cache, nothing, in_question=False)
+
+    def read(
+        self, text: str | Tensor, *, chunk_tokens: int = CHUNK_TOKENS, on_progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Take in a text, or tokens `[n]`, as (part of) the next message of the reader's.
+
+        chunk_tokens, on_progress: of `prefill`. The last tokens may stay unread until the next call: `ask` reads them.
+        """
+        parts = [self._encoded(self._before()), self._encoded(text)]
+        tokens = torch.cat([self.tokens, *parts], 1)
+        self.cache.placement.check_room(tokens.shape[1])
+        self.tokens, self.in_question = tokens, True
+        if can_prefill(self.cache):
+            prefill(self.model, self.tokens, self.cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
+
+    def ask(self, prompt: str, *, max_new_tokens: int = 512, **how: Any) -> Iterator[str]:
+        """Ask, and yield the answer piece by piece; how: as in `model.generate`. Run it to its end on every rank."""
+        before = "\n\n" if self.in_question else self._before()
+        question = self._encoded(before + prompt + self.frame.answer)
+        self.cache.placement.check_room(self.tokens.shape[1] + question.shape[1] + max_new_tokens - 1)
+        self.tokens, self.in_question = torch.cat([self.tokens, question], 1), False
+        if not can_prefill(self.cache) and "prefill_chunk_size" not in how:
+            how["prefill_chunk_size"] = CHUNK_TOKENS
+        else:
+            prefill(self.model, self.tokens, self.cache)
+        asked = self.tokens.shape[1]
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        outcome: dict[str, Any] = {}
+        device = self.model.device
+
+        def write() -> None:
+            try:
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)  # the current device is a thread's own
+                outcome["tokens"] = self.model.generate(
+                    self.tokens, attention_mask=torch.ones_like(self.tokens), past_key_values=self.cache,
+                    max_new_tokens=max_new_tokens, streamer=streamer, **how,
+                )  # fmt: skip
+            except BaseException as error:
+                outcome["error"] = error
+                streamer.end()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        yield from streamer
+        writer.join()
+        if "error" in outcome:
+            raise outcome["error"]
+        written = outcome["tokens"]
+        ended = int(written[0, -1]) == self.tokenizer.eos_token_id and written.shape[1] > asked
+        self.tokens = written[:, : written.shape[1] - ended]  # the template ends an answer itself
+
+    def fork(self) -> "Session":
+        """A second session that goes on from here by itself; its cache is a copy."""
+        placement = self.cache.placement
+        cache = TreeCache(
+            self.model.config, placement.group, block_tokens=placement.layout.block, max_tokens=placement.max_tokens
+        )
+        copy_cache(self.cache, cache)
+        return Session(self.model, self.tokenizer, cache, self.tokens.clone(), in_question=self.in_question)
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens; what comes next is a new message.
+
+        Raises InputError for more tokens than there are, Unsupported for a model that cannot forget (linear attention;
+        a window that has moved on).
+        """
+        if not 0 <= count <= self.tokens.shape[1]:
+            raise InputError(f"rewind takes 0 to {self.tokens.shape[1]} tokens, got {count}")
+        length = self.tokens.shape[1] - count
+        surplus = self.cache.get_seq_length() - length
+        if surplus > 0:
+            for layer in self.cache.layers:
+                moved_on = isinstance(layer, ReplicatedWindowLayer) and layer.length >= layer.sliding_window
+                if moved_on or not isinstance(layer, ShardedLayer | ReplicatedWindowLayer):
+                    raise Unsupported(f"{type(layer).__name__} cannot forget tokens: load a save, or read again")
+            self.cache.crop(-surplus)
+        self.tokens = self.tokens[:, :length]
+        self.in_question = False
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything to a folder that all ranks see; what `load` needs besides is the model. See save.py."""
+        about = {"model": describe(self.model), "tokens": self.tokens[0].tolist(), "in_question": self.in_question}
+        save_cache(self.cache, Path(folder), about)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, model: Any, tokenizer: Any, group: Group = None, *, max_tokens: int | None = None,
+        **options: Any,
+    ) -> "Session":  # fmt: skip
+        """Take up a saved session, on any number of ranks; arguments as in `open`.
+
+        Raises InputError: no save there, one that was damaged, or of another model, dtype or version.
+        """
+        manifest = read_manifest(Path(folder))
+        about, here = manifest["about"], describe(model)
+        other = [
+            f"{name} {about['model'].get(name)}, not {value}"
+            for name, value in here.items()
+            if about["model"].get(name) != value
+        ]
+        if other:
+            raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
+        cache = TreeCache(model.config, group, max_tokens=max_tokens, **options)
+        load_cache(cache, Path(folder), manifest, model.device)
+        tokens = torch.tensor([about["tokens"]], dtype=torch.long, device=model.device)
+        return cls(model, tokenizer, cache, tokens, in_question=about["in_question"])
+
+    def _before(self) -> str:
+        """What stands before a message of the reader's."""
+        if self.in_question:
+            return ""
+        return self.frame.question if self.tokens.shape[1] else self.frame.opening
+
+    def _encoded(self, text: str | Tensor) -> Tensor:
+        """`[1, n]`, on the device."""
+        if isinstance(text, str):
+            text = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
+        return text.to(self.tokens)[None]
+
+
+def frame_of(tokenizer: Any) -> Frame:
+    """The chat template's own words around messages; blank lines if the tokenizer has none."""
+    if tokenizer.chat_template is None:
+        return Frame(tokenizer.decode(tokenizer("").input_ids[:1]))  # what it starts every text with, if anything
+    first, second, third = MARKS
+    messages = [
+        {"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), MARKS, strict=True)
+    ]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    opening, rest = text.split(first)
+    _, rest = rest.split(second)
+    question, answer = rest.split(third)
+    return Frame(opening, answer, question)

@@ -1,0 +1,260 @@
+"""A conversation: the tokens of one process whatever is saved, loaded, forked or taken back; and damaged saves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from architectures import BLOCK, tiny
+from tree_attention import InputError, TreeAttentionError, Unsupported
+from tree_attention.hf import Session
+from tree_attention.hf import save as saving
+from tree_attention.hf.session import Frame, frame_of
+
+TEXT = "".join(f"{i} times {i} is {i * i}. " for i in range(12))
+TEMPLATE = """{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+NEW = 8
+
+
+def tokenizer(template=None):
+    """A token is a byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template)
+
+
+def opened(group, name, max_tokens=None):
+    session = Session.open(tiny(name, "tree_attention"), tokenizer(), group, block_tokens=BLOCK, max_tokens=max_tokens)
+    session.read(TEXT, chunk_tokens=64)
+    return session
+
+
+def ask(session, prompt):
+    """The answer as tokens, which decoding could blur."""
+    list(session.ask(prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=None))
+    return session.tokens[0, -NEW:].tolist()
+
+
+def test_frames():
+    assert frame_of(tokenizer()) == Frame("", "\n\n", "\n\n")
+    assert frame_of(tokenizer(TEMPLATE)) == Frame("<user>", "</><assistant>", "</><user>")
+
+
+def talk(group, name, folder, max_tokens):
+    """Two questions; between them the session is saved."""
+    session = opened(group, name, max_tokens)
+    first = ask(session, "What is this?")
+    session.save(folder)
+    return first, ask(session, "And now?"), session.tokens[0].tolist()
+
+
+def taken_up(group, name, folder, max_tokens):
+    session = Session.load(
+        folder, tiny(name, "tree_attention"), tokenizer(), group, block_tokens=2 * BLOCK, max_tokens=max_tokens
+    )
+    return ask(session, "And now?"), session.tokens[0].tolist()
+
+
+def one_folder(tmp_path, name="save"):
+    return str(tmp_path / name)
+
+
+def test_a_save_is_taken_up_on_another_number_of_ranks(pool, tmp_path):
+    results = pool.run(talk, "llama", one_folder(tmp_path), None, ranks=2)
+    assert results[0] == results[1]
+    _, second, tokens = results[0]
+    assert len(list(tmp_path.glob("save/*/layer-*-rank-*.safetensors"))) == 2 * 4
+    for ranks in (1, 3):
+        assert pool.run(taken_up, "llama", one_folder(tmp_path), None, ranks=ranks) == [(second, tokens)] * ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_tokens", [None, 400])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3", "qwen3_next"])
+def test_saves_of_other_layers(pool, tmp_path, name, max_tokens):
+    alone = talk(None, name, one_folder(tmp_path, "alone"), None)
+    results = pool.run(talk, name, one_folder(tmp_path), max_tokens, ranks=3)
+    assert results == [alone] * 3
+    for folder in ("save", "alone"):
+        for ranks in (1, 2, 4):
+            found = pool.run(taken_up, name, one_folder(tmp_path, folder), max_tokens, ranks=ranks)
+            assert found == [alone[1:]] * ranks
+
+
+def branches(group):
+    """A fork, the original, and the original taken back, each asked the same."""
+    session = opened(group, "llama")
+    ask(session, "What is this?")
+    length = session.tokens.shape[1]
+    other = session.fork()
+    answers = [ask(other, "And now?"), ask(session, "And now?")]
+    session.rewind(session.tokens.shape[1] - length)
+    answers.append(ask(session, "And now?"))
+    session.rewind(session.tokens.shape[1])
+    session.read(TEXT)
+    again = ask(session, "What is this?")
+    return answers, again, other.tokens[0].tolist(), session.tokens[0, :length].tolist()
+
+
+def test_forks_and_steps_back(pool):
+    results = pool.run(branches, ranks=2)
+    assert results[0] == results[1]
+    (fork, original, back), again, tokens, start = results[0]
+    assert fork == original == back
+    assert tokens[: len(start)] == start
+    assert again == start[-NEW:]
+
+
+def refusals(group, folder):
+    """Texts of what cannot be done; and that the session goes on."""
+    session = opened(group, "gemma2")
+    texts, before = [], session.tokens.shape[1]
+    for call in (
+        lambda: session.rewind(9),
+        lambda: session.rewind(10**6),
+        lambda: session.rewind(-1),
+        lambda: Session.load(folder, session.model, session.tokenizer, group),
+        lambda: Session.load(Path(folder) / "absent", session.model, session.tokenizer, group),
+    ):
+        try:
+            call()
+        except (InputError, Unsupported) as error:
+            texts.append(str(error).replace(folder, "FOLDER"))
+    small = Session.open(session.model, session.tokenizer, group, max_tokens=100)
+    small.read("x" * 60)
+    try:
+        list(small.ask("y", max_new_tokens=60))
+    except InputError as error:
+        texts.append(str(error))
+    assert session.tokens.shape[1] == before
+    return texts, len(ask(session, "And now?"))
+
+
+def test_refusals(pool, tmp_path):
+    pool.run(talk, "llama", one_folder(tmp_path), None, ranks=1)
+    results = pool.run(refusals, one_folder(tmp_path), ranks=2)
+    assert results[0] == results[1]
+    texts, written = results[0]
+    assert written == NEW
+    assert texts[0] == "ReplicatedWindowLayer cannot forget tokens: load a save, or read again"
+    assert texts[1].startswith("rewind takes 0 to ")
+    assert texts[2].startswith("rewind takes 0 to ")
+    assert texts[3].startswith("the save in FOLDER is of another model: model_type llama, not gemma2; weights ")
+    assert texts[4] == "FOLDER/absent holds no save: there is no current.json"
+    assert texts[5].startswith("this TreeCache has room for 100 tokens over all ranks, 124 are needed: ")
+
+
+def loads(group, folder):
+    try:
+        return taken_up(group, "llama", folder, None)[0]
+    except (InputError, TreeAttentionError) as error:
+        return str(error).replace(folder, "FOLDER")
+
+
+DAMAGE = {
+    "a byte": (r"layer-2-rank-1.safetensors is cut off or was changed since it was written", "shard"),
+    "cut off": (r"layer-2-rank-1.safetensors is cut off or was changed since it was written", "shard"),
+    "gone": (r"No such file or directory", "shard"),
+    "manifest": (r"current.json was changed since it was written", "manifest"),
+    "cut manifest": (r"current.json is damaged", "manifest"),
+    "version": (r"is of version 2, this library reads 1", "manifest"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_is_found_on_every_rank(pool, tmp_path, how):
+    pool.run(talk, "llama", one_folder(tmp_path), None, ranks=2)
+    [shard] = tmp_path.glob("save/*/layer-2-rank-1.safetensors")
+    manifest = tmp_path / "save" / "current.json"
+    match how:
+        case "a byte":
+            data = bytearray(shard.read_bytes())
+            data[-5] ^= 1
+            shard.write_bytes(data)
+        case "cut off":
+            shard.write_bytes(shard.read_bytes()[:-100])
+        case "gone":
+            shard.unlink()
+        case "manifest":
+            manifest.write_text(manifest.read_text().replace('"block": 4', '"block": 8'))
+        case "cut manifest":
+            manifest.write_text(manifest.read_text()[:-3])
+        case "version":
+            document = json.loads(manifest.read_text())
+            document["manifest"]["version"] = 2
+            document["sha256"] = saving._digest(saving._as_json(document["manifest"]))
+            manifest.write_text(json.dumps(document))
+    for said in pool.run(loads, one_folder(tmp_path), ranks=2):
+        assert DAMAGE[how][0] in said
+
+
+def full_disk(group, folder):
+    """The second save fails on the last rank, half way."""
+    session = opened(group, "llama")
+    session.save(folder)
+    written = []
+    write = saving._write
+
+    def fails(file, data):
+        written.append(file)
+        if group.rank() == 1 and len(written) == 3:
+            raise OSError(28, os.strerror(28))
+        return write(file, data)
+
+    with mock.patch.object(saving, "_write", fails):
+        try:
+            session.save(folder)
+        except TreeAttentionError as error:
+            return str(error).replace(folder, "FOLDER"), ask(session, "And now?")
+
+
+def test_a_full_disk_costs_nothing(pool, tmp_path):
+    """The last save stays, the half one is gone, every rank says so and goes on."""
+    (said, answer), other = pool.run(full_disk, one_folder(tmp_path), ranks=2)
+    assert (said, answer) == other
+    text = (
+        "not saved, rank 1 cannot write to FOLDER: No space left on device; a save that was there before is as it was"
+    )
+    assert said == text
+    assert len([path for path in (tmp_path / "save").iterdir() if path.is_dir()]) == 1
+    assert pool.run(loads, one_folder(tmp_path), ranks=3) == [answer] * 3
+
+
+def save_for_ever(folder):
+    session = opened(None, "llama")
+    while True:
+        session.save(folder)
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_leaves_a_save(tmp_path):
+    """Killed at 12 moments; whatever was being written, the folder holds a whole save."""
+    expected = None
+    for moment in range(12):
+        with subprocess.Popen([sys.executable, "-W", "ignore", __file__, one_folder(tmp_path)]) as process:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "save" / "current.json").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.003 + 0.007 * moment)
+            process.send_signal(signal.SIGKILL)
+        found = loads(None, one_folder(tmp_path))
+        expected = expected or found
+        assert found == expected
+        assert isinstance(found, list)
+        if moment % 3 == 2:
+            shutil.rmtree(tmp_path / "save")
+
+
+if __name__ == "__main__":
+    save_for_ever(sys.argv[1])
