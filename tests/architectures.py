@@ -91,6 +91,7 @@ def sharded(group, name, padded, reading, static=False, step="captured"):
         prefill(model, ids, cache, attention_mask=mask if padded else None, chunk_tokens=24)
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, **how, **GREEDY)
     assert bool(cache.steps) == static  # whether tokens were fed by the cursor
+    assert cache.get_seq_length() == TOKENS + NEW_TOKENS - 1
     return out.sequences, torch.stack(out.logits)
 
 

@@ -150,6 +150,43 @@ def test_a_chat_survives_a_question_that_does_not_fit(folder):
     assert ended.stdout == "\n" + alone.stdout
 
 
+@pytest.mark.slow
+def test_bench_steps_times_every_way(folder, tmp_path):
+    output = tmp_path / "records.jsonl"
+    ways = ["ours eager", "ours captured", "stock eager"]
+    ended = run(
+        "bench", "steps", "--config", folder / "config.json", "--contexts", "700,64", "--tokens", 4, "--nproc", 2,
+        "--ways", ",".join(ways), "--device", "cpu", "--output", output,
+    )  # fmt: skip
+    records = last_json(ended)["records"]
+    assert [(each["context_tokens"], each["what"]) for each in records] == [(n, way) for n in (64, 700) for way in ways]
+    kept = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [each["tpot_s"] for each in kept] == [each["tpot_s"] for each in records]
+    weights = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(folder).parameters()) * 4 - 256 * 64 * 4
+    for each in records:
+        assert each["tpot_s"] > 0
+        held = each["context_tokens"] if each["ranks"] == 1 else (32 if each["context_tokens"] == 64 else 352)
+        assert each["bytes"] == weights + held * LAYERS * 2 * H_KV * D * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--config", "absent.json"], "config must be a model's config.json, got absent.json"),
+        (["--contexts", 0], "contexts, nproc and tokens must be at least 1, got 0, 2 and 32"),
+        (
+            ["--ways", "ours,stock eager"],
+            "ways must be all or some of ours eager, ours captured, ours compiled, ",
+        ),
+    ],
+)
+def test_mistakes_in_bench_steps(capfd, monkeypatch, folder, options, text):
+    options = ["--config", folder / "config.json", *options]
+    code, out, err = call(capfd, monkeypatch, "bench", "steps", *options)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"tree-attention: {text}")
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -130,9 +130,10 @@ def static(group, name, step):
             assert same_on_all_ranks(got)
             assert isinstance(cache.placement.link, SymmetricLink)
             assert [kept.graph is not None for kept in cache.steps.values()] == [way != "eager"]
-            of_dtype.append((out.sequences.cpu(), got.cpu()))
+            of_dtype.append((out.sequences.cpu(), got.cpu(), cache.received_bytes))
         assert torch.equal(of_dtype[0][0], tokens), (name, padded)
         assert (of_dtype[0][1] - logits).abs().max() < 2e-4 * logits.abs().max()
+        assert of_dtype[1][2] == of_dtype[2][2]
         if step == "captured":
             assert torch.equal(of_dtype[1][1], of_dtype[2][1]), (name, padded)
 

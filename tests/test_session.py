@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +19,7 @@ from architectures import BLOCK, tiny
 from tree_attention import InputError, TreeAttentionError, Unsupported
 from tree_attention.hf import Session
 from tree_attention.hf import save as saving
+from tree_attention.hf.layers import ReplicatedWindowLayer, ShardedLayer
 from tree_attention.hf.session import Frame, frame_of
 
 TEXT = "".join(f"{i} times {i} is {i * i}. " for i in range(12))
@@ -41,9 +43,23 @@ def opened(group, name, max_tokens=None):
 
 
 def ask(session, prompt):
-    """The answer as tokens, which decoding could blur."""
-    list(session.ask(prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=None))
+    """The answer as tokens, which decoding could blur; drawn with a seed, so that a slightly wrong cache shows."""
+    torch.manual_seed(session.tokens.shape[1])
+    list(session.ask(prompt, max_new_tokens=NEW, do_sample=True, temperature=2.0, eos_token_id=None))
     return session.tokens[0, -NEW:].tolist()
+
+
+def contents(session):
+    """What this rank keeps of keys: (slots, numbers) of each layer; of a whole layer its last tokens."""
+    placement, found = session.cache.placement, []
+    for layer in session.cache.layers:
+        if isinstance(layer, ShardedLayer):
+            slots = placement.layout.slots(0, layer.length, placement.rank)
+            found.append((slots, layer.keys[:, :, : layer.held].clone()))
+        elif isinstance(layer, ReplicatedWindowLayer):
+            layer.from_ring()
+            found.append((None, layer.keys.clone()))
+    return found
 
 
 def test_frames():
@@ -59,10 +75,18 @@ def talk(group, name, folder, max_tokens):
     return first, ask(session, "And now?"), session.tokens[0].tolist()
 
 
-def taken_up(group, name, folder, max_tokens):
-    session = Session.load(
+def loaded(group, name, folder, max_tokens):
+    return Session.load(
         folder, tiny(name, "tree_attention"), tokenizer(), group, block_tokens=2 * BLOCK, max_tokens=max_tokens
     )
+
+
+def loaded_contents(group, name, folder):
+    return contents(loaded(group, name, folder, None))
+
+
+def taken_up(group, name, folder, max_tokens):
+    session = loaded(group, name, folder, max_tokens)
     return ask(session, "And now?"), session.tokens[0].tolist()
 
 
@@ -77,6 +101,38 @@ def test_a_save_is_taken_up_on_another_number_of_ranks(pool, tmp_path):
     assert len(list(tmp_path.glob("save/*/layer-*-rank-*.safetensors"))) == 2 * 4
     for ranks in (1, 3):
         assert pool.run(taken_up, "llama", one_folder(tmp_path), None, ranks=ranks) == [(second, tokens)] * ranks
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_every_key_comes_to_its_rank(pool, tmp_path, name):
+    pool.run(talk, name, one_folder(tmp_path), None, ranks=3)
+    [whole] = pool.run(loaded_contents, name, one_folder(tmp_path), ranks=1)
+    for ranks in (2, 3):
+        for of_rank in pool.run(loaded_contents, name, one_folder(tmp_path), ranks=ranks):
+            for (_, expected), (slots, found) in zip(whole, of_rank, strict=True):
+                assert torch.equal(found, expected if slots is None else expected[:, :, slots])
+
+
+def test_messages_are_framed():
+    """A document and a question are one message; so are two documents, and what follows an answer is the next."""
+    session = Session.open(tiny("llama", "tree_attention"), tokenizer(TEMPLATE), None)
+    pieces = []
+
+    def note(call, *arguments):
+        start = session.tokens.shape[1]
+        answer = NEW if call(*arguments) is not None else 0
+        pieces.append(session.tokenizer.decode(session.tokens[0, start : session.tokens.shape[1] - answer]))
+
+    note(session.read, "One. ")
+    note(session.read, "Two.")
+    note(ask, session, "What?")
+    note(ask, session, "Who?")
+    note(session.read, "Three.")
+    note(ask, session, "When?")
+    assert pieces == [
+        "<user>One. ", "Two.", "\n\nWhat?</><assistant>", "</><user>Who?</><assistant>", "</><user>Three.",
+        "\n\nWhen?</><assistant>",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -229,6 +285,23 @@ def test_a_full_disk_costs_nothing(pool, tmp_path):
     assert said == text
     assert len([path for path in (tmp_path / "save").iterdir() if path.is_dir()]) == 1
     assert pool.run(loads, one_folder(tmp_path), ranks=3) == [answer] * 3
+
+
+def interrupted_at_the_manifest(group, folder):
+    session = opened(group, "llama")
+    session.save(folder)
+    ask(session, "What is this?")
+    with mock.patch.object(Path, "replace", side_effect=OSError(5, os.strerror(5))):
+        try:
+            session.save(folder)
+        except TreeAttentionError as error:
+            return str(error).replace(folder, "FOLDER")
+
+
+def test_the_manifest_is_replaced_or_not(pool, tmp_path):
+    expected = "not saved, rank 0 cannot write to FOLDER: Input/output error; a save that was there before is as it was"
+    assert pool.run(interrupted_at_the_manifest, one_folder(tmp_path), ranks=2) == [expected] * 2
+    assert isinstance(loads(None, one_folder(tmp_path)), list)
 
 
 def save_for_ever(folder):

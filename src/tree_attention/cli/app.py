@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..bench.steps import WAYS
 from ..errors import TreeAttentionError
 from . import bench_decode as decode_command
+from . import bench_steps as steps_command
 from . import chat as chat_command
 from . import info as info_command
 from .bench import bench_generate
@@ -144,6 +146,20 @@ def decode(
         layout=layout, ragged=ragged, peers=peers, rounds=rounds, eager=eager, output=output,
     )  # fmt: skip
     _run(lambda: decode_command.bench_decode(request))
+
+
+@bench.command()
+def steps(
+    config: Annotated[Path, typer.Option(help="A model's config.json; its weights are drawn at random.")],
+    nproc: Annotated[int, typer.Option(help="Ranks.")] = 2,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,131072,524288",
+    ways: Annotated[str, typer.Option(help=f"All, or with commas between them: {', '.join(WAYS)}.")] = "all",
+    tokens: Annotated[int, typer.Option(help="Tokens that count, after some that warm up.")] = 32,
+    device: Device = "auto",
+    output: Output = None,
+) -> None:
+    """Time the decode step of a whole model as `generate` runs it, on caches filled with random numbers."""
+    _run(lambda: steps_command.bench_steps(config, nproc, contexts, ways, tokens, device, output))
 
 
 @app.command()

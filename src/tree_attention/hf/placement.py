@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -14,6 +15,8 @@ from ..partial import Partial
 from ..reduce import Link, SharedMemoryLink, SymmetricLink, choose_algorithm, received_bytes, tree_reduce
 from .cursor import Cursor
 
+PATIENCE_S = 300.0  # for a rank that compiles longer than this one; a dead one is noticed by whoever started it
+
 
 class Placement:
     """What all layers of one cache share: the ranks, the layout, and the chunk that is being read, if any."""
@@ -23,6 +26,7 @@ class Placement:
         self.rank, size = rank_and_size(group)
         self.layout = Layout(size, block_tokens)
         self.link: Link | None = _shared_memory(group)
+        self.asks_for_link = group is not None and group.size() > 1 and self.link is None
         self.chunk: tuple[int, int] | None = None  # set while each rank feeds only its own part of these slots
         self.reserved = 0
         self.received_bytes = 0.0
@@ -56,11 +60,12 @@ class Placement:
 
     def step_over(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
         """A step's attention `[B, 1, H, D_v]` over all ranks' keys, rounded; how: as in `tree_decode`."""
-        if self.link is None and q.is_cuda and self.group is not None and self.group.size() > 1:
-            self.link = _symmetric(self.group, q, v)
-        size, rows, head_dim = self.layout.world_size, q.shape[0] * q.shape[1] * q.shape[2], v.shape[3]
-        algorithm = choose_algorithm(q.device.type, size, linked=self.link is not None)
-        self.received_bytes += received_bytes(algorithm, rows=rows, head_dim=head_dim, world_size=size)
+        if self.asks_for_link and q.is_cuda:
+            self.link, self.asks_for_link = _symmetric(self.group, q, v), False
+        if not torch.compiler.is_compiling():
+            size, rows, head_dim = self.layout.world_size, q.shape[0] * q.shape[1] * q.shape[2], v.shape[3]
+            algorithm = choose_algorithm(q.device.type, size, linked=self.link is not None)
+            self.received_bytes += received_bytes(algorithm, rows=rows, head_dim=head_dim, world_size=size)
         group = self.group if self.link is None else self.link
         return tree_decode(q, k, v, group=group, local_seqlens=self.stepping_cursor.held, mask=mask, **how)
 
@@ -73,10 +78,11 @@ class Placement:
         return tree_reduce(partial, self.link if linked else self.group, algorithm=algorithm)
 
 
-def _symmetric(group: ProcessGroup, q: Tensor, v: Tensor) -> SymmetricLink | None:
+def _symmetric(group: ProcessGroup | None, q: Tensor, v: Tensor) -> SymmetricLink | None:
     """A link for decode steps like this one if the GPUs can have one; every rank is here at the same step."""
+    rows = q.shape[0] * q.shape[1] * q.shape[2]
     try:
-        return SymmetricLink(group, rows=q.shape[0] * q.shape[1] * q.shape[2], head_dim=v.shape[3])
+        return SymmetricLink(group, rows=rows, head_dim=v.shape[3], timeout_s=PATIENCE_S)
     except Unavailable:  # on every rank alike
         return None
 

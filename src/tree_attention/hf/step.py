@@ -3,16 +3,18 @@
 `generate` calls `model.forward`, which `install_step` wraps. The wrapper takes the calls that are such a step and
 passes the others on. `TreeCache.step` says how such a step is run:
 
-eager      as it is; always on the CPU, with `generate(disable_compile=True)`, and where a model cannot be captured
-captured   once as it is, so that kernels are compiled and links made, then as a CUDA graph: a thousand launches are one
-compiled   the same of what torch.compile makes of the model (one graph, no breaks), which fuses its small kernels
+eager      as it is; with `generate(disable_compile=True)`, and where a model cannot be captured
+captured   on GPUs once as it is, so that kernels are compiled and links made, then as a CUDA graph: a thousand launches
+           are one
+compiled   after one as it is, what torch.compile makes of the model (one graph, no breaks), which fuses its small
+           kernels; captured from the third on
 
 Sampling stays with `generate`, beside the graph.
 """
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +31,11 @@ TAKEN = (  # arguments of `forward` that a step takes, or that say nothing new f
 
 @dataclass
 class Captured:
-    """A step's graph, if it has one, and the memory that it reads and writes."""
+    """A step's graph, once it has one, and the memory that it reads and writes."""
 
     ids: Tensor
     positions: Tensor
-    is_tried: bool = False
+    runs: int = 0
     graph: torch.cuda.CUDAGraph | None = None
     logits: Tensor | None = None
     received_bytes: float = 0.0
@@ -54,8 +56,8 @@ def install_step(model: Any) -> None:
         ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
         if positions is None:
             positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
-        run = compiled if cache.step == "compiled" else original
-        logits = decode_step(run, cache, ids, positions, kwargs.get("attention_mask"))
+        ways = [original, compiled] if cache.step == "compiled" else [original]
+        logits = decode_step(ways, cache, ids, positions, kwargs.get("attention_mask"))
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     forward._tree_attention = True  # type: ignore[attr-defined]
@@ -79,34 +81,39 @@ def is_step(arguments: dict[str, Any]) -> bool:
 
 
 def decode_step(
-    forward: Callable[..., Any], cache: TreeCache, ids: Tensor, positions: Tensor, padding: Tensor | None
+    ways: Sequence[Callable[..., Any]], cache: TreeCache, ids: Tensor, positions: Tensor, padding: Tensor | None
 ) -> Tensor:
-    """Feed ids `[B, 1]` at `positions`; returns the logits `[B, 1, vocabulary]`, new memory each time."""
+    """Feed ids `[B, 1]` at `positions`; returns the logits `[B, 1, vocabulary]`, new memory each time.
+
+    ways: forward functions; each runs one step, and all others are the last one's.
+    """
     cursor = cache.begin_step(len(ids), ids.device, padding)
-    key = (id(forward), ids.shape, positions.shape, cursor.padding is None, cache.placement.version)
+    key = (id(ways[0]), len(ways), ids.shape, positions.shape, cursor.padding is None, cache.placement.version)
     step = cache.steps.get(key)
     if step is None:
         cache.steps.clear()
         step = cache.steps[key] = Captured(ids.clone(), positions.clone())
-    else:
-        step.ids.copy_(ids)
-        step.positions.copy_(positions)
-        if ids.is_cuda and cache.step != "eager" and not step.is_tried:
-            _capture(forward, cache, step)
+    step.ids.copy_(ids)
+    step.positions.copy_(positions)
+    forward, before = ways[min(step.runs, len(ways) - 1)], cache.placement.received_bytes
+    if step.runs == len(ways) and ids.is_cuda and cache.step != "eager":
+        _capture(forward, cache, step)
     if step.graph is None or step.logits is None:
         logits = _run(forward, cache, step)
     else:
         step.graph.replay()
-        cache.placement.received_bytes += step.received_bytes
         logits = step.logits.clone()
+    if step.runs == 0:  # later ones may be run without our Python
+        step.received_bytes = cache.placement.received_bytes - before
+    cache.placement.received_bytes = before + step.received_bytes
+    step.runs += 1
     cache.end_step()
     return logits
 
 
 def _capture(forward: Callable[..., Any], cache: TreeCache, step: Captured) -> None:
     """The graph of a step, which is not run here; without one, and with a warning, if the model does not let it."""
-    before, graph, here = cache.placement.received_bytes, torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    step.is_tried = True
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         # thread_local: NCCL's watchdog looks at its events meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -116,8 +123,6 @@ def _capture(forward: Callable[..., Any], cache: TreeCache, step: Captured) -> N
         torch.cuda.set_stream(here)  # torch leaves a stream that it could not capture current
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         warnings.warn(f"the decode step is launched kernel by kernel, it cannot be captured: {reason}", stacklevel=2)
-    step.received_bytes = cache.placement.received_bytes - before
-    cache.placement.received_bytes = before
 
 
 def _run(forward: Callable[..., Any], cache: TreeCache, step: Captured) -> Tensor:
