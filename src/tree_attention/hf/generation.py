@@ -18,6 +18,9 @@ from ..group import resolve_group
 from .cache import TreeCache
 from .step import install_step
 
+# whether prefill_chunk_size feeds the whole text to a filled cache
+FEEDS_AGAIN = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+
 
 def install_generation_hook() -> None:
     """Wrap `GenerationMixin._prepare_cache_for_generation`, once."""
@@ -55,8 +58,12 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -
     group = cache.placement.group if isinstance(cache, TreeCache) else resolve_group()
     if generation_config.do_sample and group is not None:
         share_random_state(group, model.device)
-    old = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
-    if old and generation_config.prefill_chunk_size is not None and cache is not None and cache.get_seq_length():
+    if (
+        FEEDS_AGAIN
+        and generation_config.prefill_chunk_size is not None
+        and cache is not None
+        and cache.get_seq_length()
+    ):
         raise Unsupported(
             f"transformers {transformers.__version__} feeds a filled cache again when prefill_chunk_size is set: "
             "leave it out, or use tree_attention.hf.prefill"

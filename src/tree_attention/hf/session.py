@@ -13,6 +13,7 @@ from transformers import TextIteratorStreamer
 from ..errors import InputError, Unsupported
 from ..group import Group
 from .cache import TreeCache
+from .generation import FEEDS_AGAIN
 from .layers import ReplicatedWindowLayer, ShardedLayer
 from .prefill import CHUNK_TOKENS, can_prefill, prefill
 from .save import copy_cache, describe, load_cache, read_manifest, save_cache
@@ -75,10 +76,10 @@ class Session:
         question = self._encoded(before + prompt + self.frame.answer)
         self.cache.placement.check_room(self.tokens.shape[1] + question.shape[1] + max_new_tokens - 1)
         self.tokens, self.in_question = torch.cat([self.tokens, question], 1), False
-        if not can_prefill(self.cache) and "prefill_chunk_size" not in how:
-            how["prefill_chunk_size"] = CHUNK_TOKENS
-        else:
+        if can_prefill(self.cache):
             prefill(self.model, self.tokens, self.cache)
+        elif not (FEEDS_AGAIN and self.cache.get_seq_length()):
+            how = {"prefill_chunk_size": CHUNK_TOKENS} | how
         asked = self.tokens.shape[1]
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         outcome: dict[str, Any] = {}
