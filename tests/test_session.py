@@ -113,6 +113,14 @@ def test_every_key_comes_to_its_rank(pool, tmp_path, name):
                 assert torch.equal(found, expected if slots is None else expected[:, :, slots])
 
 
+def test_a_session_that_has_read_nothing_is_kept_too(tmp_path):
+    model = tiny("llama", "tree_attention")
+    Session.open(model, tokenizer()).save(tmp_path)
+    session = Session.load(tmp_path, model, tokenizer())
+    assert (session.tokens.shape, session.cache.get_seq_length()) == ((1, 0), 0)
+    assert len(ask(session, "What?")) == NEW
+
+
 def test_messages_are_framed():
     """A document and a question are one message; so are two documents, and what follows an answer is the next."""
     session = Session.open(tiny("llama", "tree_attention"), tokenizer(TEMPLATE), None)

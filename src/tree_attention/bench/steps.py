@@ -120,15 +120,9 @@ def _noise(like: Tensor, tokens: int) -> Tensor:
 
 def _held_bytes(cache: Any, context: int) -> int:
     """Of the keys and values of `context` tokens on this rank."""
-    total = 0
-    for layer in cache.layers:
-        held = (
-            cache.placement.layout.local_length(context, cache.placement.rank)
-            if isinstance(cache, TreeCache)
-            else context
-        )
-        total += sum(buffer[:, :, :1].nbytes * held for buffer in (layer.keys, layer.values))
-    return total
+    placement = getattr(cache, "placement", None)
+    held = context if placement is None else placement.layout.local_length(context, placement.rank)
+    return sum(buffer[:, :, :1].nbytes * held for layer in cache.layers for buffer in (layer.keys, layer.values))
 
 
 class _Clock(BaseStreamer):

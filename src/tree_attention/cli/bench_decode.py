@@ -142,6 +142,7 @@ def _on_rank(wanted: list[Case], peers: list[str], request: Request, device: tor
 def _print(records: Sequence[dict[str, Any]]) -> None:
     case, console = records[0], Console(width=120)
     lengths = f"1 to {case['keys']}" if case["ragged"] else str(case["keys"])
+    waiting_us = case["waiting_s"] and 1e6 * case["waiting_s"]
     console.print(
         f"[bold]batch {case['batch']}, {lengths} keys a rank, {case['ranks']} ranks[/bold]: {case['heads']} / "
         f"{case['kv_heads']} heads x {case['head_dim']}, bfloat16, {case['layout']}; {case['sets']} sets of K and V"
@@ -149,7 +150,7 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
         f"roofline {1e6 * case['roofline_s']:.1f} µs: {case['bytes'] / 1e6:.1f} MB a rank at "
         f"{case['bytes'] / case['roofline_s'] / 1e12:.2f} TB/s, the fastest read so far; "
         f"reading as much here: {1e6 * case['read_s']:.1f} µs",
-        f"always waiting for the slower rank would cost a step: {_cell(1e6 * (case['waiting_s'] or 0), '.1f')} µs",
+        f"always waiting for the slower rank would cost a step: {_cell(waiting_us, '.1f')} µs",
         sep="\n", highlight=False,
     )  # fmt: skip
     table = Table()

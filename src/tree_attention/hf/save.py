@@ -149,6 +149,8 @@ def _fill(layer: Any, index: int, here: Path, manifest: dict[str, Any], device: 
     for other in [rank] if saved == mine else range(saved.world_size):
         file = f"layer-{index}-rank-{other}.safetensors"
         tensors = _read(here / file, files[file])
+        if not tensors:  # saved before anything was read
+            continue
         if not layer.is_initialized:
             empty = (tensors[name][:, :, :0].to(device) for name in ("keys", "values"))
             layer.lazy_initialization(*empty)
