@@ -216,7 +216,8 @@ def test_bytes_of_parallel_prefill(pool, name, H_kv, D, D_v, windows, ranks):
         queries = (stop - start) * HEADS * (D * 4 + (D_v + 1) * 4)
         window = (stop - start) * H_kv * (D + D_v) * 4
         expected_bytes += share * ROWS * (layers * min(keys, queries) + windows * window)
-        a_layer = ["allgather_base"] if keys <= queries else ["allgather_base", "alltoall_base"]
+        by_keys = ["allgather_base"] * (2 if start else 1)  # the chunk's own, and those before it
+        a_layer = by_keys if keys <= queries else ["allgather_base", "alltoall_base"]
         expected_calls += [*["allgather_base"] * windows, *a_layer * layers]
     for received, calls, *_ in pool.run(traffic, name, "parallel", "shared memory", ranks=ranks):
         assert sorted(call.name for call in calls) == sorted(expected_calls)
@@ -338,10 +339,25 @@ def test_torch_compile_takes_a_step_whole(monkeypatch, name, padded):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
-    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function))
     tokens, logits = one_process(name, padded)
     assert_like_one_process([sharded(None, name, padded, "replicated", True, "compiled")], tokens, logits)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_one_compiled_step_for_caches_of_any_size(monkeypatch):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function))
+    (ids, mask), model, texts = prompt(False), tiny("gemma2", "tree_attention"), []
+    for room in (TOKENS + NEW_TOKENS, 2 * TOKENS, 3 * TOKENS + 5):
+        cache = TreeCache(model.config, block_tokens=BLOCK, max_tokens=room)
+        cache.step = "compiled"
+        texts.append(model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY).sequences)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
 
 
 def within_a_window(group, max_tokens):

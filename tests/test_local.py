@@ -399,6 +399,32 @@ def test_no_queries_and_no_rows(backend):
     assert attend(q[:0], k[:0], v[:0], local_seqlens=lengths, backend=backend).lse.shape == (0, 2, 4)
 
 
+@pytest.mark.parametrize("shape", ["GQA", "MHA", "one token", "D < D_v"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [marked(backend, dtype) for backend in ("reference", "cpu_flash", "cudnn", "cuda_flash", "efficient")
+     for dtype in DTYPES[backend]],
+)  # fmt: skip
+def test_causal_is_equal_positions(backend, dtype, shape):
+    shape = {"S": 1, "H": 4, "H_kv": 2, "D": 16} if shape == "one token" else SHAPES[shape]
+    if backend in ("cudnn", "cuda_flash") and "D_v" in shape:
+        return
+    q, k, v = inputs(backend, dtype, T=shape["S"], **shape)
+    keys = torch.arange(shape["S"], device=q.device)
+    actual = attend(q, k, v, causal=True, backend=backend)
+    assert_right([compare(backend, actual, q, k, v, q_positions=keys, k_positions=keys)])
+
+
+def test_causal_with_another_rule():
+    q, k, v = peaked_inputs(T=9, S=9)
+    lengths, keys = torch.tensor([4, 9]), torch.arange(9)
+    expected = attend(q, k, v, q_positions=keys, k_positions=keys, local_seqlens=lengths)
+    for backend in CPU:
+        actual = attend(q, k, v, causal=True, local_seqlens=lengths, backend=backend)
+        torch.testing.assert_close(actual.out, expected.out, atol=1e-5, rtol=0)
+        torch.testing.assert_close(actual.lse, expected.lse, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("backend", [marked(backend) for backend in SMALL])
 def test_positions_of_all_rows_at_once(backend):
     q, k, v = inputs(backend, T=3, S=8, H=4, H_kv=2, D=8)
@@ -495,6 +521,7 @@ REFUSED_BY_TRITON = [
     ("triton", HALF | {"D": 20}, {}, "needs head dims that are multiples of 8 up to 256, got 20 and 20"),
     ("triton", HALF | {"D_v": 12}, {}, "needs head dims that are multiples of 8 up to 256, got 16 and 12"),
     ("triton", HALF | {"D": 264}, {}, "needs head dims that are multiples of 8 up to 256, got 264 and 264"),
+    ("triton", HALF | {"S": 5, "T": 5}, {"causal": True}, "knows the causal rule by positions only"),
     ("triton", HALF | {"T": 33}, {}, "takes at most 64 query rows a KV head (T H / H_kv), got 66"),
 ]
 REFUSED_ON_CUDA = [
@@ -608,6 +635,7 @@ def bad_calls():
         "mask's dtype": ({"mask": mask.float()}, f"{fits} torch.float32 [2, 4, 2, 8]"),
         "mask's device": ({"mask": mask.to("meta")}, "mask must be on cpu, got meta"),
         "window alone": ({"window": 3}, f"{is_window} 3"),
+        "causal": ({"causal": True}, "causal needs a key for each query and no positions, got 2 queries, 8 keys"),
         "window 0": (positions | {"window": 0}, f"{is_window} 0"),
         "table's dims": (pages | {"page_table": table[0]}, f"{is_table} torch.int32 [3] on cpu"),
         "table's rows": (pages | {"page_table": table[:1]}, f"{is_table} torch.int32 [1, 3] on cpu"),

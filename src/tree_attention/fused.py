@@ -10,8 +10,6 @@ from .local.triton_decode import Plan, on_device, pdl, plan, split_arguments, st
 from .local.visibility import Selection
 from .reduce import SymmetricLink
 
-MAX_QUERY_ROWS = 32  # with 64, where Triton multiplies with wgmma, two H100s gave wrong numbers (docs/log.md)
-
 
 def fused_decode(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, link: SymmetricLink, *, scale: float,
@@ -29,9 +27,7 @@ def obstacle(
 ) -> str | None:
     """Why this step cannot be fused, from values that all ranks share; None if it can."""
     found = triton_decode.obstacle(q, k, v, selection, softcap)
-    rows, of_head = q.shape[0] * q.shape[1] * q.shape[2], q.shape[1] * (q.shape[2] // k.shape[2])
-    if found is None and of_head > MAX_QUERY_ROWS:
-        return f"takes at most {MAX_QUERY_ROWS} query rows a KV head (T H / H_kv), got {of_head}"
+    rows = q.shape[0] * q.shape[1] * q.shape[2]
     if found is None and not link.holds(rows, v.shape[3]):
         return (
             f"has a link for at most {link.rows} rows B T H and head dim {link.head_dim}, got {rows} and {v.shape[3]}"

@@ -39,7 +39,8 @@ def peaked_inputs(
     if S:  # every query gets one key that points its way
         heavy = torch.randint(S, (B, T, H), generator=generator)
         batch, _, head = torch.meshgrid(*map(torch.arange, (B, T, H)), indexing="ij")
-        k[batch, heavy, head // (H // H_kv)] += q
+        at = (batch, heavy, head // (H // H_kv))
+        k.index_put_(at, q, accumulate=True)  # where several point the same key, all ranks must draw the same
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
 
 

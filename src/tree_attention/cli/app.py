@@ -10,6 +10,7 @@ import typer
 from ..bench.steps import WAYS
 from ..errors import TreeAttentionError
 from . import bench_decode as decode_command
+from . import bench_prefill as prefill_command
 from . import bench_steps as steps_command
 from . import chat as chat_command
 from . import info as info_command
@@ -160,6 +161,21 @@ def steps(
 ) -> None:
     """Time the decode step of a whole model as `generate` runs it, on caches filled with random numbers."""
     _run(lambda: steps_command.bench_steps(config, nproc, contexts, ways, tokens, device, output))
+
+
+@bench.command("prefill")
+def reading(
+    config: Annotated[Path, typer.Option(help="A model's config.json; its weights are drawn at random.")],
+    nproc: Annotated[int, typer.Option(help="Ranks.")] = 2,
+    contexts: Annotated[str, typer.Option(help="Lengths of the text in tokens.")] = "32768,131072",
+    ways: Annotated[str, typer.Option(help="all, ours or stock: transformers' sdpa on the first rank alone.")] = "all",
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens that ours reads in one forward pass.")] = 16384,
+    rounds: Annotated[int, typer.Option(help="Times; the first is told apart, since kernels are made in it.")] = 3,
+    device: Device = "auto",
+    output: Output = None,
+) -> None:
+    """Time a whole model that reads a long text, and weigh what it takes."""
+    _run(lambda: prefill_command.bench_prefill(config, nproc, contexts, ways, chunk_tokens, rounds, device, output))
 
 
 @app.command()

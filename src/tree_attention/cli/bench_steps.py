@@ -43,12 +43,7 @@ def _on_rank(
     """Each context is printed and kept as soon as it is done."""
     transformers.logging.set_verbosity_error()
     model, speaks = load_model(config, "auto", device, random=True), dist.get_rank() == 0
-    on_cuda = device.type == "cuda"
-    surroundings = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "model": Path(config).stem, "tokens": tokens,
-        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu", "torch": torch.__version__,
-        "transformers": transformers.__version__, "dtype": str(model.dtype).removeprefix("torch."),
-    }  # fmt: skip
+    surroundings = surroundings_of(config, model, device) | {"tokens": tokens}
     records: list[dict[str, Any]] = []
     for length in lengths:
         of_length = measure(model, [length], ways, tokens=tokens)
@@ -61,6 +56,15 @@ def _on_rank(
     if speaks:
         sys.stdout.write(json.dumps(surroundings | {"records": records}) + "\n")
         sys.stdout.flush()
+
+
+def surroundings_of(config: str, model: Any, device: torch.device) -> dict[str, Any]:
+    """What stands in every record of a whole model."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "model": Path(config).stem,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__,
+        "transformers": transformers.__version__, "dtype": str(model.dtype).removeprefix("torch."),
+    }  # fmt: skip
 
 
 def _print(records: list[dict[str, Any]]) -> None:

@@ -127,12 +127,12 @@ class TreeCache(Cache):
             if attention_mask is not None:
                 attention_mask = None if bool(attention_mask.all()) else attention_mask.bool()
             placement.cursor.start(length, attention_mask, placement.most_tokens)
+            for layer in self.layers:
+                if isinstance(layer, ShardedLayer):
+                    layer.grow(1)
+                elif isinstance(layer, ReplicatedWindowLayer):
+                    layer.to_ring()
             placement.moved = False
-        for layer in self.layers:
-            if isinstance(layer, ShardedLayer):
-                layer.grow(1)
-            elif isinstance(layer, ReplicatedWindowLayer):
-                layer.to_ring()
         return placement.cursor
 
     @contextlib.contextmanager

@@ -21,10 +21,11 @@ class Cursor:
     """
 
     def __init__(self, layout: Layout, rank: int, capacity: int, batch: int, device: torch.device) -> None:
-        self.layout, self.rank, self.capacity = layout, rank, capacity
+        self.layout, self.rank = layout, rank
+        self.nowhere = torch.tensor(capacity, device=device)
         self.slot, self.place = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
         self.held = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.key_slots = layout.slot(torch.arange(capacity, device=device), rank)
+        self.key_slots = any_length(layout.slot(torch.arange(capacity, device=device), rank), 0)
         self.padding: Tensor | None = None
         self._masks: dict[tuple[int, int], Tensor] = {}
 
@@ -35,16 +36,18 @@ class Cursor:
             self.padding = None
             return
         if self.padding is None:
-            self.padding = torch.empty((len(padding), most_tokens), dtype=torch.bool, device=self.slot.device)
+            padded = torch.empty((len(padding), most_tokens), dtype=torch.bool, device=self.slot.device)
+            self.padding = any_length(padded, 1)
         self.padding.fill_(True)
         self.padding[:, : padding.shape[1]] = padding[:, :most_tokens]
 
     def advance(self) -> None:
         """On to the next token; part of the captured step."""
-        self._masks.clear()
+        if not torch.compiler.is_compiling():
+            self._masks.clear()
         self.slot.add_(1)
         mine = self.layout.owner(self.slot) == self.rank
-        self.place.copy_(torch.where(mine, self.layout.local_index(self.slot), self.capacity))
+        self.place.copy_(torch.where(mine, self.layout.local_index(self.slot), self.nowhere))
         self.held.copy_(self.layout.local_length(self.slot + 1, self.rank).expand_as(self.held))
 
     def ring_slots(self, size: int) -> Tensor:
@@ -62,9 +65,20 @@ class Cursor:
         return self._build(mask, self.ring_slots(size), size)
 
     def _build(self, mask: LazyMask, key_slots: Tensor, size: int) -> Tensor:
-        """Once a step for all layers of a kind, which share a mask."""
+        """Once a step for all layers of a kind, which share a mask; a compiler sees that by itself."""
         known = (id(mask), size)
+        if torch.compiler.is_compiling():
+            return self._built(mask, key_slots)
         if known not in self._masks:
-            built = replace(mask, padding=self.padding).build(self.slot, key_slots, len(self.held))
-            self._masks[known] = built & (key_slots >= 0)
+            self._masks[known] = self._built(mask, key_slots)
         return self._masks[known]
+
+    def _built(self, mask: LazyMask, key_slots: Tensor) -> Tensor:
+        built = replace(mask, padding=self.padding).build(self.slot, key_slots, len(self.held))
+        return built & (key_slots >= 0)
+
+
+def any_length(tensor: Tensor, dim: int) -> Tensor:
+    """The same tensor; torch.compile is not to make a graph for its length alone, which is that of one cache."""
+    torch._dynamo.mark_dynamic(tensor, dim)
+    return tensor

@@ -8,6 +8,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from ..errors import InputError
 from .chunk import gather_in_slot_order
+from .cursor import any_length
 from .placement import Placement
 
 
@@ -68,7 +69,7 @@ class ShardedLayer(CacheLayerMixin):
         cursor = self.placement.stepping_cursor
         self.keys.index_copy_(2, cursor.place, key_states)
         self.values.index_copy_(2, cursor.place, value_states)
-        return self.keys[:, :, : cursor.capacity], self.values[:, :, : cursor.capacity]
+        return self.keys[:, :, :-1], self.values[:, :, :-1]
 
     def count(self, fed: int) -> None:
         self.fed, self.length = fed, self.length + fed
@@ -83,6 +84,8 @@ class ShardedLayer(CacheLayerMixin):
             if static:
                 capacity = placement.capacity + 1
             self.keys, self.values = _resized(self.keys, capacity), _resized(self.values, capacity)
+            if static:
+                self.keys, self.values = any_length(self.keys, 2), any_length(self.values, 2)
             placement.version += 1
 
     def get_seq_length(self) -> Any:
@@ -93,8 +96,8 @@ class ShardedLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.placement.is_stepping:
-            return self.placement.most_tokens, 0
+        if self.placement.is_stepping:  # read by nobody: the mask is a rule
+            return self.keys.shape[2], 0
         chunk = self.placement.chunk
         return (self.length + query_length if chunk is None else chunk[1]), 0
 
@@ -177,7 +180,7 @@ class ReplicatedWindowLayer(DynamicSlidingWindowLayer):
         return self.placement.stepping_cursor.slot[0] if self.placement.is_stepping else self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.placement.most_tokens, 0) if self.placement.is_stepping else super().get_mask_sizes(query_length)
+        return (self.sliding_window, 0) if self.placement.is_stepping else super().get_mask_sizes(query_length)
 
     def to_ring(self) -> None:
         if self.is_ring:
@@ -197,6 +200,7 @@ class ReplicatedWindowLayer(DynamicSlidingWindowLayer):
             places = self._places(min(self.length, self.sliding_window - 1))
             self.keys, self.values = (t[:, :, places] for t in self.ring)
             self.is_ring = False
+            self.placement.moved = True
 
     def _places(self, count: int) -> Tensor:
         """Of the last `count` tokens."""
@@ -224,7 +228,7 @@ class ReplicatedWindowLayer(DynamicSlidingWindowLayer):
         """Drop the window (transformers 5.17 would keep it, zeroed)."""
         self.keys = self.values = None
         self.is_initialized, self.cumulative_length, self.length, self.fed = False, 0, 0, 0
-        self.is_ring = False
+        self.is_ring, self.placement.moved = False, True
 
 
 def _resized(buffer: Tensor, capacity: int) -> Tensor:

@@ -27,6 +27,8 @@ from .cache import TreeCache
 TAKEN = (  # arguments of `forward` that a step takes, or that say nothing new for one token
     "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
 )  # fmt: skip
+# Kernels by rule, not by timing them: that might choose others on another rank, and so other bits.
+ALIKE: dict[str, Any] = {"deterministic": True}
 
 
 @dataclass
@@ -46,7 +48,7 @@ def install_step(model: Any) -> None:
     original = model.forward
     if hasattr(original, "_tree_attention"):
         return
-    compiled = torch.compile(original, dynamic=False)  # nothing happens before it is called
+    compiled = torch.compile(original, options=ALIKE)  # nothing happens before it is called
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -51,6 +51,7 @@ def attend(
     window: int | None = None,
     mask: Tensor | None = None,
     page_table: Tensor | None = None,
+    causal: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
     backend: str = "auto",
@@ -71,6 +72,8 @@ def attend(
         page_table: int32 or int64 `[B, max_pages]`; then k and v are pages, `[pages, page_size, H_kv, D or D_v]`, key s
             of row b lies at place `s % page_size` of page `page_table[b, s // page_size]`, and `S_local` stands for
             `max_pages * page_size`. Needs `local_seqlens`; entries past a row's length may be anything.
+        causal: query t sees the keys 0 to t, of which there are as many as queries. The same as with equal positions,
+            but known to fused operators.
         scale: factor on q.k; `D ** -0.5` by default.
         softcap: `cap(s) = softcap * tanh(s / softcap)`; none by default.
         backend: one of `BACKENDS`, or "auto": what `choose_backend` says.
@@ -86,7 +89,7 @@ def attend(
     """
     selection = check(
         q, k, v, scale=scale, softcap=softcap, local_seqlens=local_seqlens, q_positions=q_positions,
-        k_positions=k_positions, window=window, mask=mask, page_table=page_table,
+        k_positions=k_positions, window=window, mask=mask, page_table=page_table, causal=causal,
     )  # fmt: skip
     return attend_selected(q, k, v, selection, scale=scale, softcap=softcap, backend=backend)
 

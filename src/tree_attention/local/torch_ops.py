@@ -19,13 +19,15 @@ def cpu_flash(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: floa
     """`aten._scaled_dot_product_flash_attention_for_cpu`: any dtype; a mask costs a float copy of itself."""
     B, T, H, _ = q.shape
     H_kv, D_v = k.shape[2], v.shape[3]
-    visible = selection.visible(q, k)
+    visible, is_causal = _rules(q, k, selection)
     bias = None if visible is None else _bias(visible, q.dtype)
     if T == 1:  # the query heads of one KV head become rows of one query block: the KV is read once, not H / H_kv times
         q = q.unflatten(2, (H_kv, -1)).flatten(1, 2).transpose(1, 2)  # [B, 1 * H_kv, G, D] -> [B, G, H_kv, D]
         bias = None if bias is None else _group_rows(bias, H, H_kv)
     q, k, v = _one_head_dim(q, k, v)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(q, k, v), attn_mask=bias, scale=scale)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *_heads_first(q, k, v), is_causal=is_causal, attn_mask=bias, scale=scale
+    )
     if T == 1:
         out, lse = out.reshape(B, H, 1, -1), lse.reshape(B, H, 1)
     return _partial(out[..., :D_v], lse, visible)
@@ -39,7 +41,9 @@ def cpu_flash_obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, so
 
 def cuda_flash(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
     """`aten._scaled_dot_product_flash_attention` (FlashAttention-2, split-KV for few queries)."""
-    out, lse = aten._scaled_dot_product_flash_attention(*_heads_first(q, k, v), scale=scale)[:2]
+    out, lse = aten._scaled_dot_product_flash_attention(
+        *_heads_first(q, k, v), is_causal=selection.causal, scale=scale
+    )[:2]
     return _partial(out, lse, None)
 
 
@@ -49,26 +53,31 @@ def cuda_flash_obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, s
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
     """`aten._scaled_dot_product_cudnn_attention`: the fastest of PyTorch's on Hopper (shared notes, kernels)."""
-    out, lse = aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True, scale=scale)[:2]
+    out, lse = aten._scaled_dot_product_cudnn_attention(
+        *_heads_first(q, k, v), None, True, is_causal=selection.causal, scale=scale
+    )[:2]
     return _partial(out, lse.reshape(out.shape[:-1]), None)
 
 
 def cudnn_obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> str | None:
-    if q.device.type == "cuda" and not torch.backends.cudnn.is_available():
+    found = _half_precision_obstacle(q, k, v, selection, softcap)
+    if found is None and not torch.backends.cudnn.is_available():
         return "needs cuDNN, which this PyTorch does not have"
-    return _half_precision_obstacle(q, k, v, selection, softcap)
+    return found
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
     """`aten._scaled_dot_product_efficient_attention`: masks and float32 on CUDA; no split-KV, and KV heads repeated."""
     H, G = q.shape[2], q.shape[2] // k.shape[2]
-    visible, bias = selection.visible(q, k), None
+    (visible, is_causal), bias = _rules(q, k, selection), None
     if visible is not None:
         S = k.shape[1]
         bias = pad(_bias(visible, q.dtype), (0, -S % 16))[..., :S]  # the kernel wants rows aligned to 16 elements
         bias = bias.expand(q.shape[0], H, -1, -1)
     k, v = k.repeat_interleave(G, 2), v.repeat_interleave(G, 2)
-    out, lse = aten._scaled_dot_product_efficient_attention(*_heads_first(q, k, v), bias, True, scale=scale)[:2]
+    out, lse = aten._scaled_dot_product_efficient_attention(
+        *_heads_first(q, k, v), bias, True, is_causal=is_causal, scale=scale
+    )[:2]
     return _partial(out, lse[..., : q.shape[1]], visible)
 
 
@@ -91,13 +100,18 @@ def _half_precision_obstacle(
         return f"has bfloat16 and float16 only, got {q.dtype}"
     if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > 256:
         return f"needs one head dim, a multiple of 8 up to 256, got {q.shape[3]} and {v.shape[3]}"
-    if not selection.is_everything:
+    if not selection.is_everything and not selection.is_causal_only:
         return "has no masks (local_seqlens, positions or mask)"
     return _softcap_obstacle(softcap)
 
 
 def _softcap_obstacle(softcap: float | None) -> str | None:
     return None if softcap is None else "has no softcap"
+
+
+def _rules(q: Tensor, k: Tensor, selection: Selection) -> tuple[Tensor | None, bool]:
+    """The mask, and whether the operator is to apply the causal rule by itself."""
+    return (None, True) if selection.is_causal_only else (selection.visible(q, k), False)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

@@ -42,6 +42,8 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: flo
         if q.dtype == torch.bfloat16:
             return "has float16 only on the CPU, where Triton's interpreter runs it, got torch.bfloat16"
         return f"has bfloat16 and float16 only, got {q.dtype}"
+    if selection.causal:
+        return "knows the causal rule by positions only"
     rows, D, DV = q.shape[1] * (q.shape[2] // k.shape[2]), q.shape[3], v.shape[3]
     if rows > MAX_QUERY_ROWS:
         return f"takes at most {MAX_QUERY_ROWS} query rows a KV head (T H / H_kv), got {rows}"

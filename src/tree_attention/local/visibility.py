@@ -21,15 +21,27 @@ class Selection:
     window: int | None = None
     mask: Tensor | None = None
     page_table: Tensor | None = None
+    causal: bool = False
 
     @property
     def is_everything(self) -> bool:
         """Every query sees every key."""
-        return self.local_seqlens is None and self.k_positions is None and self.mask is None
+        return not self.causal and not self._has_rules
+
+    @property
+    def is_causal_only(self) -> bool:
+        """The causal rule and no other: fused operators know it without a mask."""
+        return self.causal and not self._has_rules
+
+    @property
+    def _has_rules(self) -> bool:
+        return any(rule is not None for rule in (self.local_seqlens, self.k_positions, self.mask))
 
     def visible(self, q: Tensor, k: Tensor) -> Tensor | None:
         """bool `[B or 1, H or 1, T, S_local]`, True where a query may see a key; None if every query sees every key."""
         conditions = []
+        if self.causal:
+            conditions.append(torch.ones(k.shape[1], k.shape[1], dtype=torch.bool, device=k.device).tril()[None, None])
         if self.local_seqlens is not None:
             keys = torch.arange(k.shape[1], device=k.device)
             conditions.append((keys < self.local_seqlens.to(k.device)[:, None])[:, None, None, :])
@@ -58,6 +70,7 @@ def select(
     window: int | None = None,
     mask: Tensor | None = None,
     page_table: Tensor | None = None,
+    causal: bool = False,
 ) -> Selection:
     """The arguments of `attend`, checked; q `[B, T, H, D]`, k `[B, S_local, H_kv, D]` or pages of it."""
     keys = k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
@@ -68,9 +81,11 @@ def select(
         k_positions = _rows("k_positions", k_positions, q.shape[0], keys, k.device)
     if window is not None and (q_positions is None or window < 1):
         raise InputError(f"window must be at least 1, and needs q_positions and k_positions, got {window}")
+    if causal and (q.shape[1] != keys or q_positions is not None):
+        raise InputError(f"causal needs a key for each query and no positions, got {q.shape[1]} queries, {keys} keys")
     if mask is not None:
         _check_mask(mask, q, keys)
-    return Selection(local_seqlens, q_positions, k_positions, window, mask, page_table)
+    return Selection(local_seqlens, q_positions, k_positions, window, mask, page_table, causal and q.shape[1] > 1)
 
 
 def _rows(name: str, positions: Tensor, B: int, n: int, device: torch.device) -> Tensor:

@@ -1,5 +1,8 @@
 """The reductions that are made of collectives: one packed exchange, or the paper's three."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,9 +41,19 @@ def reduce_scatter(partial: Partial, group: ProcessGroup, dim: int) -> Partial:
 
 def gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """`[...]` on each rank -> `[P, ...]` on every rank, in rank order."""
-    gathered = tensor.new_empty((group.size(), *tensor.shape))
-    _all_gather_single(gathered.flatten(0, 1) if tensor.ndim else gathered, tensor.contiguous(), group=group)
+    gathered, arrives = start_gather(tensor, group)
+    arrives()
     return gathered
+
+
+def start_gather(tensor: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[], object]]:
+    """What `gather` gives, and what to call before reading it; until then there is time for other work."""
+    gathered = tensor.new_empty((group.size(), *tensor.shape))
+    if tensor.numel() == 0:
+        return gathered, lambda: None
+    flat = gathered.flatten(0, 1) if tensor.ndim else gathered
+    work: Any = _all_gather_single(flat, tensor.contiguous(), group=group, async_op=True)
+    return gathered, work.wait
 
 
 def pack(partial: Partial) -> Tensor:

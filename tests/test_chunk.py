@@ -1,0 +1,62 @@
+"""Attention of a chunk whose queries and keys are spread over ranks, against attention of all of it at once."""
+
+import pytest
+import torch
+
+from tree_attention import Layout, attend
+from tree_attention.hf import chunk
+from tree_attention.partial import Partial
+from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
+
+
+def of_a_rank(group, shape, block, start, passed, causal_only):
+    """This rank's queries of the chunk; -> their Partial, where they lie, and the bytes received."""
+    stop = shape["S"]
+    q, k, v = peaked_inputs(T=stop, **shape)
+    layout = Layout(group.size(), block)
+    mine, held = (layout.slots(first, stop, group.rank(), device=q.device) for first in (start, 0))
+
+    def build(query_slots, key_slots):
+        return (key_slots[None, :] <= query_slots[:, None])[None, None]
+
+    chunk.choose_pass, choose = (lambda *_: passed), chunk.choose_pass
+    try:
+        partial, received = chunk.attend_chunk(
+            q[:, mine], k[:, held], v[:, held], chunk=(start, stop), layout=layout, group=group, build_mask=build,
+            causal_only=causal_only, scale=0.3, softcap=None,
+        )  # fmt: skip
+    finally:
+        chunk.choose_pass = choose
+    return partial.out, partial.lse, mine, received
+
+
+@pytest.mark.parametrize("passed", ["kv", "q"])
+@pytest.mark.parametrize(
+    ("ranks", "block", "cycles", "chunk_cycles"), [(1, 4, 5, 2), (2, 4, 6, 3), (3, 1, 7, 7), (3, 5, 2, 1), (4, 2, 5, 5)]
+)
+def test_a_chunk_spread_over_ranks(pool, passed, ranks, block, cycles, chunk_cycles):
+    stop, start = ranks * block * cycles, ranks * block * (cycles - chunk_cycles)
+    shape = {"B": 2, "S": stop, "H": 6, "H_kv": 2, "D": 16, "D_v": 8}
+    q, k, v = peaked_inputs(T=stop, **shape)
+    at = {"q_positions": torch.arange(start, stop), "k_positions": torch.arange(stop), "scale": 0.3}
+    exact, plain = oracle(q[:, start:], k, v, **at), attend(q[:, start:], k, v, **at)
+    for causal_only in (True, False):
+        for out, lse, slots, received in pool.run(of_a_rank, shape, block, start, passed, causal_only, ranks=ranks):
+            rows = slots - start
+            assert_within_rounding(out, exact.out[:, rows], plain.out[:, rows])
+            torch.testing.assert_close(lse.double(), exact.lse[:, rows], atol=1e-5, rtol=0)
+            keys, queries = 2 * stop * 2 * (16 + 8) * 4, 2 * (stop - start) * 6 * (16 + 8 + 1) * 4
+            assert received == (keys if passed == "kv" else queries) * (ranks - 1) / ranks
+
+
+def test_merge_rows_is_merge():
+    """Where no part has a key, too."""
+    out, lse = torch.randn(3, 2, 5, 4, 8), torch.randn(3, 2, 5, 4) * 9
+    lse[0, :, 1], lse[:, :, 2] = -torch.inf, -torch.inf
+    out[lse == -torch.inf] = 0.0
+    out[2, :, :3], lse[2, :, :3] = 0.0, -torch.inf
+    expected = chunk.merge(Partial(out, lse))
+    actual = chunk.merge_rows([(0, Partial(out[0].clone(), lse[0])), (0, Partial(out[1], lse[1])),
+                               (3, Partial(out[2, :, 3:], lse[2, :, 3:]))])  # fmt: skip
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
+    assert torch.equal(actual.lse == -torch.inf, expected.lse == -torch.inf)
