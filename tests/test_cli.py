@@ -27,10 +27,8 @@ LAYERS, H, H_KV, D = 2, 4, 2, 16
 QUESTION = "What is this about?"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A llama of 2 layers with random weights that never ends its text; a token is a byte."""
-    folder = tmp_path_factory.mktemp("model")
+def write_model(folder, layers):
+    """A llama with random weights that never ends its text, and its tokenizer; a token is a byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -38,7 +36,7 @@ def folder(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=H,
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=H,
         num_key_value_heads=H_KV, max_position_embeddings=POSITIONS, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
@@ -47,6 +45,12 @@ def folder(tmp_path_factory):
             if weight.ndim > 1:
                 weight.mul_(3)
     model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, LAYERS)
     return folder
 
 
