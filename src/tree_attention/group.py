@@ -1,6 +1,7 @@
 """The ranks that share one sequence: who they are, and the vote that they were all called alike."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -9,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .errors import InputError, RanksDisagree
 
 Group = ProcessGroup | DeviceMesh | None
+Item = TypeVar("Item")
 
 
 def resolve_group(group: Group = None) -> ProcessGroup | None:
@@ -36,6 +38,20 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
+def gather_objects(mine: Item, group: ProcessGroup | None) -> list[Item]:
+    """What each rank hands in, in rank order; for set-up, not for steps."""
+    of_ranks = [mine]
+    if group is not None and group.size() > 1:
+        of_ranks *= group.size()
+        dist.all_gather_object(of_ranks, mine, group=group)
+    return of_ranks
+
+
+def first_fault(fault: str | None, group: ProcessGroup | None) -> str | None:
+    """The text of the first rank that has one, on every rank alike, so that none goes on or raises alone."""
+    return next((text for text in gather_objects(fault, group) if text), None)
+
+
 def check_agreement(described: Mapping[str, object], group: ProcessGroup | None, *, error: str | None = None) -> None:
     """Raise on every rank alike unless all ranks describe the same thing and none reports an error.
 
@@ -43,11 +59,7 @@ def check_agreement(described: Mapping[str, object], group: ProcessGroup | None,
     error: what this rank found wrong by itself, so that it need not raise alone and leave the others waiting.
     One small collective of Python objects: for set-up and `verify=True`, not for every step.
     """
-    mine = ({name: str(value) for name, value in described.items()}, error)
-    votes: list = [mine]
-    if group is not None and group.size() > 1:
-        votes = [None] * group.size()
-        dist.all_gather_object(votes, mine, group=group)
+    votes = gather_objects(({name: str(value) for name, value in described.items()}, error), group)
     failed = {rank: error for rank, (_, error) in enumerate(votes) if error}
     if failed:
         raise RanksDisagree("; ".join(f"rank {rank}: {text}" for rank, text in failed.items()))

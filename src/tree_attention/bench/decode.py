@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..decode import tree_decode
+from ..group import first_fault
 from ..local import attend
 from ..partial import merge
 from ..reduce import SymmetricLink
 from ..reduce.collectives import gather, pack, unpack
 from .case import ROTATED_BYTES, Case, keys_and_values, make_inputs, reference
 from .peers import LOCAL, SPREAD, Peer, Step, streaming_read
-from .timing import Captured, Run, agreed, capture, one_line, seconds_in_turns, waiting_seconds
+from .timing import Captured, Run, capture, one_line, seconds_in_turns, waiting_seconds
 
 MOST_ERROR = 1e-2
 READS = ((65536, 2, 8), (16384, 4, 4), (32768, 8, 4))  # block_bytes, programs_per_sm, num_warps
@@ -167,7 +168,7 @@ def _try(
             ranks.link.synchronize()
         except (RuntimeError, ImportError, OSError) as error:  # other people's code, and the compilers that it calls
             fault = f"did not run: {one_line(error)}"
-    fault = agreed(fault, ranks.world)
+    fault = first_fault(fault, ranks.world)
     if fault is not None:
         return [], {"relative_error": None, "same_bits": None, "wrong": False, "note": fault}
     verdict = _verdict(contestant, outs[0], exact, ranks.world)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from ..group import first_fault, gather_objects
 from ..hf import TreeCache
 
 WAYS = ("ours eager", "ours captured", "ours compiled", "stock eager", "stock compiled")
@@ -51,10 +52,10 @@ def _measure(model: Any, context: int, way: str, tokens: int) -> dict[str, Any]:
             cache = _filled(model, context, way, context + WARM_UP_TOKENS + tokens)
         except torch.OutOfMemoryError as error:
             note = str(error).splitlines()[0][:160]
-    notes = _gathered(note)
-    if not any(notes) and cache is not None:
+    note = first_fault(note, dist.group.WORLD)
+    if note is None and cache is not None:
         mine = _run(model, cache, context, tokens)
-    of_ranks = [its for its in _gathered(mine) if its is not None]
+    of_ranks = [its for its in gather_objects(mine, dist.group.WORLD) if its is not None]
     del cache
     gc.collect()
     if device.type == "cuda":
@@ -62,13 +63,7 @@ def _measure(model: Any, context: int, way: str, tokens: int) -> dict[str, Any]:
     names = ("tpot_s", "peak_bytes", "bytes")
     worst = {name: max((its[name] for its in of_ranks), default=None) for name in names}
     ranks = 1 if alone else dist.get_world_size()
-    return worst | {"note": next((said for said in notes if said), None), "ranks": ranks}
-
-
-def _gathered(mine: Any) -> list[Any]:
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
-    return of_ranks
+    return worst | {"note": note, "ranks": ranks}
 
 
 def _run(model: Any, cache: Any, context: int, tokens: int) -> dict[str, Any]:

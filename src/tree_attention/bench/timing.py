@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+from ..group import first_fault
 
 LEAD_CYCLES = 2_000_000  # about 1 ms, in which the host hands in what is timed
 Name = TypeVar("Name", bound=Hashable)
@@ -84,17 +85,10 @@ def capture(calls: Sequence[Callable[[], Tensor]]) -> Captured | str:
     except RuntimeError as error:
         torch.cuda.set_stream(here)  # torch leaves a stream that it could not capture current
         fault = f"not captured: {one_line(error)}"
-    fault = agreed(fault)
+    fault = first_fault(fault, dist.group.WORLD)
     if fault is not None or first is None:
         return fault or "not captured"
     return Captured(graph, calls, first)
-
-
-def agreed(fault: str | None, group: ProcessGroup | None = None) -> str | None:
-    """The first rank's fault that has one, on every rank."""
-    faults: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(faults, fault, group=group)
-    return next((text for text in faults if text), None)
 
 
 def one_line(error: Exception) -> str:

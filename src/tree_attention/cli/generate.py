@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, TextStreamer
 
 from ..errors import InputError
+from ..group import gather_objects
 from ..hf import TreeCache, can_prefill, prefill
 from .inputs import (
     check_dtype,
@@ -185,13 +186,11 @@ def _figures(
     times = torch.tensor([run.token_s[0] - run.started_s, (run.token_s[-1] - run.token_s[0]) / max(steps, 1)])
     times = times.to(device)
     dist.all_reduce(times, dist.ReduceOp.MAX)
-    kv_bytes: list[Any] = [None] * size
-    dist.all_gather_object(kv_bytes, cache.kv_bytes)
     return {
         "model": request.model or str(request.config), "random_weights": request.random_weights,
         "ranks": size, "device": str(device.type), "prompt_tokens": prompt_tokens,
         "new_tokens": len(run.tokens), "ttft_s": float(times[0]), "tpot_s": float(times[1]) if steps else None,
-        "kv_bytes_per_rank": kv_bytes,
+        "kv_bytes_per_rank": gather_objects(cache.kv_bytes, dist.group.WORLD),
         "received_bytes_per_token": (run.received_bytes[-1] - run.received_bytes[0]) / steps if steps else None,
         "tokens": run.tokens,
     }  # fmt: skip

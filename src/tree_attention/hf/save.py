@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import InputError, TreeAttentionError
+from ..group import first_fault, gather_objects
 from ..layout import Layout
 from .cache import TreeCache
 from .layers import ReplicatedWindowLayer, ShardedLayer
@@ -68,7 +69,7 @@ def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any]) -> None:
             digests[file] = _write(here / file, save({key: t.contiguous().cpu() for key, t in tensors.items()}))
     except OSError as error:
         fault = f"rank {placement.rank} cannot write to {folder}: {error.strerror or error}"
-    gathered = _gathered((fault, digests), placement.group)
+    gathered = gather_objects((fault, digests), placement.group)
     fault = next((said for said, _ in gathered if said), None)
     if fault is None and first:
         manifest = {
@@ -252,16 +253,8 @@ def _from_first(values: list[Any], group: Any) -> list[Any]:
     return values
 
 
-def _gathered(mine: Any, group: Any) -> list[Any]:
-    if group is None:
-        return [mine]
-    of_ranks: list[Any] = [None] * group.size()
-    dist.all_gather_object(of_ranks, mine, group=group)
-    return of_ranks
-
-
 def _vote(fault: str | None, group: Any) -> None:
     """Raise on every rank what one of them found."""
-    found = next((said for said in _gathered(fault, group) if said), None)
+    found = first_fault(fault, group)
     if found:
         raise TreeAttentionError(found)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..errors import TreeAttentionError, Unavailable
+from ..group import gather_objects
 from ..partial import Partial
 
 CAPACITY_BYTES = 1 << 20
@@ -43,8 +44,7 @@ class SharedMemoryLink:
         size = group.size()
         name = [_new_file() if group.rank() == 0 else ""]
         dist.broadcast_object_list(name, group=group, group_src=0)
-        seen: list[bool] = [False] * size
-        dist.all_gather_object(seen, Path(name[0]).exists(), group=group)
+        seen = gather_objects(Path(name[0]).exists(), group)
         try:
             if not all(seen):
                 raise Unavailable(

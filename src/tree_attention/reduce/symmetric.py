@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..errors import InputError, TreeAttentionError, Unavailable
-from ..group import Group, check_agreement, rank_and_size, resolve_group
+from ..group import Group, check_agreement, gather_objects, rank_and_size, resolve_group
 from ..partial import Partial
 
 EPOCHS = 1024  # counters, one a program of a launch: more than any GPU has multiprocessors
@@ -154,10 +154,7 @@ def _agree(group: ProcessGroup | None, wanted: int | None) -> int:
     properties = None if device is None else torch.cuda.get_device_properties(device)
     programs = 0 if properties is None else min(properties.multi_processor_count, wanted or 1 << 30)
     mine = (obstacle, socket.gethostname(), device, str(getattr(properties, "uuid", device)), programs)
-    ranks = [mine]
-    if group is not None and group.size() > 1:
-        ranks = [mine] * group.size()
-        dist.all_gather_object(ranks, mine, group=group)
+    ranks = gather_objects(mine, group)
     found = [f"rank {rank} {what}" for rank, (what, *_) in enumerate(ranks) if what]
     hosts, devices = {host for _, host, *_ in ranks}, [device for _, _, device, *_ in ranks]
     uuids = {uuid for *_, uuid, _ in ranks}  # an index may be 0 on every rank, where each sees its own device only
