@@ -15,10 +15,10 @@ import torch.distributed as dist
 import transformers
 from transformers import AutoTokenizer
 
-from ..errors import InputError, TreeAttentionError
+from ..errors import TreeAttentionError
 from ..hf import Session
 from ..hf.save import read_manifest
-from .inputs import check_dtype, check_model_folder, check_positions, load_model, read_document, reading_bar
+from .inputs import check_options, check_positions, load_model, read_document, reading_bar
 from .launch import run_on_ranks
 
 ROOM = 8192  # tokens of talk after the document, by default
@@ -47,11 +47,10 @@ class Request:
 def chat_on_ranks(request: Request, nproc: int | None) -> int:
     """Check what needs no model, then start the ranks, and hand them the lines of stdin; returns the exit code."""
     document = read_document(request.file)
-    check_model_folder(request.model)
-    check_dtype(request.dtype)
-    room = 1 if request.max_tokens is None else request.max_tokens
-    if min(room, request.max_new_tokens, request.chunk_tokens, request.block_tokens) < 1:
-        raise InputError("max-tokens, max-new-tokens, chunk-tokens and block-tokens must be at least 1")
+    check_options(
+        request.model, request.dtype, max_tokens=1 if request.max_tokens is None else request.max_tokens,
+        max_new_tokens=request.max_new_tokens, chunk_tokens=request.chunk_tokens, block_tokens=request.block_tokens,
+    )  # fmt: skip
     if request.load is not None:
         read_manifest(request.load)
     lines = None

@@ -20,8 +20,7 @@ from ..errors import InputError
 from ..group import gather_objects
 from ..hf import TreeCache, can_prefill, prefill
 from .inputs import (
-    check_dtype,
-    check_model_folder,
+    check_options,
     check_positions,
     load_model,
     prompt_ids,
@@ -66,11 +65,10 @@ def generate_on_ranks(request: Request, nproc: int | None) -> int:
             raise InputError("random-weights reads random tokens: leave out --model, --prompt and --file")
     elif request.model is None or not request.prompt or request.config is not None:
         raise InputError("give --model and --prompt, or --random-weights with --config and --max-prompt-tokens")
-    else:
-        check_model_folder(request.model)
-    if request.max_new_tokens < 1 or request.chunk_tokens < 1 or request.block_tokens < 1:
-        raise InputError("max-new-tokens, chunk-tokens and block-tokens must be at least 1")
-    check_dtype(request.dtype)
+    check_options(
+        request.model, request.dtype, max_new_tokens=request.max_new_tokens, chunk_tokens=request.chunk_tokens,
+        block_tokens=request.block_tokens,
+    )  # fmt: skip
     return run_on_ranks(_on_rank, nproc, request.device, request, document)
 
 

@@ -14,9 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..errors import InputError
 
 
-def check_dtype(dtype: str) -> None:
+def check_options(model: str | None, dtype: str, **tokens: int) -> None:
+    """What can be said before a model is loaded. tokens: options that count them."""
+    if model is not None:
+        check_model_folder(model)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    if min(tokens.values()) < 1:
+        *others, last = (name.replace("_", "-") for name in tokens)
+        raise InputError(f"{', '.join(others)} and {last} must be at least 1")
 
 
 def check_model_folder(model: str) -> None:
