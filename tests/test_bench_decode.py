@@ -114,6 +114,7 @@ def test_verdicts(pool):
     for what in ("ours", "own", "twice"):
         steps, verdict = here[what]
         assert (steps, verdict["wrong"], verdict["note"]) == (10, False, None)
+        assert verdict["peak_extra_bytes"] is None  # the CPU's is not counted
         assert 0 < verdict["relative_error"] < 5e-3
     assert here["ours"][1]["same_bits"] is True
     for what, note in (
@@ -123,35 +124,37 @@ def test_verdicts(pool):
         assert (steps, verdict["wrong"]) == (0, True)
         assert verdict["note"].startswith(note)
     for what, note in (("absent", "did not run: no such kernel"), ("obstacle", "needs a package")):
-        assert here[what] == (0, {"relative_error": None, "same_bits": None, "wrong": False, "note": note})
+        unknown = {"peak_extra_bytes": None, "relative_error": None, "same_bits": None}
+        assert here[what] == (0, unknown | {"wrong": False, "note": note})
     json.dumps(here, allow_nan=False)
 
 
 def record(what, kind, graph_s, eager_s=None, **others):
     known = SHAPE | {"batch": 1, "keys": 16384, "ranks": 2, "roofline_s": 20e-6, "relative_error": 2e-3, "note": None}
+    known |= {"peak_extra_bytes": None}
     return known | {"what": what, "kind": kind, "graph_s": graph_s, "eager_s": eager_s} | others
 
 
 RECORDS = [
-    record("fused", "ours", 25e-6, 60e-6),
+    record("fused", "ours", 25e-6, 60e-6, peak_extra_bytes=16384),
     record("merge", "exchange", 5e-6),
     record("cudnn", "local", 40e-6),
     record("flash2", "local", 24e-6),
     record("flash3", "local", None, relative_error=None, note="needs the package fa3-fwd"),
-    record("ring", "spread", None, 300e-6),
+    record("ring", "spread", None, 300e-6, peak_extra_bytes=268_500_000),
 ]
 
 
 def test_table_rows():
     assert table_rows(RECORDS) == [
-        ["ours, fused", "25.0", "1.250", "1.042", "60.0", "2.0e-03"],
-        ["exchange alone: SymmetricLink", "5.0", "-", "-", "-", "2.0e-03"],
-        ["cudnn", "40.0", "2.000", "1.667", "-", "2.0e-03"],
-        ["flash2", "24.0", "1.200", "1.000", "-", "2.0e-03"],
-        ["flash3", "-", "-", "-", "-", "-"],
-        ["cudnn + ring", "-", "-", "-", "300.0", "2.0e-03"],
+        ["ours, fused", "25.0", "1.250", "1.042", "60.0", "0.0", "2.0e-03"],
+        ["exchange alone: SymmetricLink", "5.0", "-", "-", "-", "-", "2.0e-03"],
+        ["cudnn", "40.0", "2.000", "1.667", "-", "-", "2.0e-03"],
+        ["flash2", "24.0", "1.200", "1.000", "-", "-", "2.0e-03"],
+        ["flash3", "-", "-", "-", "-", "-", "-"],
+        ["cudnn + ring", "-", "-", "-", "300.0", "268.5", "2.0e-03"],
     ]
-    assert table_rows(RECORDS[:1]) == [["ours, fused", "25.0", "1.250", "-", "60.0", "2.0e-03"]]
+    assert table_rows(RECORDS[:1]) == [["ours, fused", "25.0", "1.250", "-", "60.0", "0.0", "2.0e-03"]]
 
 
 def lines(*keys):
@@ -242,3 +245,7 @@ def test_a_short_run(tmp_path, options):
         if each["kind"] in ("ours", "alone"):
             assert each["graph_s"] > 0
             assert each["eager_s"] > 0
+    fused, ring = ({each["keys"]: each for each in written if each["what"] == what} for what in ("fused", "ring"))
+    assert len(ring) == (0 if "--ragged" in options else 2)
+    for keys, record in ring.items():  # each rank makes room for shards that are not its own
+        assert record["peak_extra_bytes"] - fused[keys]["peak_extra_bytes"] >= record["bytes"]

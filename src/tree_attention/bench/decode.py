@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..decode import tree_decode
-from ..group import first_fault
+from ..group import first_fault, gather_objects
 from ..local import attend
 from ..partial import merge
 from ..reduce import SymmetricLink
@@ -79,6 +79,8 @@ def measure(
     peers: names of `LOCAL` and `SPREAD`. Times are those of one call: graph_s in a CUDA graph, eager_s called one by
     one, read_s the streaming read of the same bytes, waiting_s what a step of ours would lose to always waiting for the
     slower rank, measured without an exchange. roofline_s: the bytes over the fastest such read so far.
+    peak_extra_bytes: the most that PyTorch holds while the first step is prepared and called, beyond what it held
+    before, K and V among that; on the rank with most. Not in it: a link's memory, made before, and NCCL's own.
     """
     fastest = 0.0
     for case in sorted(cases, key=Case.read_bytes, reverse=True):
@@ -160,19 +162,33 @@ def _try(
     contestant: Contestant, pairs: Sequence[tuple[Tensor, Tensor]], exact: tuple[Tensor, Tensor], ranks: Ranks
 ) -> tuple[list[Step], dict[str, Any]]:
     """A step for each k and v, if it can run and is right; and what is to be said of that, the same on every rank."""
-    fault, steps, outs = contestant.obstacle, [], []
+    fault, steps, outs, extra = contestant.obstacle, [], [], None
     if fault is None:
         try:
-            steps = [contestant.prepare(k, v) for k, v in pairs]
-            outs = [step() for step in steps]
+            allocated = _restart_peak(pairs[0][0])
+            for k, v in pairs:
+                steps.append(contestant.prepare(k, v))
+                outs.append(steps[-1]())
+                if extra is None and allocated is not None:  # of the first alone
+                    extra = torch.cuda.max_memory_allocated() - allocated
             ranks.link.synchronize()
         except (RuntimeError, ImportError, OSError) as error:  # other people's code, and the compilers that it calls
             fault = f"did not run: {one_line(error)}"
     fault = first_fault(fault, ranks.world)
     if fault is not None:
-        return [], {"relative_error": None, "same_bits": None, "wrong": False, "note": fault}
+        unknown = dict.fromkeys(("peak_extra_bytes", "relative_error", "same_bits"))
+        return [], unknown | {"wrong": False, "note": fault}
+    extras = [its for its in gather_objects(extra, ranks.world) if its is not None]
     verdict = _verdict(contestant, outs[0], exact, ranks.world)
-    return [] if verdict["wrong"] else steps, verdict
+    return [] if verdict["wrong"] else steps, {"peak_extra_bytes": max(extras, default=None)} | verdict
+
+
+def _restart_peak(tensor: Tensor) -> int | None:
+    """Bytes that are allocated now, from which the peak counts; None on the CPU, which does not count them."""
+    if not tensor.is_cuda:
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def _verdict(

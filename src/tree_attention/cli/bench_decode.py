@@ -110,6 +110,7 @@ def table_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
             _cell(graph_s and alike and graph_s / record["roofline_s"], ".3f"),
             _cell(graph_s and alike and peers_s and graph_s / min(peers_s), ".3f"),
             _cell(record["eager_s"] and 1e6 * record["eager_s"], ".1f"),
+            _cell(record["peak_extra_bytes"] and record["peak_extra_bytes"] / 1e6, ".1f"),
             _cell(record["relative_error"], ".1e"),
         ])  # fmt: skip
     return rows
@@ -154,7 +155,7 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
         sep="\n", highlight=False,
     )  # fmt: skip
     table = Table()
-    for name in ("", "graph, µs", "x roofline", "x fastest local peer", "eager, µs", "relative error"):
+    for name in ("", "graph, µs", "x roofline", "x fastest local peer", "eager, µs", "extra, MB", "relative error"):
         table.add_column(name, justify="right" if name else "left")
     for row in table_rows(records):
         table.add_row(*row)
