@@ -8,8 +8,10 @@ from tree_attention.hf import chunk
 from tree_attention.partial import Partial
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 
+SCALE = 0.3
 
-def of_a_rank(group, shape, block, start, passed, causal_only):
+
+def of_a_rank(group, shape, block, start, passed, causal_only, scale=SCALE):
     """This rank's queries of the chunk; -> their Partial, where they lie, and the bytes received."""
     stop = shape["S"]
     q, k, v = peaked_inputs(T=stop, **shape)
@@ -23,7 +25,7 @@ def of_a_rank(group, shape, block, start, passed, causal_only):
     try:
         partial, received = chunk.attend_chunk(
             q[:, mine], k[:, held], v[:, held], chunk=(start, stop), layout=layout, group=group, build_mask=build,
-            causal_only=causal_only, scale=0.3, softcap=None,
+            causal_only=causal_only, scale=scale, softcap=None,
         )  # fmt: skip
     finally:
         chunk.choose_pass = choose
@@ -38,7 +40,7 @@ def test_a_chunk_spread_over_ranks(pool, passed, ranks, block, cycles, chunk_cyc
     stop, start = ranks * block * cycles, ranks * block * (cycles - chunk_cycles)
     shape = {"B": 2, "S": stop, "H": 6, "H_kv": 2, "D": 16, "D_v": 8}
     q, k, v = peaked_inputs(T=stop, **shape)
-    at = {"q_positions": torch.arange(start, stop), "k_positions": torch.arange(stop), "scale": 0.3}
+    at = {"q_positions": torch.arange(start, stop), "k_positions": torch.arange(stop), "scale": SCALE}
     exact, plain = oracle(q[:, start:], k, v, **at), attend(q[:, start:], k, v, **at)
     for causal_only in (True, False):
         for out, lse, slots, received in pool.run(of_a_rank, shape, block, start, passed, causal_only, ranks=ranks):

@@ -98,16 +98,15 @@ def chunks(group):
     q, k, v = peaked_inputs(T=stop, **shape)
     at = {
         "q_positions": torch.arange(start, stop, device="cuda"),
-        "scale": 0.3,
         "k_positions": torch.arange(stop, device="cuda"),
     }
     exact, plain = oracle(q[:, start:], k, v, **at), attend(q[:, start:], k, v, backend="reference", **at)
     for passed in ("kv", "q"):
         for causal_only in (True, False):
-            out, lse, slots, _ = chunk_of_a_rank(group, shape, block, start, passed, causal_only)
+            out, lse, slots, _ = chunk_of_a_rank(group, shape, block, start, passed, causal_only, None)
             rows = slots - start
             assert_within_rounding(out.bfloat16(), exact.out[:, rows], plain.out[:, rows].bfloat16())
-            torch.testing.assert_close(lse.double(), exact.lse[:, rows], atol=1e-3, rtol=0)
+            torch.testing.assert_close(lse.double(), exact.lse[:, rows], atol=4e-4, rtol=0)  # scores of 50
 
 
 def test_a_chunk_spread_over_gpus(tmp_path):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..group import gather_objects
 from ..hf import TreeCache, prefill
 
 WAYS = ("ours", "stock")
@@ -82,8 +83,7 @@ def _measure(
     }  # fmt: skip
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
+    of_ranks = gather_objects(mine, dist.group.WORLD)
     if alone:
         of_ranks = of_ranks[:1]
     slowest = [max(its) for its in zip(*(of_rank["taken"] for of_rank in of_ranks), strict=True)]
