@@ -1,0 +1,166 @@
+"""What a machine can do, in the few constants that a decode step depends on, and where each comes from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+Preset = TypeVar("Preset")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """memory_bytes: all of it. read_bytes_per_s: what a kernel that streams memory reaches on long reads.
+    matmul_flops_per_s: 16 bits, dense, as reached in prefill. launch_s: fixed cost of such a streaming kernel in a CUDA
+    graph (launch, ramp, tail). kernel_s: of a kernel that has next to nothing to do, likewise. source: of each number.
+    """
+
+    name: str
+    memory_bytes: float
+    read_bytes_per_s: float
+    matmul_flops_per_s: float
+    launch_s: float
+    kernel_s: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """bytes_per_s: out of one GPU, one direction, to all its peers together. latency_s: a small message from one GPU's
+    memory until the other sees it. collective_s: fixed cost of one small NCCL collective in a CUDA graph.
+    """
+
+    name: str
+    bytes_per_s: float
+    latency_s: float
+    collective_s: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`per_node` GPUs joined by `inside`; GPUs of different nodes by `across`."""
+
+    name: str
+    gpu: Gpu
+    inside: Link
+    across: Link
+    per_node: int
+
+
+class UnknownPreset(ValueError):
+    """A name that no preset has; the text lists those that there are."""
+
+
+def machine(name: str, *, per_node: int | None = None, inside: str | None = None, across: str | None = None) -> Machine:
+    """The preset machine `name`, with another number of GPUs a node or other links if given.
+
+    Raises UnknownPreset for a name that is not there, ValueError for a number below 1.
+    """
+    found = _preset(MACHINES, name, "GPU")
+    if per_node is not None and per_node < 1:
+        raise ValueError(f"per-node must be at least 1, got {per_node}")
+    return replace(
+        found,
+        per_node=found.per_node if per_node is None else per_node,
+        inside=found.inside if inside is None else _preset(LINKS, inside, "link"),
+        across=found.across if across is None else _preset(LINKS, across, "link"),
+    )
+
+
+def _preset(presets: Mapping[str, Preset], name: str, kind: str) -> Preset:
+    key = name.lower().replace(" ", "-")
+    if key not in presets:
+        raise UnknownPreset(f"{kind} must be one of {', '.join(presets)}, got {name!r}")
+    return presets[key]
+
+
+# Measured by us: benchmarks/results/2026-11-24_2xH100*.jsonl. What is not: a data sheet's number x an assumed share.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            "h100", 80e9, 3.13e12, 0.6 * 989e12, 8e-6, 3e-6,
+            "H100 SXM 80 GB. read: measured, 0.93 of 3.35 TB/s; launch: measured, 8 us over the read at 16k keys; "
+            "kernel: measured, pack and merge around one all-gather, 14 us in 5 kernels; "
+            "matmul: data sheet 989 TFLOP/s x 0.6 assumed",
+        ),
+        Gpu(
+            "h200", 141e9, 4.57e12, 0.6 * 989e12, 8e-6, 3e-6,
+            "H200 SXM 141 GB. read: measured, 0.95 of 4.8 TB/s; launch: measured, 8 us over the read at 16k keys; "
+            "kernel: as on the H100; matmul: data sheet 989 TFLOP/s x 0.6 assumed",
+        ),
+        Gpu(
+            "b200", 180e9, 0.93 * 8.0e12, 0.6 * 2250e12, 8e-6, 3e-6,
+            "HGX B200 180 GB. Not measured. read: data sheet 8 TB/s x the H100's 0.93; launch, kernel: as on the H100; "
+            "matmul: data sheet 2250 TFLOP/s x 0.6 assumed",
+        ),
+        Gpu(
+            "mi300x", 192e9, 0.8 * 5.3e12, 0.4 * 1307e12, 10e-6, 4e-6,
+            "MI300X 192 GB. Not measured. read: data sheet 5.3 TB/s x 0.8 assumed; launch, kernel: assumed; "
+            "matmul: data sheet 1307 TFLOP/s x 0.4 assumed",
+        ),
+        Gpu(
+            "a100", 80e9, 0.9 * 2.039e12, 0.7 * 312e12, 8e-6, 3e-6,
+            "A100 SXM 80 GB. Not measured. read: data sheet 2.039 TB/s x 0.9 assumed; launch, kernel: as on the H100; "
+            "matmul: data sheet 312 TFLOP/s x 0.7 assumed",
+        ),
+        Gpu(
+            "rtx4090", 24e9, 0.92 * 1.008e12, 0.8 * 165e12, 6e-6, 3e-6,
+            "RTX 4090 24 GB. Not measured. read: data sheet 1.008 TB/s x 0.92 assumed; launch, kernel: assumed; "
+            "matmul: data sheet 165 TFLOP/s (float32 sums) x 0.8 assumed",
+        ),
+    )
+}  # fmt: skip
+
+LINKS = {
+    link.name: link
+    for link in (
+        Link(
+            "nvlink3", 0.71 * 300e9, 1.5e-6, 11e-6,
+            "data sheet 300 GB/s x NVLink 4's share; latency, collective: as on NVLink 4",
+        ),
+        Link(
+            "nvlink4", 321e9, 1.5e-6, 11e-6,
+            "rate: measured, NCCL sending 4.3 GB both ways at once, of 450 GB/s; latency: measured, our exchange kernel "
+            "less a small kernel; collective: measured, an NCCL all-gather of 16 KB; all over two GPUs",
+        ),
+        Link(
+            "nvlink5", 0.71 * 900e9, 1.5e-6, 11e-6,
+            "data sheet 900 GB/s x NVLink 4's share; latency, collective: as on NVLink 4",
+        ),
+        Link(
+            "infinity-fabric", 0.7 * 448e9, 3e-6, 20e-6,
+            "MI300X: data sheet 7 x 64 GB/s, x 0.7 assumed; latency, collective: assumed",
+        ),
+        Link(
+            "pcie4", 0.8 * 32e9, 10e-6, 25e-6,
+            "x16: 32 GB/s x 0.8 assumed; latency through host memory (no peer-to-peer), collective: assumed",
+        ),
+        Link("pcie5", 0.8 * 64e9, 5e-6, 20e-6, "x16: 64 GB/s x 0.8 assumed; latency, collective: assumed"),
+        Link(
+            "infiniband-400g", 0.9 * 50e9, 6e-6, 33e-6,
+            "one adapter a GPU: 50 GB/s x 0.9 assumed; latency: assumed; collective: NCCL sending between two hosts, 32 "
+            "to 35 us as published (arXiv 2411.01783)",
+        ),
+        Link(
+            "infiniband-200g", 0.9 * 25e9, 6e-6, 33e-6,
+            "one adapter a GPU: 25 GB/s x 0.9 assumed; latency, collective: as with 400G",
+        ),
+        Link(
+            "ethernet-100g", 0.9 * 12.5e9, 25e-6, 80e-6,
+            "one adapter a GPU: 12.5 GB/s x 0.9 assumed; latency, collective: over TCP, assumed",
+        ),
+    )
+}  # fmt: skip
+
+MACHINES = {
+    name: Machine(name, GPUS[name], LINKS[inside], LINKS[across], per_node)
+    for name, inside, across, per_node in (
+        ("h100", "nvlink4", "infiniband-400g", 8),
+        ("h200", "nvlink4", "infiniband-400g", 8),
+        ("b200", "nvlink5", "infiniband-400g", 8),
+        ("mi300x", "infinity-fabric", "infiniband-400g", 8),
+        ("a100", "nvlink3", "infiniband-200g", 8),
+        ("rtx4090", "pcie4", "ethernet-100g", 2),
+    )
+}
