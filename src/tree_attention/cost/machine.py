@@ -121,8 +121,8 @@ LINKS = {
         ),
         Link(
             "nvlink4", 321e9, 1.5e-6, 11e-6,
-            "rate: measured, NCCL sending 4.3 GB both ways at once, of 450 GB/s; latency: measured, our exchange kernel "
-            "less a small kernel; collective: measured, an NCCL all-gather of 16 KB; all over two GPUs",
+            "rate: measured, NCCL sending 4.3 GB both ways at once, of 450 GB/s; latency: measured, our exchange "
+            "kernel less a small kernel; collective: measured, an NCCL all-gather of 16 KB; all over two GPUs",
         ),
         Link(
             "nvlink5", 0.71 * 900e9, 1.5e-6, 11e-6,
@@ -139,8 +139,8 @@ LINKS = {
         Link("pcie5", 0.8 * 64e9, 5e-6, 20e-6, "x16: 64 GB/s x 0.8 assumed; latency, collective: assumed"),
         Link(
             "infiniband-400g", 0.9 * 50e9, 6e-6, 33e-6,
-            "one adapter a GPU: 50 GB/s x 0.9 assumed; latency: assumed; collective: NCCL sending between two hosts, 32 "
-            "to 35 us as published (arXiv 2411.01783)",
+            "one adapter a GPU: 50 GB/s x 0.9 assumed; latency: assumed; collective: NCCL sending between two hosts, "
+            "32 to 35 us as published (arXiv 2411.01783)",
         ),
         Link(
             "infiniband-200g", 0.9 * 25e9, 6e-6, 33e-6,
