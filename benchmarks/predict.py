@@ -1,0 +1,76 @@
+"""Predicted over measured decode steps, for records of `tree-attention bench decode`, as a Markdown table.
+
+python benchmarks/predict.py benchmarks/results/*_2xH*.jsonl
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from tree_attention.cost.decode import Shape, decode_cost
+from tree_attention.cost.machine import MACHINES
+
+ALGORITHMS = {  # what a record names -> how it exchanges; None: one rank's keys, and no exchange
+    "fused": "fused", "apart": "symmetric", "fused_alone": None, "attend": None, "cudnn": None,
+    "three_all_reduce": "all_reduce", "all_gather": "all_gather", "ring": "ring",
+}  # fmt: skip
+OURS = ("fused", "apart", "fused_alone", "attend")
+
+
+def predict(record):
+    """Seconds of a record's step by the preset of its GPU, or None: no such preset, or nothing that is modelled."""
+    gpu = record["gpus"][0].lower().replace(" ", "")
+    name = next((name for name in MACHINES if name in gpu), None)
+    if name is None or record["what"] not in ALGORITHMS:
+        return None
+    keys = record["bytes"] / (4 * record["batch"] * record["kv_heads"] * record["head_dim"])  # of ragged rows, the mean
+    shape = Shape(record["batch"], record["heads"], record["kv_heads"], record["head_dim"], keys)
+    algorithm = ALGORITHMS[record["what"]]
+    ranks = 1 if algorithm is None else record["ranks"]
+    return decode_cost(shape, MACHINES[name], ranks, algorithm or "fused").total_s
+
+
+def read(files):
+    """Records that were timed and can be predicted, the last one of equal ones, each with `predicted_s`."""
+    found = {}
+    for file in files:
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            predicted_s = predict(record) if record.get("graph_s") and "kv_heads" in record else None
+            if predicted_s is not None:
+                key = tuple(record[name] for name in ("batch", "keys", "heads", "kv_heads", "ragged", "what", "ranks"))
+                found[file.name, key] = record | {"predicted_s": predicted_s}
+    return list(found.values())
+
+
+def table(records):
+    """Lines of Markdown."""
+    yield "| GPUs | batch x keys a rank | heads | what | measured, us | predicted, us | error |"
+    yield "|---|---|---|---|---|---|---|"
+    for record in records:
+        measured_us, predicted_us = 1e6 * record["graph_s"], 1e6 * record["predicted_s"]
+        keys = f"{record['batch']} x " + (f"(1 to {record['keys']})" if record["ragged"] else str(record["keys"]))
+        yield (
+            f"| {record['ranks']} x {record['gpus'][0]} | {keys} | {record['heads']} / {record['kv_heads']} | "
+            f"{record['what']} | {measured_us:.1f} | {predicted_us:.1f} | {predicted_us / measured_us - 1:+.1%} |"
+        )
+
+
+def summary(records):
+    """The largest error of each kind, a line each."""
+    for what in ALGORITHMS:
+        errors = [r["predicted_s"] / r["graph_s"] - 1 for r in records if r["what"] == what]
+        if errors:
+            kind = "ours" if what in OURS else "peer"
+            yield f"{what} ({kind}): {len(errors)} cases, errors from {min(errors):+.1%} to {max(errors):+.1%}"
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="files of records, one JSON document a line")
+    records = read(parser.parse_args(arguments).files)
+    print(*table(records), "", *summary(records), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
