@@ -1,0 +1,171 @@
+"""One mesh of tensor x sequence ranks: memory, seconds a token, seconds to the first one.
+
+A step, in seconds, is the sum of
+
+weights     bytes that the step's tokens meet / tensor, at the read rate; or the arithmetic, if that takes longer
+KV          decode.py, a layer; layers with a window read it whole on every sequence rank
+exchange    decode.py, a layer that is sharded, by the algorithm that costs least there
+tensor      2 all-reduces a layer of tokens x hidden, by NCCL
+launches    STREAMING_KERNELS and SMALL_KERNELS a layer beside the attention, in one CUDA graph
+
+Tensor ranks are neighbours. Weights are divided by the tensor ranks and repeated on the sequence ranks, as `TreeCache`
+has them. Left out: sampling and the host, ranks that wait for each other, fragmentation.
+"""
+
+import math
+from dataclasses import dataclass
+
+from .decode import Ranks, Shape, all_reduce, decode_cost, exchange
+from .machine import Machine
+from .model import Model
+
+STREAMING_KERNELS, SMALL_KERNELS = 7, 5  # weight matrices; norms, rotation, cache, activation
+CHUNK_TOKENS = 4096  # of prefill, over all ranks (hf/prefill.py)
+RESERVED_BYTES = 1.5e9  # CUDA context, libraries and graphs: assumed
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One mesh. Bytes are those of a GPU; parts_s: what a decode step is made of; note: why it is not of use."""
+
+    tensor: int
+    sequence: int
+    weights_bytes: float
+    kv_bytes: float
+    workspace_bytes: float
+    fits: bool
+    algorithm: str
+    parts_s: dict[str, float]
+    first_token_s: float
+    tokens_per_s: float
+    note: str
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor * self.sequence
+
+    @property
+    def token_s(self) -> float:
+        """Of one decode step."""
+        return sum(self.parts_s.values())
+
+    @property
+    def bound(self) -> str:
+        """The largest part of it."""
+        return max(self.parts_s, key=self.parts_s.__getitem__)
+
+    @property
+    def used_bytes(self) -> float:
+        """Of a GPU's memory."""
+        return self.weights_bytes + self.kv_bytes + self.workspace_bytes
+
+
+def outlook(model: Model, machine: Machine, context: int, batch: int, tensor: int, sequence: int) -> Outlook:
+    """One mesh; first_token_s is left at 0, for `first_token_s` to say."""
+    shared = min(tensor, model.kv_heads)  # ways in which the KV heads are divided
+    held = model.held_tokens(context)
+    sharded = [window is None for window in model.windows]
+    tokens = sum(math.ceil(n / sequence) if whole else n for n, whole in zip(held, sharded, strict=True))
+    group = sequence_ranks(machine, tensor, sequence)
+    shape = shape_of(model, context / sequence, batch, tensor)
+    algorithm = cheapest(shape, machine, group)
+    workspace = RESERVED_BYTES + _activation_bytes(model, context, batch, tensor, sequence)
+    if algorithm == "fused":
+        workspace += 2 * sequence * shape.rows * shape.value_dim * 17 / 16 * 8 + 33.6e6  # SymmetricLink
+    parts_s = _parts_s(model, machine, context, batch, tensor, group, algorithm)
+    weights_bytes = model.weights_bytes / tensor
+    kv_bytes = batch * tokens * model.key_bytes / shared
+    fits = weights_bytes + kv_bytes + workspace <= machine.gpu.memory_bytes
+    note = f"each of {model.kv_heads} KV heads is held {tensor // shared} times" if tensor > shared else ""
+    return Outlook(
+        tensor, sequence, weights_bytes, kv_bytes, workspace, fits, algorithm, parts_s, 0.0,
+        batch / sum(parts_s.values()), note,
+    )  # fmt: skip
+
+
+def sequence_ranks(machine: Machine, tensor: int, sequence: int) -> Ranks:
+    """The ranks that share a sequence; `tensor` ranks sit between two of them."""
+    return Ranks(sequence, max(machine.per_node // tensor, 1))
+
+
+def shape_of(model: Model, keys: float, batch: int, tensor: int) -> Shape:
+    """A layer's attention on one of `tensor` ranks, over `keys` keys of each sequence."""
+    return Shape(
+        batch, model.heads // tensor, max(model.kv_heads // tensor, 1), model.head_dim, keys, model.head_dim_v,
+        itemsize=model.kv_itemsize, latent=model.latent,
+    )  # fmt: skip
+
+
+def cheapest(shape: Shape, machine: Machine, group: Ranks) -> str:
+    """How ranks that share a sequence exchange."""
+    if group.size == 1:
+        return "none"
+    names = ("fused", "all_gather") if group.nodes == 1 else ("two_level", "all_gather", "tree")
+    return min(names, key=lambda name: exchange(shape, machine, group, name)[0])
+
+
+def _parts_s(
+    model: Model, machine: Machine, context: int, batch: int, tensor: int, group: Ranks, algorithm: str
+) -> dict[str, float]:
+    gpu, kv_s, exchange_s = machine.gpu, 0.0, 0.0
+    for window in set(model.windows) - {0}:
+        layers, alone = model.windows.count(window), window is not None
+        keys = min(window, context) if window is not None else context / group.size
+        shape, ranks = shape_of(model, keys, batch, tensor), 1 if alone else group.size
+        cost = decode_cost(shape, machine, ranks, "fused" if ranks == 1 else algorithm, per_node=group.per_node)
+        kv_s += layers * cost.read_s
+        exchange_s += layers * cost.exchange_s
+    weights_s = max(
+        model.read_bytes(batch) / tensor / gpu.read_bytes_per_s,
+        batch * model.flops_per_token / tensor / gpu.matmul_flops_per_s,
+    )
+    reduced_s = all_reduce(batch * model.hidden * 2, machine, Ranks(tensor, machine.per_node))[0]
+    launches = model.layers * (1 + STREAMING_KERNELS) + 1  # and the output head
+    return {
+        "weights": weights_s, "KV": kv_s, "exchange": exchange_s, "tensor": 2 * model.layers * reduced_s,
+        "launches": launches * gpu.launch_s + model.layers * SMALL_KERNELS * gpu.kernel_s,
+    }  # fmt: skip
+
+
+def first_token_s(model: Model, machine: Machine, context: int, batch: int, mesh: Outlook) -> float:
+    """Of reading the context in chunks of CHUNK_TOKENS, divided over all ranks, and of one step.
+
+    A chunk takes its arithmetic, causal, or reading the weights if that is longer; two all-reduces a layer over tensor
+    ranks; and over sequence ranks a layer's keys so far or the chunk's queries, whichever are less (hf/chunk.py).
+    """
+    gpu, P = machine.gpu, mesh.sequence
+    group, tensors = sequence_ranks(machine, mesh.tensor, P), Ranks(mesh.tensor, machine.per_node)
+    link = group.slowest(machine)
+    linear = model.flops_per_token - 2 * model.vocabulary * model.hidden
+    kv_heads = max(model.kv_heads / mesh.tensor, 1)
+    queries = _query_bytes(model, mesh.tensor)
+    seconds, stop = 0.0, 0
+    chunks = math.ceil(context / CHUNK_TOKENS)
+    for chunk in range(chunks):
+        tokens = min(CHUNK_TOKENS, context - chunk * CHUNK_TOKENS)
+        stop += tokens
+        seen = sum(min(stop - tokens / 2, stop if window is None else window) for window in model.windows)
+        flops = batch * tokens * (linear + 2 * model.heads * model.prefill_dims * seen)
+        compute_s = flops / mesh.gpus / gpu.matmul_flops_per_s
+        read_s = model.read_bytes(batch * math.ceil(tokens / P)) / mesh.tensor / gpu.read_bytes_per_s
+        reduced_s = all_reduce(batch * tokens / P * model.hidden * 2, machine, tensors)[0]
+        seconds += max(compute_s, read_s) + 2 * model.layers * reduced_s
+        if P > 1:
+            keys = stop * kv_heads * model.key_bytes / model.kv_heads
+            moved = batch * min(keys, tokens * queries) * (P - 1) / P
+            seconds += sum(w is None for w in model.windows) * (link.collective_s + moved / link.bytes_per_s)
+    return seconds + mesh.token_s
+
+
+def _query_bytes(model: Model, tensor: int) -> float:
+    """Of a token's queries there and partials back, where queries travel in prefill."""
+    return model.heads / tensor * (model.head_dim * model.kv_itemsize + (model.head_dim_v + 1) * 4)
+
+
+def _activation_bytes(model: Model, context: int, batch: int, tensor: int, sequence: int) -> float:
+    """Of a prefill chunk: some copies of the hidden state, the gathered keys or queries of a layer, and logits."""
+    tokens = min(CHUNK_TOKENS, context)
+    copies = batch * math.ceil(tokens / sequence) * 8 * model.hidden * 2
+    keys = context * model.key_bytes / min(tensor, model.kv_heads)
+    gathered = batch * min(keys, tokens * _query_bytes(model, tensor)) if sequence > 1 else 0.0
+    return copies + gathered + batch * model.vocabulary * 4

@@ -1,0 +1,214 @@
+"""A model's size from its Hugging Face `config.json`: weights, keys and values a token, arithmetic a token."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PRESETS = Path(__file__).with_name("models")
+NESTED = ("text_config", "llm_config", "language_config")  # where models of text and images keep the text's part
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a decode step has to read and compute. Weights are counted in numbers, biases left out.
+
+    head_dim, head_dim_v: as the cache holds them; with MLA (`latent`) its one latent head, which all heads share.
+    prefill_dims: D + D_v of a head where many tokens are read at once; with MLA after its expansion.
+    windows: for each layer None (it sees all tokens), the tokens that it sees, or 0 (it keeps no keys).
+    dense_weights: read for every token, the output head among them; embedding_weights: looked up, if they are not the
+    output head's as well. expert_weights: of one routed expert. notes: what was assumed.
+    """
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    prefill_dims: int
+    latent: bool
+    windows: tuple[int | None, ...]
+    vocabulary: int
+    dense_weights: float
+    embedding_weights: float
+    expert_weights: float
+    expert_layers: int
+    experts: int
+    experts_per_token: int
+    weight_bytes: float
+    kv_itemsize: float
+    most_positions: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+    @property
+    def weights(self) -> float:
+        """How many there are."""
+        return self.dense_weights + self.embedding_weights + self.expert_layers * self.experts * self.expert_weights
+
+    @property
+    def weights_bytes(self) -> float:
+        """Of all of them."""
+        return self.weights * self.weight_bytes
+
+    @property
+    def key_bytes(self) -> float:
+        """Of one token's key and value in one layer, all KV heads."""
+        return self.kv_heads * (self.head_dim if self.latent else self.head_dim + self.head_dim_v) * self.kv_itemsize
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of the matrix products with weights: two for each weight that a token meets."""
+        routed = self.expert_layers * self.experts_per_token * self.expert_weights
+        return 2 * (self.dense_weights + routed)
+
+    def read_bytes(self, tokens: int) -> float:
+        """Of the weights that `tokens` tokens meet: E (1 - (1 - k / E)^tokens) of E experts, if all are as likely."""
+        met = self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens) if self.experts else 0.0
+        return (self.dense_weights + self.expert_layers * met * self.expert_weights) * self.weight_bytes
+
+    def held_tokens(self, context: int) -> list[int]:
+        """Of `context` tokens those whose keys a layer keeps, for each layer."""
+        return [context if window is None else min(window, context) for window in self.windows]
+
+
+def preset_names() -> list[str]:
+    """Models that can be named instead of giving a file."""
+    return sorted(file.stem for file in PRESETS.glob("*.json"))
+
+
+def load_model(name: str) -> Model:
+    """A preset, a `config.json`, or a folder with one.
+
+    Raises ValueError for a name that is neither, a file that is not a JSON object, or a configuration without
+    attention.
+    """
+    file = Path(name)
+    if name.lower() in preset_names():
+        file = PRESETS / f"{name.lower()}.json"
+    elif file.is_dir():
+        file /= "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"model must be one of {', '.join(preset_names())}, a config.json or a folder with one, got {name!r}"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be a JSON document: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}")
+    return model_of(config, file.parent.name if file.name == "config.json" else file.stem)
+
+
+def model_of(config: Mapping[str, Any], name: str) -> Model:
+    """The model that a configuration describes: layers with attention and a gated MLP (three matrices), or experts.
+
+    Raises ValueError if it does not say how many layers and heads there are, and how wide they are.
+    """
+    text = next((config[key] for key in NESTED if isinstance(config.get(key), dict)), {})
+    fields = {**config, **{key: value for key, value in text.items() if value is not None}}
+    absent = [key for key in ("hidden_size", "num_hidden_layers", "num_attention_heads") if not fields.get(key)]
+    if absent:
+        raise ValueError(f"{name} is no configuration of a model with attention: {', '.join(absent)} missing")
+    notes: list[str] = []
+    hidden, layers, heads = (_count(fields, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    attention, kv_heads, head_dim, head_dim_v, prefill_dims, latent = _attention(fields, hidden, heads)
+    if latent:
+        notes.append("MLA: the cache holds the latent, which all heads share")
+    windows = _windows(fields, layers)
+    if 0 in windows:
+        notes.append(
+            "layers without keys (linear attention): their state is left out, their weights taken as attention's"
+        )
+    expert_layers, experts, per_token, width, shared_width = _experts(fields, layers)
+    dense_width = fields.get("intermediate_size") or width
+    if not dense_width:
+        raise ValueError(f"{name} does not say how wide its MLP is: intermediate_size missing")
+    vocabulary = _count(fields, "vocab_size")
+    dense = layers * (attention + 2 * hidden) + hidden + (layers - expert_layers) * 3 * hidden * dense_width
+    dense += expert_layers * hidden * (experts + 3 * shared_width) + vocabulary * hidden
+    tied = fields.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
+    stored = fields.get("dtype") or fields.get("torch_dtype") or "bfloat16"
+    itemsize = BYTES.get(str(stored), 2)
+    return Model(
+        name, hidden, heads, kv_heads, head_dim, head_dim_v, prefill_dims, latent, windows, vocabulary, dense,
+        0.0 if tied else vocabulary * hidden, 3.0 * hidden * width, expert_layers, experts, per_token,
+        _weight_bytes(fields, itemsize, notes), itemsize, fields.get("max_position_embeddings"), tuple(notes),
+    )  # fmt: skip
+
+
+def _count(fields: Mapping[str, Any], key: str) -> int:
+    value = fields.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} must be a number of at least 1, got {value!r}")
+    return value
+
+
+def _attention(fields: Mapping[str, Any], hidden: int, heads: int) -> tuple[int, int, int, int, int, bool]:
+    """Weights of a layer's attention; KV heads, D and D_v of its cache; D + D_v in prefill; whether this is MLA."""
+    rank = fields.get("kv_lora_rank")
+    if rank:
+        nope, rope, v = (_count(fields, key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+        q_rank = fields.get("q_lora_rank")
+        queries = q_rank * (hidden + heads * (nope + rope)) if q_rank else hidden * heads * (nope + rope)
+        keys = hidden * (rank + rope) + rank * heads * (nope + v)
+        return queries + keys + heads * v * hidden, 1, rank + rope, rank, nope + rope + v, True
+    kv_heads = _count(fields, "num_key_value_heads") if fields.get("num_key_value_heads") else heads
+    head_dim = fields.get("head_dim") or hidden // heads
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
+    return 2 * hidden * head_dim * (heads + kv_heads), kv_heads, head_dim, head_dim, 2 * head_dim, False
+
+
+def _windows(fields: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """By `layer_types`; without them by `sliding_window_pattern` or `max_window_layers`, as transformers does."""
+    window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
+    types = fields.get("layer_types")
+    if types is not None:
+        if len(types) != layers:
+            raise ValueError(f"layer_types must name each of {layers} layers, got {len(types)}")
+        sizes = {
+            "sliding_attention": window,
+            "chunked_attention": fields.get("attention_chunk_size"),
+            "full_attention": None,
+        }
+        return tuple(sizes.get(kind, 0) for kind in types)
+    if window is None:
+        return (None,) * layers
+    pattern, first = fields.get("sliding_window_pattern"), 0
+    if fields.get("use_sliding_window"):
+        first = fields.get("max_window_layers", 0)
+    return tuple(None if i < first or (pattern and (i + 1) % pattern == 0) else window for i in range(layers))
+
+
+def _experts(fields: Mapping[str, Any], layers: int) -> tuple[int, int, int, int, int]:
+    """Layers that have them, how many, how many a token takes, how wide, and the width that every token takes."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((fields[name] for name in names if fields.get(name)), 0)
+    if experts < 2:
+        return 0, 0, 0, 0, 0
+    width = fields.get("moe_intermediate_size") or _count(fields, "intermediate_size")
+    shared = fields.get("shared_expert_intermediate_size") or (fields.get("n_shared_experts") or 0) * width
+    first, step = fields.get("first_k_dense_replace", 0), fields.get("decoder_sparse_step", 1)
+    step = fields.get("interleave_moe_layer_step", step)
+    dense = set(fields.get("mlp_only_layers") or ())
+    count = sum(i >= first and (i + 1) % step == 0 and i not in dense for i in range(layers))
+    return count, experts, _count(fields, "num_experts_per_tok"), width, shared
+
+
+def _weight_bytes(fields: Mapping[str, Any], itemsize: int, notes: list[str]) -> float:
+    """Bytes of a stored weight."""
+    quantization = fields.get("quantization_config")
+    if not quantization:
+        return itemsize
+    method, bits = quantization.get("quant_method"), quantization.get("bits")
+    bits = bits or {"fp8": 8, "mxfp4": 4.25}.get(method)
+    notes.append(f"weights in {bits} bits, all alike" if bits else f"weights in {method!r} counted as not quantized")
+    return bits / 8 if bits else itemsize
