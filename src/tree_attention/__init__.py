@@ -1,28 +1,22 @@
 """Exact attention over a KV cache that is spread across ranks."""
 
-from .decode import tree_decode
-from .energy import attention_energy, attention_from_energy
-from .errors import InputError, RanksDisagree, TreeAttentionError, Unavailable, Unsupported
-from .layout import Layout
-from .local import attend
-from .partial import Partial, merge
-from .reduce import SharedMemoryLink, SymmetricLink, tree_reduce
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "InputError",
-    "Layout",
-    "Partial",
-    "RanksDisagree",
-    "SharedMemoryLink",
-    "SymmetricLink",
-    "TreeAttentionError",
-    "Unavailable",
-    "Unsupported",
-    "attend",
-    "attention_energy",
-    "attention_from_energy",
-    "merge",
-    "tree_decode",
-    "tree_reduce",
-]
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, at its first use: torch takes seconds to load, and `tree-attention plan` does without."""
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(".api", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -1,22 +1,14 @@
-"""The commands and their options; nothing is computed here."""
+"""The commands and their options; nothing is computed here.
 
-import sys
-from collections.abc import Callable
+Each command loads its work when it is called: torch and transformers take seconds, `--help` and `plan` need neither.
+"""
+
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..bench.steps import WAYS
-from ..errors import TreeAttentionError
-from . import bench_decode as decode_command
-from . import bench_prefill as prefill_command
-from . import bench_steps as steps_command
-from . import chat as chat_command
-from . import info as info_command
-from .bench import bench_generate
-from .generate import Request, generate_on_ranks
-from .launch import RankDied
+from .exits import run
 
 app = typer.Typer(
     help="Exact attention over a KV cache that is spread across ranks.",
@@ -68,13 +60,15 @@ def generate(
     Starts its own ranks; under torchrun it is one of them. Exit code 1: a rank died, or --verify found other tokens;
     2: an argument is not what it must be.
     """
+    from .generate import Request, generate_on_ranks
+
     request = Request(
         model=model, config=config, random_weights=random_weights, prompt=prompt, file=file,
         max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, plain=plain, sample=sample,
         temperature=temperature, seed=seed, dtype=dtype, device=device, block_tokens=block_tokens,
         chunk_tokens=chunk_tokens, extrapolate=extrapolate, verify=verify, as_json=as_json,
     )  # fmt: skip
-    _run(lambda: generate_on_ranks(request, nproc))
+    run(lambda: generate_on_ranks(request, nproc))
 
 
 @app.command()
@@ -97,12 +91,14 @@ def chat(
     extrapolate: Annotated[bool, typer.Option(help="Go on where the model's trained positions end.")] = False,
 ) -> None:
     """Ask questions about a document, a line of stdin each; the answers stream to stdout."""
+    from . import chat as chat_command
+
     request = chat_command.Request(
         model=model, file=file, load=load, save=save, max_tokens=max_tokens, max_new_tokens=max_new_tokens,
         sample=sample, seed=seed, dtype=dtype, device=device, block_tokens=block_tokens, chunk_tokens=chunk_tokens,
         extrapolate=extrapolate,
     )  # fmt: skip
-    _run(lambda: chat_command.chat_on_ranks(request, nproc))
+    run(lambda: chat_command.chat_on_ranks(request, nproc))
 
 
 @bench.command("generate")
@@ -115,7 +111,9 @@ def generation(
     output: Output = None,
 ) -> None:
     """Time reading and writing on one process and on ranks (CPU, float32, a core each), and weigh the KV cache."""
-    _run(lambda: bench_generate(model, nproc, contexts, decode_tokens, rounds, output))
+    from .bench import bench_generate
+
+    run(lambda: bench_generate(model, nproc, contexts, decode_tokens, rounds, output))
 
 
 @bench.command()
@@ -142,11 +140,13 @@ def decode(
 
     Exit code 1: ours was wrong.
     """
+    from . import bench_decode as decode_command
+
     request = decode_command.Request(
         nproc=nproc, keys=keys, batch=batch, pairs=pairs, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         layout=layout, ragged=ragged, peers=peers, rounds=rounds, eager=eager, output=output,
     )  # fmt: skip
-    _run(lambda: decode_command.bench_decode(request))
+    run(lambda: decode_command.bench_decode(request))
 
 
 @bench.command()
@@ -154,13 +154,17 @@ def steps(
     config: Annotated[Path, typer.Option(help="A model's config.json; its weights are drawn at random.")],
     nproc: Annotated[int, typer.Option(help="Ranks.")] = 2,
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,131072,524288",
-    ways: Annotated[str, typer.Option(help=f"All, or with commas between them: {', '.join(WAYS)}.")] = "all",
+    ways: Annotated[
+        str, typer.Option(help="All, or some with commas between them; an unknown one lists them.")
+    ] = "all",
     tokens: Annotated[int, typer.Option(help="Tokens that count, after some that warm up.")] = 32,
     device: Device = "auto",
     output: Output = None,
 ) -> None:
     """Time the decode step of a whole model as `generate` runs it, on caches filled with random numbers."""
-    _run(lambda: steps_command.bench_steps(config, nproc, contexts, ways, tokens, device, output))
+    from . import bench_steps as steps_command
+
+    run(lambda: steps_command.bench_steps(config, nproc, contexts, ways, tokens, device, output))
 
 
 @bench.command("prefill")
@@ -169,13 +173,54 @@ def reading(
     nproc: Annotated[int, typer.Option(help="Ranks.")] = 2,
     contexts: Annotated[str, typer.Option(help="Lengths of the text in tokens.")] = "32768,131072",
     ways: Annotated[str, typer.Option(help="all, ours or stock: transformers' sdpa on the first rank alone.")] = "all",
-    chunk_tokens: Annotated[int, typer.Option(help="Tokens that ours reads in one forward pass.")] = 16384,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens that ours reads in one forward pass.")] = 32768,
     rounds: Annotated[int, typer.Option(help="Times; the first is told apart, since kernels are made in it.")] = 3,
     device: Device = "auto",
     output: Output = None,
 ) -> None:
     """Time a whole model that reads a long text, and weigh what it takes."""
-    _run(lambda: prefill_command.bench_prefill(config, nproc, contexts, ways, chunk_tokens, rounds, device, output))
+    from . import bench_prefill as prefill_command
+
+    run(lambda: prefill_command.bench_prefill(config, nproc, contexts, ways, chunk_tokens, rounds, device, output))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="A preset such as llama-3.1-8b, a config.json or a folder with one.")],
+    context: Annotated[str, typer.Option(help="Tokens of a sequence: 131072, 128k, 1M.")],
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    gpu: Annotated[str | None, typer.Option(help="A preset such as h200; an unknown one lists them.")] = None,
+    machine: Annotated[Path | None, typer.Option(help="What calibrate wrote, instead of --gpu.")] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs at most.")] = 8,
+    per_node: Annotated[int | None, typer.Option(help="GPUs of a node, by default as the preset has them.")] = None,
+    inside: Annotated[str | None, typer.Option(help="Link in a node, such as pcie5.")] = None,
+    across: Annotated[str | None, typer.Option(help="Link between nodes, such as ethernet-100g.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a token's time over the context: a png or svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """How many GPUs a model and a context need, how fast they will be, and whether sharding the sequence pays.
+
+    Computed from a few constants of the machine, docs/planning.md says how; nothing is run. Exit code 1: nothing fits.
+    """
+    from . import plan as plan_command
+
+    request = plan_command.Request(
+        model=model, context=context, batch=batch, gpu=gpu, machine=machine, gpus=gpus, per_node=per_node,
+        inside=inside, across=across, plot=plot, as_json=as_json,
+    )  # fmt: skip
+    run(lambda: plan_command.plan(request))
+
+
+@app.command()
+def calibrate(
+    output: Annotated[Path, typer.Option(help="File to write, for plan --machine.")] = Path("machine.json"),
+    nproc: Annotated[int | None, typer.Option(help="Ranks; by default a GPU each, on the CPU two.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure this machine: how fast it reads and multiplies, what launches, messages and collectives cost."""
+    from .calibrate import calibrate as calibrate_here
+
+    run(lambda: calibrate_here(output, nproc, device))
 
 
 @app.command()
@@ -192,21 +237,7 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Versions, devices and links; which backends and algorithms there are, and what "auto" chooses for a shape."""
+    from . import info as info_command
+
     shape = info_command.Shape(nproc, batch, tokens, heads, kv_heads, head_dim, keys, dtype, masked)
-    _run(lambda: info_command.info(shape, as_json))
-
-
-def _run(command: Callable[[], int]) -> None:
-    """Turn what we raise on purpose into one line on stderr and an exit code."""
-    try:
-        code = command()
-    except RankDied as death:
-        sys.stderr.write(f"tree-attention: {death}\n")
-        raise typer.Exit(1) from None
-    except TreeAttentionError as error:
-        sys.stderr.write(f"tree-attention: {error}\n")
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("tree-attention: stopped\n")
-        raise typer.Exit(130) from None
-    raise typer.Exit(code)
+    run(lambda: info_command.info(shape, as_json))

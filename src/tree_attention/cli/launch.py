@@ -13,13 +13,10 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from ..errors import InputError, TreeAttentionError
+from .exits import RankDied
 
 GRACE_S = 2.0  # between a rank's death and the end of the others
 PEER_TIMEOUT = timedelta(minutes=10)  # for a peer that is slow; a dead one is noticed by whoever started it
-
-
-class RankDied(RuntimeError):
-    """A rank ended before its work was done; the others were ended too."""
 
 
 def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device: str, *args: Any) -> int:

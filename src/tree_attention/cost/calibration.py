@@ -56,7 +56,10 @@ def _part(kind: type[Part], document: Any) -> Part:
     """A Gpu or a Link, its numbers positive."""
     parts = _fields(kind, document)
     for name, value in parts.items():
-        if name not in ("name", "source"):
+        if name == "peer_access":
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}")
+        elif name not in ("name", "source"):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or value <= 0:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")

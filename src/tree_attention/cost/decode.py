@@ -136,11 +136,11 @@ def decode_cost(
     rank exchanges nothing, whatever the algorithm.
 
     Raises:
-        ValueError: an unknown algorithm, sizes below 1, lengths for another number of ranks, or an exchange over NVLink
-            alone (symmetric, fused) for ranks of several nodes.
+        ValueError: an unknown algorithm, sizes below 1, lengths for another number of ranks, or an exchange through
+            the peers' memory (symmetric, fused, in a node two_level) where that cannot be written.
     """
     group = Ranks(ranks, machine.per_node if per_node is None else per_node)
-    _check(shape, group, algorithm)
+    _check(shape, machine, group, algorithm)
     read_s = max(shape.kv_bytes / machine.gpu.read_bytes_per_s, shape.flops / machine.gpu.matmul_flops_per_s)
     own = Cost(read_s, 0.0, machine.gpu.launch_s, 0.0, 0.0)
     if ranks == 1:
@@ -218,7 +218,7 @@ def _ring(shape: Shape, machine: Machine, group: Ranks, own: Cost) -> Cost:
     return Cost(group.size * own.read_s, waits_s, launches_s, inside_bytes, across_bytes)
 
 
-def _check(shape: Shape, group: Ranks, algorithm: str) -> None:
+def _check(shape: Shape, machine: Machine, group: Ranks, algorithm: str) -> None:
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     sizes = (shape.rows, shape.kv_heads, shape.head_dim, shape.value_dim, group.size, group.per_node)
@@ -226,6 +226,8 @@ def _check(shape: Shape, group: Ranks, algorithm: str) -> None:
         raise ValueError(f"sizes must be at least 1 and keys at least 0, got {shape} on {group}")
     if isinstance(shape.keys, tuple) and len(shape.keys) != group.size:
         raise ValueError(f"keys must be one number or one for each of {group.size} ranks, got {len(shape.keys)}")
+    if algorithm in ("symmetric", "fused", "two_level") and group.inside > 1 and not machine.inside.peer_access:
+        raise ValueError(f"{algorithm} needs peer access, which {machine.inside.name} has not: use all_gather or tree")
     if algorithm in ("symmetric", "fused") and group.nodes > 1:
         raise ValueError(
             f"{algorithm} writes into the peers' memory, which needs one node, and {group.size} ranks are on "

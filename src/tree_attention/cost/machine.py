@@ -26,7 +26,8 @@ class Gpu:
 @dataclass(frozen=True)
 class Link:
     """bytes_per_s: out of one GPU, one direction, to all its peers together. latency_s: a small message from one GPU's
-    memory until the other sees it. collective_s: fixed cost of one small NCCL collective in a CUDA graph.
+    memory until the other sees it. collective_s: fixed cost of one small NCCL collective in a CUDA graph. peer_access:
+    whether a kernel can write into the other GPU's memory, as `symmetric` and `fused` do.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Link:
     latency_s: float
     collective_s: float
     source: str
+    peer_access: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,24 @@ class UnknownPreset(ValueError):
 
 
 def machine(name: str, *, per_node: int | None = None, inside: str | None = None, across: str | None = None) -> Machine:
-    """The preset machine `name`, with another number of GPUs a node or other links if given.
+    """The preset machine `name`, changed as `changed` says. Raises UnknownPreset for a name that is not there."""
+    return changed(_preset(MACHINES, name, "GPU"), per_node=per_node, inside=inside, across=across)
 
-    Raises UnknownPreset for a name that is not there, ValueError for a number below 1.
+
+def changed(
+    machine: Machine, *, per_node: int | None = None, inside: str | None = None, across: str | None = None
+) -> Machine:
+    """The machine with another number of GPUs a node and the preset links of those names, where given.
+
+    Raises UnknownPreset for a link that is not there, ValueError for a number below 1.
     """
-    found = _preset(MACHINES, name, "GPU")
     if per_node is not None and per_node < 1:
         raise ValueError(f"per-node must be at least 1, got {per_node}")
     return replace(
-        found,
-        per_node=found.per_node if per_node is None else per_node,
-        inside=found.inside if inside is None else _preset(LINKS, inside, "link"),
-        across=found.across if across is None else _preset(LINKS, across, "link"),
+        machine,
+        per_node=machine.per_node if per_node is None else per_node,
+        inside=machine.inside if inside is None else _preset(LINKS, inside, "link"),
+        across=machine.across if across is None else _preset(LINKS, across, "link"),
     )
 
 
@@ -134,7 +142,9 @@ LINKS = {
         ),
         Link(
             "pcie4", 0.8 * 32e9, 10e-6, 25e-6,
-            "x16: 32 GB/s x 0.8 assumed; latency through host memory (no peer-to-peer), collective: assumed",
+            "x16: 32 GB/s x 0.8 assumed; latency through host memory, as consumer GPUs have no peer access, and "
+            "collective: assumed",
+            peer_access=False,
         ),
         Link("pcie5", 0.8 * 64e9, 5e-6, 20e-6, "x16: 64 GB/s x 0.8 assumed; latency, collective: assumed"),
         Link(

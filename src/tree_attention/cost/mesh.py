@@ -13,6 +13,7 @@ has them. Left out: sampling and the host, ranks that wait for each other, fragm
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from .decode import Ranks, Shape, all_reduce, decode_cost, exchange
@@ -21,12 +22,13 @@ from .model import Model
 
 STREAMING_KERNELS, SMALL_KERNELS = 7, 5  # weight matrices; norms, rotation, cache, activation
 CHUNK_TOKENS = 4096  # of prefill, over all ranks (hf/prefill.py)
+SAMPLES = 64
 RESERVED_BYTES = 1.5e9  # CUDA context, libraries and graphs: assumed
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """One mesh. Bytes are those of a GPU; parts_s: what a decode step is made of; note: why it is not of use."""
+    """One mesh. Bytes are those of a GPU; parts_s: what a decode step is made of; tokens_per_s: of all sequences."""
 
     tensor: int
     sequence: int
@@ -38,7 +40,6 @@ class Outlook:
     parts_s: dict[str, float]
     first_token_s: float
     tokens_per_s: float
-    note: str
 
     @property
     def gpus(self) -> int:
@@ -76,10 +77,9 @@ def outlook(model: Model, machine: Machine, context: int, batch: int, tensor: in
     weights_bytes = model.weights_bytes / tensor
     kv_bytes = batch * tokens * model.key_bytes / shared
     fits = weights_bytes + kv_bytes + workspace <= machine.gpu.memory_bytes
-    note = f"each of {model.kv_heads} KV heads is held {tensor // shared} times" if tensor > shared else ""
     return Outlook(
         tensor, sequence, weights_bytes, kv_bytes, workspace, fits, algorithm, parts_s, 0.0,
-        batch / sum(parts_s.values()), note,
+        batch / sum(parts_s.values()),
     )  # fmt: skip
 
 
@@ -101,6 +101,8 @@ def cheapest(shape: Shape, machine: Machine, group: Ranks) -> str:
     if group.size == 1:
         return "none"
     names = ("fused", "all_gather") if group.nodes == 1 else ("two_level", "all_gather", "tree")
+    if not machine.inside.peer_access:
+        names = ("all_gather", "tree")
     return min(names, key=lambda name: exchange(shape, machine, group, name)[0])
 
 
@@ -131,29 +133,27 @@ def first_token_s(model: Model, machine: Machine, context: int, batch: int, mesh
     """Of reading the context in chunks of CHUNK_TOKENS, divided over all ranks, and of one step.
 
     A chunk takes its arithmetic, causal, or reading the weights if that is longer; two all-reduces a layer over tensor
-    ranks; and over sequence ranks a layer's keys so far or the chunk's queries, whichever are less (hf/chunk.py).
+    ranks; and over sequence ranks a layer's keys so far or the chunk's queries, whichever are less (hf/chunk.py). Of
+    many chunks SAMPLES are computed, evenly spread, and stand for the others.
     """
-    gpu, P = machine.gpu, mesh.sequence
-    group, tensors = sequence_ranks(machine, mesh.tensor, P), Ranks(mesh.tensor, machine.per_node)
-    link = group.slowest(machine)
+    P, chunks = mesh.sequence, math.ceil(context / CHUNK_TOKENS)
+    tokens, layers = context / chunks, Counter(model.windows)
     linear = model.flops_per_token - 2 * model.vocabulary * model.hidden
-    kv_heads = max(model.kv_heads / mesh.tensor, 1)
-    queries = _query_bytes(model, mesh.tensor)
-    seconds, stop = 0.0, 0
-    chunks = math.ceil(context / CHUNK_TOKENS)
-    for chunk in range(chunks):
-        tokens = min(CHUNK_TOKENS, context - chunk * CHUNK_TOKENS)
-        stop += tokens
-        seen = sum(min(stop - tokens / 2, stop if window is None else window) for window in model.windows)
+    read_s = model.read_bytes(batch * math.ceil(tokens / P)) / mesh.tensor / machine.gpu.read_bytes_per_s
+    tensors = Ranks(mesh.tensor, machine.per_node)
+    reduced_s = 2 * model.layers * all_reduce(batch * tokens / P * model.hidden * 2, machine, tensors)[0]
+    link = sequence_ranks(machine, mesh.tensor, P).slowest(machine)
+    key_bytes = model.key_bytes / min(mesh.tensor, model.kv_heads)
+    seconds, samples = 0.0, min(chunks, SAMPLES)
+    for sample in range(samples):
+        middle = (sample + 0.5) / samples * context
+        seen = sum(n * (middle if window is None else min(middle, window)) for window, n in layers.items())
         flops = batch * tokens * (linear + 2 * model.heads * model.prefill_dims * seen)
-        compute_s = flops / mesh.gpus / gpu.matmul_flops_per_s
-        read_s = model.read_bytes(batch * math.ceil(tokens / P)) / mesh.tensor / gpu.read_bytes_per_s
-        reduced_s = all_reduce(batch * tokens / P * model.hidden * 2, machine, tensors)[0]
-        seconds += max(compute_s, read_s) + 2 * model.layers * reduced_s
+        chunk_s = max(flops / mesh.gpus / machine.gpu.matmul_flops_per_s, read_s) + reduced_s
         if P > 1:
-            keys = stop * kv_heads * model.key_bytes / model.kv_heads
-            moved = batch * min(keys, tokens * queries) * (P - 1) / P
-            seconds += sum(w is None for w in model.windows) * (link.collective_s + moved / link.bytes_per_s)
+            moved = batch * min(middle * key_bytes, tokens * _query_bytes(model, mesh.tensor)) * (P - 1) / P
+            chunk_s += layers[None] * (link.collective_s + moved / link.bytes_per_s)
+        seconds += chunk_s * chunks / samples
     return seconds + mesh.token_s
 
 

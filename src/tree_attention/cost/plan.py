@@ -49,10 +49,45 @@ def make_plan(model: Model, machine: Machine, *, context: int, batch: int, gpus:
     fitting = [mesh for mesh in meshes if mesh.fits]
     fewest = min(fitting, key=lambda mesh: (mesh.gpus, mesh.token_s), default=None)
     pays_from = _pays_from(model, machine, batch, gpus)
-    notes = list(model.notes)
+    notes = [*model.notes, *_tensor_notes(model, meshes, gpus)]
     if model.most_positions is not None and context > model.most_positions:
         notes.append(f"the model was made for {model.most_positions} positions, fewer than {context}")
     return Plan(tuple(meshes), fewest, _fastest(meshes), pays_from, _verdict(meshes, machine), tuple(notes))
+
+
+def _tensor_notes(model: Model, meshes: list[Outlook], gpus: int) -> list[str]:
+    """What is to be said of numbers of tensor ranks that do not help, or cannot be."""
+    notes = []
+    if any(mesh.tensor > model.kv_heads for mesh in meshes):
+        notes.append(
+            f"more tensor ranks than the {model.kv_heads} KV head(s) each hold a copy of one: they divide the weights, "
+            "and the keys and values no further"
+        )
+    uneven = [n for n in range(1, gpus + 1) if gpus % n == 0 and model.heads % n]
+    if uneven:
+        notes.append(
+            f"tensor ranks {', '.join(map(str, uneven))}: not with {model.heads} query heads, each needs as many"
+        )
+    return notes
+
+
+def over_contexts(
+    model: Model, machine: Machine, *, batch: int, gpus: int
+) -> list[tuple[int, float | None, float | None]]:
+    """Context, doubled from 1024 on as long as something fits; and a token's time on the fastest mesh of tensor ranks
+    alone, and of those that shard the sequence; None if none fits.
+    """
+    rows, context = [], 1024
+    while True:
+        fitting = [mesh for mesh in _outlooks(model, machine, context, batch, gpus) if mesh.fits]
+        if not fitting:
+            return rows
+        best_s = [
+            min((mesh.token_s for mesh in fitting if (mesh.sequence > 1) == sharded), default=None)
+            for sharded in (False, True)
+        ]
+        rows.append((context, *best_s))
+        context *= 2
 
 
 def _outlooks(model: Model, machine: Machine, context: int, batch: int, gpus: int) -> list[Outlook]:
