@@ -1,4 +1,4 @@
-"""Predicted over measured decode steps, for records of `tree-attention bench decode`, as a Markdown table.
+"""Predicted over measured times, for records of `tree-attention bench decode` and `bench steps`, as Markdown tables.
 
 python benchmarks/predict.py benchmarks/results/*_2xH*.jsonl
 """
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tree_attention.cost.decode import Shape, decode_cost
 from tree_attention.cost.machine import MACHINES
+from tree_attention.cost.mesh import outlook
+from tree_attention.cost.model import load_model, preset_names
 
 ALGORITHMS = {  # what a record names -> how it exchanges; None: one rank's keys, and no exchange
     "fused": "fused", "apart": "symmetric", "fused_alone": None, "attend": None, "cudnn": None,
@@ -19,8 +21,7 @@ OURS = ("fused", "apart", "fused_alone", "attend")
 
 def predict(record):
     """Seconds of a record's step by the preset of its GPU, or None: no such preset, or nothing that is modelled."""
-    gpu = record["gpus"][0].lower().replace(" ", "")
-    name = next((name for name in MACHINES if name in gpu), None)
+    name = preset_of(record["gpus"][0])
     if name is None or record["what"] not in ALGORITHMS:
         return None
     keys = record["bytes"] / (4 * record["batch"] * record["kv_heads"] * record["head_dim"])  # of ragged rows, the mean
@@ -28,6 +29,19 @@ def predict(record):
     algorithm = ALGORITHMS[record["what"]]
     ranks = 1 if algorithm is None else record["ranks"]
     return decode_cost(shape, MACHINES[name], ranks, algorithm or "fused").total_s
+
+
+def predict_token(record):
+    """Seconds of a whole model's step in one graph, or None, likewise."""
+    name = preset_of(record["device"])
+    if name is None or record["model"] not in preset_names() or record["what"].endswith("eager"):
+        return None
+    return outlook(load_model(record["model"]), MACHINES[name], record["context_tokens"], 1, 1, record["ranks"]).token_s
+
+
+def preset_of(gpu):
+    """The preset whose name is in the GPU's."""
+    return next((name for name in MACHINES if name in gpu.lower().replace(" ", "")), None)
 
 
 def read(files):
@@ -56,6 +70,21 @@ def table(records):
         )
 
 
+def token_table(files):
+    """Lines of Markdown for the records of whole models' steps in these files; none without such records."""
+    for file in files:
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            predicted_s = predict_token(record) if record.get("tpot_s") and "device" in record else None
+            if predicted_s is not None:
+                measured_s = record["tpot_s"]
+                yield (
+                    f"| {record['ranks']} x {record['device']} | {record['model']} | {record['context_tokens']} | "
+                    f"{record['what']} | {1e3 * measured_s:.2f} | {1e3 * predicted_s:.2f} | "
+                    f"{predicted_s / measured_s - 1:+.1%} |"
+                )
+
+
 def summary(records):
     """The largest error of each kind, a line each."""
     for what in ALGORITHMS:
@@ -68,8 +97,14 @@ def summary(records):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="files of records, one JSON document a line")
-    records = read(parser.parse_args(arguments).files)
+    files = parser.parse_args(arguments).files
+    records, of_models = read(files), list(token_table(files))
     print(*table(records), "", *summary(records), sep="\n")
+    if of_models:
+        print(
+            "\n| GPUs | model | context | what | a token, ms | predicted, ms | error |\n|---|---|---|---|---|---|---|"
+        )
+        print(*of_models, sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import tree_attention
 SOURCE = Path(tree_attention.__file__).parent
 CORE = {"decode", "energy", "errors", "fused", "group", "layout", "local", "packets", "partial", "reduce"}
 MAY_IMPORT = {  # unit (a file or folder of the package) -> the units it may import
-    "__init__": CORE,
+    "__init__": {"api"},
+    "api": CORE,
     "errors": set(),
     "partial": {"errors"},
     "packets": set(),
@@ -71,9 +72,38 @@ def test_the_rule_sees_every_kind_of_import(tmp_path):
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    unwanted = ("triton", "transformers", "matplotlib", "rich", "typer", "tree_attention.hf", "tree_attention.cli")
+    unwanted = (
+        "torch",
+        "triton",
+        "transformers",
+        "matplotlib",
+        "rich",
+        "typer",
+        "tree_attention.hf",
+        "tree_attention.cli",
+    )
     code = f"import sys, tree_attention; print(*[name for name in {unwanted} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_the_public_names_load_torch_alone():
+    unwanted = ("triton", "transformers", "matplotlib", "rich", "typer", "tree_attention.hf", "tree_attention.cli")
+    code = (
+        f"import sys\nfrom tree_attention import *\nprint(*[name for name in {unwanted} if name in sys.modules], merge)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("<function merge")
+
+
+def test_cost_is_plain_python():
+    """Neither torch nor anything else that is not Python's own, and of ours nothing but itself."""
+    for file in (SOURCE / "cost").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1, f"{file} line {node.lineno} leaves the folder"
+                names = [] if node.level else [node.module or ""]
+            assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names, (file, names)
 
 
 def test_only_kernels_load_triton_and_only_when_they_run():

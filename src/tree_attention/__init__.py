@@ -1,6 +1,7 @@
 """Exact attention over a KV cache that is spread across ranks."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,11 +12,13 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """A public name, at its first use: torch takes seconds to load, and `tree-attention plan` does without."""
-    if name.startswith("_") and name != "__all__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(".api", __name__), name)
-    globals()[name] = value
-    return value
+    private = name.startswith("_") and name != "__all__"
+    if not private and find_spec(f"{__name__}.{name}") is None:  # a module is for `import` to find
+        api = import_module(f"{__name__}.api")
+        if name in ("__all__", *api.__all__):
+            globals()[name] = value = getattr(api, name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -65,9 +65,8 @@ def _tensor_notes(model: Model, meshes: list[Outlook], gpus: int) -> list[str]:
         )
     uneven = [n for n in range(1, gpus + 1) if gpus % n == 0 and model.heads % n]
     if uneven:
-        notes.append(
-            f"tensor ranks {', '.join(map(str, uneven))}: not with {model.heads} query heads, each needs as many"
-        )
+        listed = ", ".join(map(str, uneven))
+        notes.append(f"{listed} tensor ranks are left out: {model.heads} query heads do not divide by them")
     return notes
 
 

@@ -1,0 +1,55 @@
+"""`tree-attention calibrate`: this machine's constants into a file that `plan --machine` takes."""
+
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from ..bench.calibration import calibrate as measure
+from ..cost.calibration import Calibration, save_calibration
+from ..errors import InputError
+from .bench_decode import PLAIN_MEMORY
+from .launch import run_on_ranks
+
+
+def calibrate(output: Path, nproc: int | None, device: str) -> int:
+    """Measure on `nproc` ranks of this host, print and write what was found; returns the exit code."""
+    if nproc is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        nproc = max(torch.cuda.device_count() if device != "cpu" else 0, 2)
+    if nproc is not None and nproc < 2:
+        raise InputError(f"calibrate measures a link, and needs 2 ranks at least, got {nproc}")
+    if not output.parent.is_dir():
+        raise InputError(f"output must be a file in a folder that exists, got {output}")
+    os.environ.update(PLAIN_MEMORY)  # inherited by the ranks
+    return run_on_ranks(_on_rank, nproc, device, output)
+
+
+def _on_rank(output: Path, device: torch.device) -> None:
+    if dist.get_world_size() != int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())):
+        raise InputError("calibrate measures one host: start it there, not over several")
+    machine = measure(device)
+    if dist.get_rank() != 0:
+        return
+    what = machine.name if device.type == "cuda" else platform.processor() or platform.machine()
+    found = Calibration(machine, f"{dist.get_world_size()} x {what}", datetime.now(UTC).strftime("%Y-%m-%d"))
+    save_calibration(found, output)
+    gpu, link = machine.gpu, machine.inside
+    table = Table(title=f"{found.hardware}, {found.date}: {output}", title_justify="left", show_header=False)
+    for name, text in {
+        "memory": f"{gpu.memory_bytes / 1e9:.1f} GB",
+        "streaming read": f"{gpu.read_bytes_per_s / 1e9:.1f} GB/s",
+        "matrix product": f"{gpu.matmul_flops_per_s / 1e12:.2f} TFLOP/s",
+        "fixed cost of a decode step": f"{1e6 * gpu.launch_s:.2f} µs",
+        "small kernel": f"{1e6 * gpu.kernel_s:.2f} µs",
+        "link": f"{link.bytes_per_s / 1e9:.1f} GB/s",
+        "small message": f"{1e6 * link.latency_s:.2f} µs",
+        "small collective": f"{1e6 * link.collective_s:.2f} µs",
+        "between nodes": f"{machine.across.name}, not measured",
+    }.items():
+        table.add_row(name, text)
+    Console(width=120).print(table)
