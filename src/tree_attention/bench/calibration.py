@@ -30,7 +30,7 @@ def calibrate(device: torch.device) -> Machine:
     The link between nodes cannot be measured on one: it is the preset of an H100 node, and its source says so.
     """
     on_gpu = device.type == "cuda"
-    big_bytes, small_bytes, keys = (1 << 32, 16 << 10, 16384) if on_gpu else (1 << 28, 16 << 10, 2048)
+    big_bytes, small_bytes, keys = (1 << 32, 16 << 10, 16384) if on_gpu else (1 << 27, 16 << 10, 1024)
     read_bytes_per_s = big_bytes / _seconds(_reads(big_bytes, device), device)
     tiny = torch.zeros(64, device=device)
     kernel_s = _seconds([lambda: tiny.add_(1)] * 64, device)
