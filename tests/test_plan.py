@@ -71,6 +71,18 @@ def test_windows_stay_whole_on_every_sequence_rank():
     assert mesh.parts_s["KV"] == pytest.approx(3000 * model.key_bytes / H200.gpu.read_bytes_per_s)
 
 
+def test_with_windows_alone_the_search_for_a_context_ends():
+    model = model_of(TINY | {"sliding_window": 1000}, "tiny")
+    assert make_plan(model, H200, context=M, batch=1, gpus=2).pays_from_tokens is None
+    assert over_contexts(model, H200, batch=1, gpus=2)[-1][0] == 1 << 30
+
+
+def test_kv_heads_that_do_not_divide_evenly():
+    """6 KV heads over 4 tensor ranks: two ranks have 2, and these decide."""
+    model = model_of(TINY | {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 16}, "tiny")
+    assert outlook(model, H200, 1000, 1, 4, 1).kv_bytes == 2 * 1000 * 2 * 2 * 16 * 2
+
+
 def test_the_meshes_are_all_that_there_are():
     meshes = make_plan(LLAMA, machine("h200", per_node=4), context=1024, batch=1, gpus=8).meshes
     assert [(mesh.tensor, mesh.sequence) for mesh in meshes] == [

@@ -63,7 +63,6 @@ class Outlook:
 
 def outlook(model: Model, machine: Machine, context: int, batch: int, tensor: int, sequence: int) -> Outlook:
     """One mesh; first_token_s is left at 0, for `first_token_s` to say."""
-    shared = min(tensor, model.kv_heads)  # ways in which the KV heads are divided
     held = model.held_tokens(context)
     sharded = [window is None for window in model.windows]
     tokens = sum(math.ceil(n / sequence) if whole else n for n, whole in zip(held, sharded, strict=True))
@@ -75,7 +74,7 @@ def outlook(model: Model, machine: Machine, context: int, batch: int, tensor: in
         workspace += 2 * sequence * shape.rows * shape.value_dim * 17 / 16 * 8 + 33.6e6  # SymmetricLink
     parts_s = _parts_s(model, machine, context, batch, tensor, group, algorithm)
     weights_bytes = model.weights_bytes / tensor
-    kv_bytes = batch * tokens * model.key_bytes / shared
+    kv_bytes = batch * tokens * _key_bytes(model, tensor)
     fits = weights_bytes + kv_bytes + workspace <= machine.gpu.memory_bytes
     return Outlook(
         tensor, sequence, weights_bytes, kv_bytes, workspace, fits, algorithm, parts_s, 0.0,
@@ -91,7 +90,7 @@ def sequence_ranks(machine: Machine, tensor: int, sequence: int) -> Ranks:
 def shape_of(model: Model, keys: float, batch: int, tensor: int) -> Shape:
     """A layer's attention on one of `tensor` ranks, over `keys` keys of each sequence."""
     return Shape(
-        batch, model.heads // tensor, max(model.kv_heads // tensor, 1), model.head_dim, keys, model.head_dim_v,
+        batch, model.heads // tensor, math.ceil(model.kv_heads / tensor), model.head_dim, keys, model.head_dim_v,
         itemsize=model.kv_itemsize, latent=model.latent,
     )  # fmt: skip
 
@@ -143,7 +142,7 @@ def first_token_s(model: Model, machine: Machine, context: int, batch: int, mesh
     tensors = Ranks(mesh.tensor, machine.per_node)
     reduced_s = 2 * model.layers * all_reduce(batch * tokens / P * model.hidden * 2, machine, tensors)[0]
     link = sequence_ranks(machine, mesh.tensor, P).slowest(machine)
-    key_bytes = model.key_bytes / min(mesh.tensor, model.kv_heads)
+    key_bytes = _key_bytes(model, mesh.tensor)
     seconds, samples = 0.0, min(chunks, SAMPLES)
     for sample in range(samples):
         middle = (sample + 0.5) / samples * context
@@ -157,6 +156,11 @@ def first_token_s(model: Model, machine: Machine, context: int, batch: int, mesh
     return seconds + mesh.token_s
 
 
+def _key_bytes(model: Model, tensor: int) -> float:
+    """Of a token's key and value in one layer, on the tensor rank that has most KV heads: one at least."""
+    return math.ceil(model.kv_heads / tensor) / model.kv_heads * model.key_bytes
+
+
 def _query_bytes(model: Model, tensor: int) -> float:
     """Of a token's queries there and partials back, where queries travel in prefill."""
     return model.heads / tensor * (model.head_dim * model.kv_itemsize + (model.head_dim_v + 1) * 4)
@@ -166,6 +170,6 @@ def _activation_bytes(model: Model, context: int, batch: int, tensor: int, seque
     """Of a prefill chunk: some copies of the hidden state, the gathered keys or queries of a layer, and logits."""
     tokens = min(CHUNK_TOKENS, context)
     copies = batch * math.ceil(tokens / sequence) * 8 * model.hidden * 2
-    keys = context * model.key_bytes / min(tensor, model.kv_heads)
+    keys = context * _key_bytes(model, tensor)
     gathered = batch * min(keys, tokens * _query_bytes(model, tensor)) if sequence > 1 else 0.0
     return copies + gathered + batch * model.vocabulary * 4

@@ -7,6 +7,7 @@ from .machine import Machine
 from .mesh import Outlook, first_token_s, outlook
 from .model import Model
 
+LONGEST_TOKENS = 1 << 30  # searches end there: with windows alone every context fits
 ALIKE = 1.03  # meshes within 3 % of the fastest count as equally fast: then fewer GPUs are better
 
 
@@ -77,16 +78,17 @@ def over_contexts(
     alone, and of those that shard the sequence; None if none fits.
     """
     rows, context = [], 1024
-    while True:
+    while context <= LONGEST_TOKENS:
         fitting = [mesh for mesh in _outlooks(model, machine, context, batch, gpus) if mesh.fits]
         if not fitting:
-            return rows
+            break
         best_s = [
             min((mesh.token_s for mesh in fitting if (mesh.sequence > 1) == sharded), default=None)
             for sharded in (False, True)
         ]
         rows.append((context, *best_s))
         context *= 2
+    return rows
 
 
 def _outlooks(model: Model, machine: Machine, context: int, batch: int, gpus: int) -> list[Outlook]:
@@ -120,7 +122,7 @@ def _pays_from(model: Model, machine: Machine, batch: int, gpus: int) -> int | N
         return None if fastest is None else fastest.sequence > 1
 
     high = 1024
-    while pays(high) is False:
+    while pays(high) is False and high < LONGEST_TOKENS:
         high *= 2
     if not pays(high):
         return None
