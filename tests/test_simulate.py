@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tree_attention.cost.cluster import Cluster
 from tree_attention.cost.decode import ALGORITHMS, MERGE_KERNELS, PACK_KERNELS, Shape, decode_cost
 from tree_attention.cost.machine import machine
 from tree_attention.cost.simulate import Ragged, simulate
@@ -64,6 +65,17 @@ def test_equal_ranks_take_what_the_closed_form_says(ranks, batch):
         tolerance = close.get(name, 1e-12)
         assert (closed_s - hidden_s) * (1 - tolerance) <= step_s.min(), name
         assert step_s.max() <= (closed_s + border_s * (name == "all_gather")) * (1 + tolerance), name
+
+
+def test_a_port_takes_one_message_at_a_time():
+    link, none_s = H100.inside, np.zeros(3)
+    cluster, message_bytes = Cluster(H100, 3), 1e6
+    for sent in (1, 2):  # the second at the same time as the first, which no algorithm does
+        done_s = cluster.send_to_all(3, message_bytes, none_s)
+        np.testing.assert_allclose(done_s, link.latency_s + sent * 2 * message_bytes / link.bytes_per_s)
+    everyone = cluster.route(np.arange(3), np.array([1, 2, 0]))
+    done_s = cluster.send(everyone, message_bytes, none_s)
+    np.testing.assert_allclose(done_s, link.latency_s + 5 * message_bytes / link.bytes_per_s)
 
 
 def test_a_ring_that_computes_longer_than_it_sends_hides_its_messages():
