@@ -26,9 +26,10 @@ Ranks = NDArray[np.int64]
 class Messages:
     """At most one from each rank and at most one to each: `source[i]` sends to `target[i]`. Made by `Cluster.route`."""
 
-    source: Ranks
-    target: Ranks
-    port: Ranks  # the target's, r inside a node and P + r for other nodes
+    source: Ranks | slice  # a slice where it can be one, which is faster
+    target: Ranks | slice
+    port: Ranks | slice  # the target's: r inside a node, P + r for other nodes
+    across: NDArray[np.bool_]
     latency_s: Array
     s_per_byte: Array
     call_s: Array  # [P], what one NCCL call for them costs each rank beside the messages; 0 where there is none
@@ -66,7 +67,10 @@ class Cluster:
             self._slowness[rank] = factor
 
     def kernel(self, seconds: Array | float, ready_s: Array) -> Array:
-        """When kernels end that start at `ready_s` `[P]` and take so many seconds on a GPU that is no straggler."""
+        """When kernels end that start at `ready_s` `[P]` and take so many seconds on a GPU that is no straggler.
+
+        seconds: one number, `[P]`, or `[kernels, P]` for some that start together and share their jitter.
+        """
         return ready_s + seconds * self._slowness * _stretch(self._kernel_random, self._kernel_jitter, ready_s.shape)
 
     def route(self, source: Ranks, target: Ranks, *, adapters: int = 1) -> Messages:
@@ -79,9 +83,10 @@ class Cluster:
             called_s = np.where(across, between.collective_s, inside.collective_s) - latency_s
             call_s[ranks] = np.maximum(call_s[ranks], called_s)
         messages = Messages(
-            source,
-            target,
-            target + self.ranks * across,
+            _index(source),
+            _index(target),
+            _index(target + self.ranks * across),
+            across,
             latency_s,
             np.where(across, 1 / (adapters * between.bytes_per_s), 1 / inside.bytes_per_s),
             call_s,
@@ -95,7 +100,7 @@ class Cluster:
 
         message_bytes: one number, or one for each message. ready_s: `[P]`, when each rank has what it sends.
         """
-        stretch = _stretch(self._link_random, self._link_jitter, messages.source.shape)
+        stretch = _stretch(self._link_random, self._link_jitter, messages.latency_s.shape)
         port_s = message_bytes * messages.s_per_byte * stretch
         leaves_s = ready_s[messages.source]
         arrives_s = np.maximum(leaves_s + messages.latency_s * stretch, self._port_free_s[messages.port]) + port_s
@@ -132,10 +137,19 @@ class Cluster:
         sent = np.zeros((2, self.ranks))
         sent[0] += self._sent_to_all_bytes
         for messages in self._routes:
-            level = (messages.port >= self.ranks).astype(int)
-            sent[level, messages.source] += messages.sent_bytes
+            sent[messages.across.astype(int), np.arange(self.ranks)[messages.source]] += messages.sent_bytes
         return sent
 
 
 def _stretch(random: np.random.Generator, jitter: float, shape: tuple[int, ...]) -> Array | float:
-    return 1 + jitter * random.standard_exponential(shape) if jitter else 1.0
+    if not jitter:
+        return 1.0
+    drawn = random.standard_exponential(shape)
+    drawn *= jitter
+    drawn += 1
+    return drawn
+
+
+def _index(ranks: Ranks) -> Ranks | slice:
+    start, stop = int(ranks[0]), int(ranks[-1]) + 1
+    return slice(start, stop) if np.array_equal(ranks, np.arange(start, stop)) else ranks

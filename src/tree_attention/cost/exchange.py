@@ -44,24 +44,31 @@ def stages(algorithm: str, cluster: Cluster, rows: int, value_dim: int) -> list[
             return [partial(cluster.send_to_all, cluster.ranks, 2 * n)]
 
 
-def ring(cluster: Cluster, shard_bytes: Array, read_s: Array, ready_s: Array) -> Array:
-    """Attention with the shards going round, `[P]` each: sent on while the attention over the one at hand is computed.
+def ring(cluster: Cluster) -> Callable[[Array, Array, Array], Array]:
+    """A function of shard bytes, seconds to read them and when ranks are ready, `[P]` each: when each has the result.
 
-    As bench/peers.py: KV heads unrepeated; two buffers, so a shard leaves when its receiver is through with the shard
-    before the last; a hop ends when attention, sending and receiving have; all results are merged at the end.
+    As bench/peers.py. The shards go round, KV heads unrepeated, sent on while the attention over the one at hand is
+    computed; two buffers, so a shard leaves when its receiver is through with the one before the last; a hop ends when
+    attention, sending and receiving have; all results are merged at the end.
     """
     P, gpu = cluster.ranks, cluster.machine.gpu
     following = np.roll(np.arange(P), -1)
     around = cluster.route(np.arange(P), following)
-    shard_bytes, read_s = np.concatenate([shard_bytes, shard_bytes]), np.concatenate([read_s, read_s])
-    for hop in range(P):
-        here = slice(P - hop, 2 * P - hop)  # whose shard is where
-        attended_s = cluster.kernel(gpu.launch_s + PACK_KERNELS * gpu.kernel_s + read_s[here], ready_s)
-        if hop < P - 1:
-            called_s = cluster.kernel(around.call_s, ready_s)
-            ready_s = cluster.send(around, shard_bytes[here], np.maximum(called_s, called_s[following]))
-        ready_s = np.maximum(ready_s, attended_s)
-    return cluster.kernel(MERGE_KERNELS * gpu.kernel_s, ready_s)
+
+    def step(shard_bytes: Array, read_s: Array, ready_s: Array) -> Array:
+        attend_s = gpu.launch_s + PACK_KERNELS * gpu.kernel_s + np.concatenate([read_s, read_s])
+        shard_bytes = np.concatenate([shard_bytes, shard_bytes])
+        both_s = np.stack([read_s, around.call_s])  # the attention and the call start together
+        for hop in range(P):
+            here = slice(P - hop, 2 * P - hop)  # whose shard is where
+            both_s[0] = attend_s[here]
+            attended_s, called_s = cluster.kernel(both_s, ready_s)
+            if hop < P - 1:
+                ready_s = cluster.send(around, shard_bytes[here], np.maximum(called_s, called_s[following]))
+            ready_s = np.maximum(ready_s, attended_s)
+        return cluster.kernel(MERGE_KERNELS * gpu.kernel_s, ready_s)
+
+    return step
 
 
 def _algorithm_3(cluster: Cluster, rows: int, value_dim: int) -> list[Stage]:

@@ -111,7 +111,8 @@ def simulate(
     cluster = Cluster(
         machine, ranks, seed=seed, kernel_jitter=kernel_jitter, link_jitter=link_jitter, stragglers=stragglers
     )
-    exchange = stages(algorithm, cluster, shape.rows, shape.value_dim) if algorithm != "ring" else []
+    around = ring(cluster) if algorithm == "ring" and ranks > 1 else None
+    exchange = stages(algorithm, cluster, shape.rows, shape.value_dim) if around is None else []
     one = replace(shape, keys=1.0)
     key_s = max(one.kv_bytes / machine.gpu.read_bytes_per_s, one.flops / machine.gpu.matmul_flops_per_s)
     keys = np.broadcast_to(np.array(shape.keys, float), ranks)
@@ -122,8 +123,8 @@ def simulate(
         for _ in range(layers):
             if beside_s:
                 ready_s = cluster.kernel(beside_s, ready_s)
-            if algorithm == "ring" and ranks > 1:
-                ready_s = ring(cluster, keys * one.kv_bytes, keys * key_s, ready_s)
+            if around is not None:
+                ready_s = around(keys * one.kv_bytes, keys * key_s, ready_s)
                 continue
             ready_s = cluster.kernel(machine.gpu.launch_s + keys * key_s, ready_s)
             for stage in exchange:
