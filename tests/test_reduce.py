@@ -16,6 +16,7 @@ from tree_attention import (
     RanksDisagree,
     SymmetricLink,
     TreeAttentionError,
+    TwoLevel,
     Unavailable,
     attend,
     merge,
@@ -26,7 +27,7 @@ from tree_attention.partial import empty, stack
 from tree_attention.reduce import ALGORITHMS, SharedMemoryLink, choose_algorithm, received_bytes, shared_memory
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs, record_traffic
 
-EVERYWHERE = ("all_gather", "all_reduce", "tree", "shared_memory")  # algorithms whose result is whole on every rank
+EVERYWHERE = ("all_gather", "all_reduce", "tree", "shared_memory", "two_level")  # every rank gets the whole
 ON_GPUS = ("symmetric", "symmetric_scatter")  # tests/test_triton.py and tests/test_gpu.py run these
 B, T, H, D_V = 2, 3, 12, 16
 
@@ -39,9 +40,18 @@ def random_partial(rank, *, is_empty=False):
     return Partial(out, 20 * lse)
 
 
+def linked(group, algorithm):
+    """The group, or what the algorithm needs in its place: two_level gets the first half of the ranks as a node."""
+    if algorithm == "shared_memory":
+        return SharedMemoryLink(group)
+    ranks = range(group.size())
+    nodes = [node for node in (ranks[: (len(ranks) + 1) // 2], ranks[(len(ranks) + 1) // 2 :]) if node]
+    return TwoLevel(group, nodes) if algorithm == "two_level" else group
+
+
 def reduce_here(group, algorithm, empty_ranks):
     mine = random_partial(group.rank(), is_empty=group.rank() in empty_ranks)
-    group = SharedMemoryLink(group) if algorithm == "shared_memory" else group
+    group = linked(group, algorithm)
     with record_traffic() as calls:
         result = tree_reduce(mine, group, algorithm=algorithm)
     return result, calls
@@ -96,6 +106,7 @@ def test_stated_bytes(ranks):
         "shared_memory": 2 * (ranks - 1) * packed,
         "symmetric": 2 * (ranks - 1) * packed,
         "symmetric_scatter": pytest.approx(2 * (ranks - 1) / ranks * packed),
+        "two_level": math.ceil(math.log2(ranks)) * packed,  # of one node: what "auto" takes
     }
     auto = received_bytes("auto", rows=rows, head_dim=D_V, world_size=ranks, device_type="cuda")
     assert auto == stated["all_gather"]
@@ -111,7 +122,7 @@ def decode_here(group, algorithm, dtype, block, seqlens):
     for row, length in enumerate(local):
         k[row, length:], v[row, length:] = math.nan, math.nan
     sinks = torch.linspace(-2, 4, 12)
-    group = SharedMemoryLink(group) if algorithm == "shared_memory" else group
+    group = linked(group, algorithm)
     return tree_decode(q, k, v, group=group, local_seqlens=local, sinks=sinks, softcap=None, algorithm=algorithm)
 
 
@@ -168,7 +179,7 @@ def test_a_group_this_rank_is_not_in(pool):
 
 
 def test_unknown_algorithm_lists_the_known():
-    with pytest.raises(InputError, match="shared_memory, symmetric, symmetric_scatter, got 'ring'"):
+    with pytest.raises(InputError, match="symmetric, symmetric_scatter, two_level, got 'ring'"):
         tree_reduce(random_partial(0), algorithm="ring")
 
 

@@ -6,7 +6,7 @@ from .errors import InputError, RanksDisagree, TreeAttentionError, Unavailable, 
 from .layout import Layout
 from .local import attend
 from .partial import Partial, merge
-from .reduce import SharedMemoryLink, SymmetricLink, tree_reduce
+from .reduce import SharedMemoryLink, SymmetricLink, TwoLevel, tree_reduce
 
 __all__ = [
     "InputError",
@@ -16,6 +16,7 @@ __all__ = [
     "SharedMemoryLink",
     "SymmetricLink",
     "TreeAttentionError",
+    "TwoLevel",
     "Unavailable",
     "Unsupported",
     "attend",

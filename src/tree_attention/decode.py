@@ -46,7 +46,7 @@ def tree_decode(
         k, v: `[B, S_local, H_kv, D]` and `[B, S_local, H_kv, D_v]`, this rank's keys; S_local may differ between
             ranks and may be 0.
         group: the ranks that share the keys: a process group, a 1-D DeviceMesh, None for all, or a link over one of
-            these (`SymmetricLink` on GPUs of one host, `SharedMemoryLink` on CPUs).
+            these (`SymmetricLink` on GPUs of one host, `SharedMemoryLink` on CPUs, `TwoLevel` over several hosts).
         local_seqlens, q_positions, k_positions, window, mask, page_table, scale, softcap, backend: as in `attend`,
             about this rank's keys.
         sinks: `[H]`, one more logit a head that takes weight and has no value (GPT-OSS); counted once, not per rank.

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..errors import InputError
 from ..local import BACKENDS, choose_backend, triton_decode
 from ..local.visibility import Selection
-from ..reduce import ALGORITHMS, choose_algorithm, received_bytes
+from ..reduce import ALGORITHMS, choose_algorithm, level_bytes, received_bytes
 from ..reduce.symmetric import link_obstacle
 
 
@@ -55,8 +55,10 @@ def describe(shape: Shape) -> dict[str, dict[str, Any]]:
     q, k, selection = _example(shape, device)
     backends = {name: backend.obstacle(q, k, k, selection, None) or "can run it" for name, backend in BACKENDS.items()}
     rows = shape.B * shape.T * shape.H
-    received = {name: received_bytes(name, rows=rows, head_dim=shape.D, world_size=shape.ranks) for name in ALGORITHMS}
+    how: dict[str, Any] = {"rows": rows, "head_dim": shape.D, "world_size": shape.ranks}
+    received = {name: received_bytes(name, **how) for name in ALGORITHMS if name != "two_level"}
     algorithms = {name: f"{amount / 1e3:.1f} kB a rank and layer" for name, amount in received.items()}
+    algorithms["two_level"] = _on_two_nodes(shape.ranks, rows, shape.D)
     described = f"B {shape.B}, T {shape.T}, {shape.H} / {shape.H_kv} heads x {shape.D}, {shape.S_local} keys a rank"
     return {
         "versions": _versions(),
@@ -67,6 +69,13 @@ def describe(shape: Shape) -> dict[str, dict[str, Any]]:
         "algorithms for it": algorithms,
         "auto chooses": {"backend": choose_backend(q, k, k, selection=selection), **_algorithms(shape, device, q, k)},
     }
+
+
+def _on_two_nodes(ranks: int, rows: int, head_dim: int) -> str:
+    if ranks < 2:
+        return "needs two nodes"
+    inside, across = level_bytes(rows=rows, head_dim=head_dim, node_sizes=(ranks - ranks // 2, ranks // 2))
+    return f"on two nodes {inside / 1e3:.1f} kB a rank and layer inside a node, {across / 1e3:.1f} kB across"
 
 
 def _algorithms(shape: Shape, device: str, q: torch.Tensor, k: torch.Tensor) -> dict[str, str]:
