@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hosts
+from architectures import one_process, sharded, tiny
 from tree_attention import (
     InputError,
     Layout,
@@ -27,6 +28,7 @@ from tree_attention import (
     tree_decode,
     tree_reduce,
 )
+from tree_attention.hf import TreeCache
 from tree_attention.partial import empty, stack
 from tree_attention.reduce import choose_algorithm, level_bytes, received_bytes
 from tree_attention.reduce.collectives import all_gather
@@ -365,6 +367,26 @@ def test_what_auto_chooses_and_its_bytes():
     assert level_bytes(rows=512, head_dim=128, node_sizes=(4, 4)) == (6 * 128 * 129 * 4, 128 * 129 * 4)
     assert received_bytes("auto", **how, node_sizes=(4, 4)) == 7 * 128 * 129 * 4
     assert received_bytes("two_level", **how, node_sizes=(8,)) == received_bytes("tree", **how)
+
+
+def generate_over(group, nodes, static):
+    topology = TwoLevel(group, nodes)
+    found = sharded(topology, "llama", True, "parallel", static)
+    cache = TreeCache(tiny("llama", "tree_attention").config, topology)
+    cache.placement.reduce(random_partial(group.rank()))
+    return *found, cache.received_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_over_two_levels(pool, static):
+    tokens, logits = one_process("llama", True)
+    results = pool.run(generate_over, UNEVEN, static)
+    for its_tokens, its_logits, received in results:
+        assert torch.equal(its_tokens, tokens)
+        assert torch.equal(its_logits, results[0][1])
+        torch.testing.assert_close(its_logits, logits, atol=2e-5 * float(logits.abs().max()), rtol=0)
+        assert received == sum(level_bytes(rows=15, head_dim=6, node_sizes=(3, 1)))
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import InputError
-from ..group import Group, check_agreement, resolve_group
+from ..group import Group, check_agreement
+from ..reduce import TwoLevel
 from .cursor import Cursor
 from .layers import ReplicatedWindowLayer, ShardedLayer
 from .placement import Placement
@@ -33,7 +34,8 @@ class TreeCache(Cache):
 
     Args:
         config: the model's; decides which layers are sharded (full attention), and which stay whole on every rank.
-        group: the ranks that share the sequence: a process group, a 1-D DeviceMesh, or None for all.
+        group: the ranks that share the sequence: a process group, a 1-D DeviceMesh, None for all, or a TwoLevel over
+            several hosts.
         block_tokens: neighbouring tokens that one rank keeps together.
         max_tokens: makes it static: room for that many tokens over all ranks, allocated once. `generate` then runs one
             CUDA graph a token (step.py). Without it buffers grow, and every step is launched kernel by kernel.
@@ -49,7 +51,7 @@ class TreeCache(Cache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        group: Group = None,
+        group: Group | TwoLevel = None,
         *,
         block_tokens: int = BLOCK_TOKENS,
         max_tokens: int | None = None,
@@ -58,7 +60,7 @@ class TreeCache(Cache):
             raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
         text_config = config.get_text_config(decoder=True)
         self.config = text_config
-        self.placement = Placement(resolve_group(group), block_tokens, max_tokens)
+        self.placement = Placement(group, block_tokens, max_tokens)
         self.steps: dict[Any, Any] = {}  # of step.py
         self.step = "captured"  # or "eager", "compiled": step.py
         digest = hashlib.sha256(text_config.to_json_string().encode()).hexdigest()

@@ -9,10 +9,10 @@ from torch.distributed import ProcessGroup
 
 from ..decode import tree_decode
 from ..errors import InputError, Unavailable
-from ..group import rank_and_size
+from ..group import Group, rank_and_size, resolve_group
 from ..layout import Layout
 from ..partial import Partial
-from ..reduce import Link, SharedMemoryLink, SymmetricLink, choose_algorithm, received_bytes, tree_reduce
+from ..reduce import Link, SharedMemoryLink, SymmetricLink, TwoLevel, choose_algorithm, received_bytes, tree_reduce
 from .cursor import Cursor
 
 PATIENCE_S = 300.0  # for a rank that compiles longer than this one; a dead one is noticed by whoever started it
@@ -21,12 +21,15 @@ PATIENCE_S = 300.0  # for a rank that compiles longer than this one; a dead one 
 class Placement:
     """What all layers of one cache share: the ranks, the layout, and the chunk that is being read, if any."""
 
-    def __init__(self, group: ProcessGroup | None, block_tokens: int, max_tokens: int | None) -> None:
-        self.group, self.max_tokens = group, max_tokens
-        self.rank, size = rank_and_size(group)
+    def __init__(self, group: Group | TwoLevel, block_tokens: int, max_tokens: int | None) -> None:
+        self.given, self.max_tokens = group, max_tokens
+        self.group = group.group if isinstance(group, TwoLevel) else resolve_group(group)
+        self.rank, size = rank_and_size(self.group)
         self.layout = Layout(size, block_tokens)
-        self.link: Link | None = _shared_memory(group)
-        self.asks_for_link = group is not None and group.size() > 1 and self.link is None
+        topology = group if isinstance(group, TwoLevel) and len(group.nodes) > 1 else None  # one node: like its group
+        self.node_sizes = () if topology is None else tuple(map(len, topology.nodes))
+        self.link: Link | None = topology or _shared_memory(self.group)
+        self.asks_for_link = size > 1 and self.link is None
         self.chunk: tuple[int, int] | None = None  # set while each rank feeds only its own part of these slots
         self.reserved = 0
         self.received_bytes = 0.0
@@ -63,19 +66,22 @@ class Placement:
         if self.asks_for_link and q.is_cuda:
             self.link, self.asks_for_link = _symmetric(self.group, q, v), False
         if not torch.compiler.is_compiling():
-            size, rows, head_dim = self.layout.world_size, q.shape[0] * q.shape[1] * q.shape[2], v.shape[3]
-            algorithm = choose_algorithm(q.device.type, size, linked=self.link is not None)
-            self.received_bytes += received_bytes(algorithm, rows=rows, head_dim=head_dim, world_size=size)
+            self._note(q.device.type, q.shape[0] * q.shape[1] * q.shape[2], v.shape[3], linked=self.link is not None)
         group = self.group if self.link is None else self.link
         return tree_decode(q, k, v, group=group, local_seqlens=self.stepping_cursor.held, mask=mask, **how)
 
     def reduce(self, partial: Partial) -> Partial:
         """The merge over all ranks, and a note of its bytes."""
-        size, rows, head_dim = self.layout.world_size, partial.lse.numel(), partial.out.shape[3]
         linked = self.link is not None and self.link.fits(partial)
-        algorithm = choose_algorithm(partial.out.device.type, size, linked=linked)
-        self.received_bytes += received_bytes(algorithm, rows=rows, head_dim=head_dim, world_size=size)
-        return tree_reduce(partial, self.link if linked else self.group, algorithm=algorithm)
+        self._note(partial.out.device.type, partial.lse.numel(), partial.out.shape[3], linked=linked)
+        return tree_reduce(partial, self.link if linked else self.group)
+
+    def _note(self, device_type: str, rows: int, head_dim: int, *, linked: bool) -> None:
+        size, nodes = self.layout.world_size, self.node_sizes
+        algorithm = choose_algorithm(device_type, size, linked=linked, nodes=len(nodes))
+        self.received_bytes += received_bytes(
+            algorithm, rows=rows, head_dim=head_dim, world_size=size, node_sizes=nodes
+        )
 
 
 def _symmetric(group: ProcessGroup | None, q: Tensor, v: Tensor) -> SymmetricLink | None:

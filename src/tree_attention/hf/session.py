@@ -12,6 +12,7 @@ from transformers import TextIteratorStreamer
 
 from ..errors import InputError, Unsupported
 from ..group import Group
+from ..reduce import TwoLevel
 from .cache import TreeCache
 from .generation import FEEDS_AGAIN
 from .layers import ReplicatedWindowLayer, ShardedLayer
@@ -43,7 +44,13 @@ class Session:
 
     @classmethod
     def open(
-        cls, model: Any, tokenizer: Any, group: Group = None, *, max_tokens: int | None = None, **options: Any
+        cls,
+        model: Any,
+        tokenizer: Any,
+        group: Group | TwoLevel = None,
+        *,
+        max_tokens: int | None = None,
+        **options: Any,
     ) -> "Session":
         """A session that has read nothing.
 
@@ -111,7 +118,7 @@ class Session:
         """A second session that goes on from here by itself; its cache is a copy."""
         placement = self.cache.placement
         cache = TreeCache(
-            self.model.config, placement.group, block_tokens=placement.layout.block, max_tokens=placement.max_tokens
+            self.model.config, placement.given, block_tokens=placement.layout.block, max_tokens=placement.max_tokens
         )
         copy_cache(self.cache, cache)
         return Session(self.model, self.tokenizer, cache, self.tokens.clone(), in_question=self.in_question)
@@ -142,8 +149,8 @@ class Session:
 
     @classmethod
     def load(
-        cls, folder: str | Path, model: Any, tokenizer: Any, group: Group = None, *, max_tokens: int | None = None,
-        **options: Any,
+        cls, folder: str | Path, model: Any, tokenizer: Any, group: Group | TwoLevel = None, *,
+        max_tokens: int | None = None, **options: Any,
     ) -> "Session":  # fmt: skip
         """Take up a saved session, on any number of ranks; arguments as in `open`.
 
