@@ -7,15 +7,15 @@ The rows are cut into slices, of which the i-th rank of each node holds the i-th
 3. inside: every holder sends its slice to all
 
 Each number is merged in the same order wherever it is merged, so all ranks get the same bits. Rows are what is cut, not
-heads: neither must divide, the last slice is filled up with empty rows.
+heads: neither must divide, the last slice is filled up.
 """
 
 from collections.abc import Mapping, Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.functional import pad
 
 from ..partial import Partial, empty, merge
 from .collectives import pack, unpack
@@ -47,13 +47,9 @@ def level_bytes(*, rows: int, head_dim: int, node_sizes: Sequence[int], itemsize
 
 
 def _cut(packed: Tensor, slices: int) -> Tensor:
-    """`[B, T, H, D_v + 1]` -> `[slices, rows of a slice, D_v + 1]`, filled up with `(0, -inf)`."""
+    """`[B, T, H, D_v + 1]` -> `[slices, rows of a slice, D_v + 1]`, filled up with rows that are never read."""
     flat = packed.flatten(0, 2)
-    missing = -len(flat) % slices
-    if missing:
-        nothing = empty((missing, packed.shape[-1] - 1), dtype=packed.dtype, device=packed.device)
-        flat = torch.cat([flat, pack(nothing)])
-    return flat.view(slices, -1, packed.shape[-1])
+    return pad(flat, (0, 0, 0, -len(flat) % slices)).view(slices, -1, packed.shape[-1])
 
 
 def _scatter(
