@@ -1,6 +1,7 @@
 """Inside the node, across, inside again: right, the same bits everywhere, and each level's bytes as stated."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -408,3 +409,33 @@ def test_on_several_hosts(ranks, nodes):
         if name.startswith("two_level"):  # one partial, and headers, acknowledgements, a share of the barriers
             assert partial_bytes < its["cross_host_bytes"] < 1.15 * partial_bytes
     assert record["contestants"]["all_gather"]["cross_host_bytes"] > 3 * partial_bytes
+
+
+def on_gpus(rank, size, meeting):
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=meeting, rank=rank, world_size=size)
+    half = size // 2
+    over, _ = dist.new_subgroups_by_enumeration([list(range(half)), list(range(half, size))])
+    topologies = [TwoLevel(nodes=half), TwoLevel(nodes=[range(1), range(1, size)])]
+    if half > 1:
+        topologies.append(TwoLevel(nodes=half, link=SymmetricLink(over, rows=64, head_dim=16)))
+    for shape in (SHAPE, (2, 1, 8, 16), (1, 1, 1, 4)):
+        parts = [random_partial(r, shape=shape, is_empty=r == 1) for r in range(size)]
+        exact = merge(stack([Partial(part.out.double(), part.lse.double()) for part in parts]))
+        for topology in topologies:
+            result = tree_reduce(Partial(parts[rank].out.cuda(), parts[rank].lse.cuda()), topology)
+            torch.testing.assert_close(result.out.double().cpu(), exact.out, atol=2e-6, rtol=0)
+            everywhere = [torch.empty_like(result.out) for _ in range(size)]
+            dist.all_gather(everywhere, result.out.contiguous())
+            assert all(torch.equal(out, everywhere[0]) for out in everywhere)
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4])
+def test_between_gpus(tmp_path, size):
+    """NCCL between pretended nodes; inside them NCCL, and with four GPUs a SymmetricLink, too."""
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} CUDA devices")
+    torch.multiprocessing.spawn(on_gpus, (size, f"file://{tmp_path}/meeting"), nprocs=size)
