@@ -20,8 +20,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..group import first_fault, gather_objects
 from ..hf import TreeCache
+from ..hf.tensor import sequence_axis, tensor_ranks
 
 WAYS = ("ours eager", "ours captured", "ours compiled", "stock eager", "stock compiled")
+SPLIT_WAYS = ("ours eager", "ours captured")  # of a model that is split over ranks
 WARM_UP_TOKENS = 8
 
 
@@ -29,9 +31,10 @@ WARM_UP_TOKENS = 8
 def measure(model: Any, contexts: list[int], ways: list[str], *, tokens: int) -> list[dict[str, Any]]:
     """A record for each context and way, the same on every rank.
 
-    model: with attn_implementation="tree_attention", on this rank's device. tpot_s: the median of `tokens` tokens, on
-    the slowest rank. bytes: what a token has to read on a rank, the weights but the embedding, and the rank's keys and
-    values. A way for which there is not enough memory has a note and no figures.
+    model: with attn_implementation="tree_attention", on this rank's device; if it is split over ranks, SPLIT_WAYS only.
+    tpot_s: the median of `tokens` tokens, on the slowest rank. bytes: what a token has to read on a rank, the weights
+    but the embedding, and the rank's keys and values. A way for which there is not enough memory has a note and no
+    figures.
     """
     records = []
     for context in contexts:
@@ -74,7 +77,7 @@ def _run(model: Any, cache: Any, context: int, tokens: int) -> dict[str, Any]:
         do_sample=False, eos_token_id=None, streamer=clock, **dict.fromkeys(("temperature", "top_p", "top_k")),
     )  # fmt: skip
     steps = [after - before for before, after in pairwise(clock.times_s)]
-    read = sum(weight.nbytes for weight in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    read = sum(map(_here_bytes, model.parameters())) - _here_bytes(model.get_input_embeddings().weight)
     peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else 0
     read += _held_bytes(cache, context)
     return {"tpot_s": statistics.median(steps[-tokens:]), "peak_bytes": peak, "bytes": read}
@@ -84,7 +87,8 @@ def _filled(model: Any, context: int, way: str, room: int) -> Any:
     """A cache that says it has read `context` tokens."""
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    first = torch.zeros((1, config.num_key_value_heads, 0, head_dim), dtype=model.dtype, device=model.device)
+    heads = config.num_key_value_heads // tensor_ranks(model.config)
+    first = torch.zeros((1, heads, 0, head_dim), dtype=model.dtype, device=model.device)
     cache: Any
     if way == "stock eager":
         cache = DynamicCache(config=config)
@@ -98,7 +102,7 @@ def _filled(model: Any, context: int, way: str, room: int) -> Any:
             layer.values.normal_()
             layer.cumulative_length.fill_(context)
     else:
-        cache = TreeCache(model.config, max_tokens=room)
+        cache = TreeCache(model.config, sequence_axis(model), max_tokens=room)
         cache.step = way.removeprefix("ours ")
         for layer in cache.layers:
             layer.lazy_initialization(first, first)
@@ -111,6 +115,11 @@ def _filled(model: Any, context: int, way: str, room: int) -> Any:
 
 def _noise(like: Tensor, tokens: int) -> Tensor:
     return like.new_empty((*like.shape[:2], tokens, like.shape[3])).normal_()
+
+
+def _here_bytes(weight: Any) -> int:
+    """Of a weight, or of this rank's part of it."""
+    return (weight.to_local() if hasattr(weight, "to_local") else weight).nbytes
 
 
 def _held_bytes(cache: Any, context: int) -> int:

@@ -21,6 +21,9 @@ app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Option(help="Folder of a Hugging Face model, or its name on the hub.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one GPU a rank.")]
+Split = Annotated[
+    int, typer.Option(help="Ranks that share out weights and heads; the sequence is spread over NPROC / this many.")
+]
 Output = Annotated[Path | None, typer.Option(help="Append the records to this file, one JSON document a line.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
 
@@ -41,6 +44,7 @@ def generate(
         str, typer.Option(help="float32, bfloat16, float16; auto: float32 on the CPU, else bfloat16.")
     ] = "auto",
     device: Device = "auto",
+    tensor_parallel: Split = 1,
     block_tokens: Annotated[int, typer.Option(help="Neighbouring tokens that one rank keeps together.")] = 16,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens read in one forward pass, over all ranks.")] = 1024,
     extrapolate: Annotated[
@@ -65,8 +69,8 @@ def generate(
     request = Request(
         model=model, config=config, random_weights=random_weights, prompt=prompt, file=file,
         max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, plain=plain, sample=sample,
-        temperature=temperature, seed=seed, dtype=dtype, device=device, block_tokens=block_tokens,
-        chunk_tokens=chunk_tokens, extrapolate=extrapolate, verify=verify, as_json=as_json,
+        temperature=temperature, seed=seed, dtype=dtype, device=device, tensor_parallel=tensor_parallel,
+        block_tokens=block_tokens, chunk_tokens=chunk_tokens, extrapolate=extrapolate, verify=verify, as_json=as_json,
     )  # fmt: skip
     run(lambda: generate_on_ranks(request, nproc))
 
@@ -86,6 +90,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     dtype: Annotated[str, typer.Option(help="As in generate.")] = "auto",
     device: Device = "auto",
+    tensor_parallel: Split = 1,
     block_tokens: Annotated[int, typer.Option(help="Neighbouring tokens that one rank keeps together.")] = 16,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens read in one forward pass, over all ranks.")] = 1024,
     extrapolate: Annotated[bool, typer.Option(help="Go on where the model's trained positions end.")] = False,
@@ -95,8 +100,8 @@ def chat(
 
     request = chat_command.Request(
         model=model, file=file, load=load, save=save, max_tokens=max_tokens, max_new_tokens=max_new_tokens,
-        sample=sample, seed=seed, dtype=dtype, device=device, block_tokens=block_tokens, chunk_tokens=chunk_tokens,
-        extrapolate=extrapolate,
+        sample=sample, seed=seed, dtype=dtype, device=device, tensor_parallel=tensor_parallel,
+        block_tokens=block_tokens, chunk_tokens=chunk_tokens, extrapolate=extrapolate,
     )  # fmt: skip
     run(lambda: chat_command.chat_on_ranks(request, nproc))
 
@@ -158,13 +163,14 @@ def steps(
         str, typer.Option(help="All, or some with commas between them; an unknown one lists them.")
     ] = "all",
     tokens: Annotated[int, typer.Option(help="Tokens that count, after some that warm up.")] = 32,
+    tensor_parallel: Split = 1,
     device: Device = "auto",
     output: Output = None,
 ) -> None:
     """Time the decode step of a whole model as `generate` runs it, on caches filled with random numbers."""
     from . import bench_steps as steps_command
 
-    run(lambda: steps_command.bench_steps(config, nproc, contexts, ways, tokens, device, output))
+    run(lambda: steps_command.bench_steps(config, nproc, contexts, ways, tokens, tensor_parallel, device, output))
 
 
 @bench.command("prefill")

@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.steps import WAYS, measure
+from ..bench.steps import SPLIT_WAYS, WAYS, measure
 from ..errors import InputError
 from .bench import numbers
 from .bench_decode import PLAIN_MEMORY
@@ -22,28 +22,33 @@ from .launch import run_on_ranks
 
 
 def bench_steps(
-    config: Path, nproc: int, contexts: str, ways: str, tokens: int, device: str, output: Path | None
-) -> int:
+    config: Path, nproc: int, contexts: str, ways: str, tokens: int, tensor_parallel: int, device: str,
+    output: Path | None,
+) -> int:  # fmt: skip
     """Measure on `nproc` ranks, print a table and one JSON document; returns the exit code."""
-    lengths, chosen = sorted(numbers("contexts", contexts)), list(WAYS) if ways == "all" else ways.split(",")
+    possible = list(WAYS) if tensor_parallel == 1 else [way for way in WAYS if way in SPLIT_WAYS]
+    lengths, chosen = sorted(numbers("contexts", contexts)), possible if ways == "all" else ways.split(",")
     if not config.is_file():
         raise InputError(f"config must be a model's config.json, got {config}")
     if lengths[0] < 1 or nproc < 1 or tokens < 1:
         raise InputError(f"contexts, nproc and tokens must be at least 1, got {contexts}, {nproc} and {tokens}")
-    unknown = [way for way in chosen if way not in WAYS]
+    unknown = [way for way in chosen if way not in possible]
     if unknown:
-        raise InputError(f"ways must be all or some of {', '.join(WAYS)}, got {', '.join(unknown)!r}")
+        split = " with tensor-parallel" if tensor_parallel != 1 else ""
+        raise InputError(f"ways must be all or some of {', '.join(possible)}{split}, got {', '.join(unknown)!r}")
     os.environ.update(PLAIN_MEMORY)  # inherited by the ranks
-    return run_on_ranks(_on_rank, nproc, device, str(config), lengths, chosen, tokens, output)
+    return run_on_ranks(_on_rank, nproc, device, str(config), lengths, chosen, tokens, tensor_parallel, output)
 
 
 def _on_rank(
-    config: str, lengths: list[int], ways: list[str], tokens: int, output: Path | None, device: torch.device
-) -> None:
+    config: str, lengths: list[int], ways: list[str], tokens: int, tensor_parallel: int, output: Path | None,
+    device: torch.device,
+) -> None:  # fmt: skip
     """Each context is printed and kept as soon as it is done."""
     transformers.logging.set_verbosity_error()
-    model, speaks = load_model(config, "auto", device, random=True), dist.get_rank() == 0
-    surroundings = surroundings_of(config, model, device) | {"tokens": tokens}
+    model = load_model(config, "auto", device, random=True, tensor_parallel=tensor_parallel)
+    speaks = dist.get_rank() == 0
+    surroundings = surroundings_of(config, model, device) | {"tokens": tokens, "tensor_parallel": tensor_parallel}
     records: list[dict[str, Any]] = []
     for length in lengths:
         of_length = measure(model, [length], ways, tokens=tokens)

@@ -39,6 +39,7 @@ class Request:
     seed: int
     dtype: str
     device: str
+    tensor_parallel: int
     block_tokens: int
     chunk_tokens: int
     extrapolate: bool
@@ -71,7 +72,8 @@ def _on_rank(request: Request, document: str, lines: Any, device: torch.device) 
     transformers.logging.disable_progress_bar()
     first = dist.get_rank() == 0
     talk = dist.new_group(backend="gloo", timeout=PATIENCE)
-    model, tokenizer = load_model(request.model, request.dtype, device), AutoTokenizer.from_pretrained(request.model)
+    model = load_model(request.model, request.dtype, device, tensor_parallel=request.tensor_parallel)
+    tokenizer = AutoTokenizer.from_pretrained(request.model)
     session = _session(request, model, tokenizer, document, device)
     if document:
         with reading_bar(len(tokenizer(document).input_ids), shown=first) as on_progress:

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, DynamicCache, TextStreamer
 from ..errors import InputError
 from ..group import gather_objects
 from ..hf import TreeCache, can_prefill, prefill
+from ..hf.tensor import sequence_axis
 from .inputs import (
     check_options,
     check_positions,
@@ -48,6 +49,7 @@ class Request:
     seed: int
     dtype: str
     device: str
+    tensor_parallel: int
     block_tokens: int
     chunk_tokens: int
     extrapolate: bool
@@ -63,6 +65,10 @@ def generate_on_ranks(request: Request, nproc: int | None) -> int:
             raise InputError("random-weights needs --config FILE, a model's config.json, and --max-prompt-tokens")
         if request.model is not None or request.file is not None or request.prompt:
             raise InputError("random-weights reads random tokens: leave out --model, --prompt and --file")
+        if request.verify and request.tensor_parallel != 1:
+            raise InputError(
+                "verify cannot draw the random weights of tensor-parallel ranks again: leave one of them out"
+            )
     elif request.model is None or not request.prompt or request.config is not None:
         raise InputError("give --model and --prompt, or --random-weights with --config and --max-prompt-tokens")
     check_options(
@@ -77,23 +83,28 @@ def _on_rank(request: Request, document: str, device: torch.device) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rank, size = dist.get_rank(), dist.get_world_size()
-    model = load_model(request.model or str(request.config), request.dtype, device, random=request.random_weights)
+    model = load_model(
+        request.model or str(request.config), request.dtype, device, random=request.random_weights,
+        tensor_parallel=request.tensor_parallel,
+    )  # fmt: skip
     if request.model is None:
         tokenizer, input_ids = None, random_ids(model.config, request.max_prompt_tokens or 1, request.seed)
     else:
         tokenizer = AutoTokenizer.from_pretrained(request.model)
-        how: dict[str, Any] = {"plain": request.plain, "limit": request.max_prompt_tokens}
-        input_ids = prompt_ids(tokenizer, document, request.prompt, **how)
+        limit = request.max_prompt_tokens
+        input_ids = prompt_ids(tokenizer, document, request.prompt, plain=request.plain, limit=limit)
     if not request.extrapolate:
         check_positions(model.config, input_ids.shape[1], request.max_new_tokens)
     input_ids = input_ids.to(device)
-    if size > -(-input_ids.shape[1] // request.block_tokens):
+    sharing = size // request.tensor_parallel
+    if sharing > -(-input_ids.shape[1] // request.block_tokens):
         raise InputError(
-            f"nproc must be at most the prompt's blocks, got {size} ranks for {input_ids.shape[1]} tokens in blocks "
+            f"nproc must be at most the prompt's blocks, got {sharing} ranks for {input_ids.shape[1]} tokens in blocks "
             f"of {request.block_tokens}: start fewer ranks, or lower block-tokens"
         )
     tokens, on_cuda = input_ids.shape[1] + request.max_new_tokens, device.type == "cuda"
-    cache = TreeCache(model.config, block_tokens=request.block_tokens, max_tokens=tokens if on_cuda else None)
+    how: dict[str, Any] = {"block_tokens": request.block_tokens, "max_tokens": tokens if on_cuda else None}
+    cache = TreeCache(model.config, sequence_axis(model), **how)
     cache.reserve(tokens)
     dist.barrier()
     run = _generate(request, model, tokenizer, input_ids, cache)
@@ -103,6 +114,9 @@ def _on_rank(request: Request, document: str, device: torch.device) -> int:
         return 0
     if request.verify:
         torch.set_num_threads(os.cpu_count() or 1)
+        if request.tensor_parallel != 1:  # this rank has a part of the weights
+            model = cache = None
+            model = load_model(str(request.model), request.dtype, device)
         figures["verify"] = _verify(request, model, tokenizer, input_ids, run.tokens)
     _report(figures)
     if request.as_json:
@@ -186,8 +200,9 @@ def _figures(
     dist.all_reduce(times, dist.ReduceOp.MAX)
     return {
         "model": request.model or str(request.config), "random_weights": request.random_weights,
-        "ranks": size, "device": str(device.type), "prompt_tokens": prompt_tokens,
-        "new_tokens": len(run.tokens), "ttft_s": float(times[0]), "tpot_s": float(times[1]) if steps else None,
+        "ranks": size, "tensor_parallel": request.tensor_parallel, "device": str(device.type),
+        "prompt_tokens": prompt_tokens, "new_tokens": len(run.tokens),
+        "ttft_s": float(times[0]), "tpot_s": float(times[1]) if steps else None,
         "kv_bytes_per_rank": gather_objects(cache.kv_bytes, dist.group.WORLD),
         "received_bytes_per_token": (run.received_bytes[-1] - run.received_bytes[0]) / steps if steps else None,
         "tokens": run.tokens,
@@ -213,8 +228,9 @@ def _report(figures: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     megabytes = ", ".join(f"{b / 1e6:.1f}" for b in figures["kv_bytes_per_rank"])
     tpot, received = figures["tpot_s"], figures["received_bytes_per_token"]
+    split = f", heads and weights over {figures['tensor_parallel']} of them" if figures["tensor_parallel"] > 1 else ""
     rows = {
-        "read": f"{figures['prompt_tokens']} tokens on {figures['ranks']} ranks ({figures['device']})",
+        "read": f"{figures['prompt_tokens']} tokens on {figures['ranks']} ranks ({figures['device']}){split}",
         "first token": f"{figures['ttft_s']:.2f} s",
         "wrote": f"{figures['new_tokens']} tokens" + (f", {1e3 * tpot:.1f} ms each" if tpot else ""),
         "KV cache": f"{megabytes} MB a rank",

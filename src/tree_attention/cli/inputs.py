@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..errors import InputError
+from ..errors import InputError, TreeAttentionError
+from ..hf import load_tensor_parallel
+from ..hf.tensor import AXES, check_tensor_parallel
 
 
 def check_options(model: str | None, dtype: str, **tokens: int) -> None:
@@ -38,20 +42,41 @@ def check_model_folder(model: str) -> None:
         raise InputError(f"model folder {model} has no tokenizer (tokenizer.json): save it there with save_pretrained")
 
 
-def load_model(model: str, dtype: str, device: torch.device, *, random: bool = False) -> Any:
-    """A folder, a name on the hub or, with random weights, a config.json; auto is float32 on the CPU, else bfloat16."""
+def load_model(model: str, dtype: str, device: torch.device, *, random: bool = False, tensor_parallel: int = 1) -> Any:
+    """A folder, a name on the hub or, with random weights, a config.json; auto is float32 on the CPU, else bfloat16.
+
+    tensor_parallel: ranks that the weights are split over, neighbours; the others are for the sequence.
+    """
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     how: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "tree_attention"}
     try:
+        if tensor_parallel != 1:
+            config = AutoConfig.from_pretrained(model)
+            mesh = _mesh(config, tensor_parallel, device)
+            return load_tensor_parallel(config if random else model, mesh, **how)
         if random:
             torch.manual_seed(0)  # the same weights on every rank
             with device:
                 return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), **how).eval()
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, **how)
+    except TreeAttentionError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"model {model} cannot be loaded: {error}") from None
     return loaded.to(device).eval()
+
+
+def _mesh(config: Any, tensor_parallel: int, device: torch.device) -> DeviceMesh:
+    """All ranks, on two axes."""
+    check_tensor_parallel(config, tensor_parallel)
+    ranks = dist.get_world_size()
+    if ranks % tensor_parallel:
+        raise InputError(
+            f"nproc is the ranks of the sequence times those of tensor-parallel, got {ranks} and {tensor_parallel}: "
+            f"start a multiple of {tensor_parallel}"
+        )
+    return init_device_mesh(device.type, (ranks // tensor_parallel, tensor_parallel), mesh_dim_names=AXES)
 
 
 @contextlib.contextmanager

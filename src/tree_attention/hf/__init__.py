@@ -12,7 +12,8 @@ and, for a long prompt, each rank computing only its share of it:
 
 attention.py is what transformers calls in each layer, mask.py its mask; cache.py the cache, layers.py its layers,
 placement.py its ranks; chunk.py the attention of a chunk whose queries are spread too; prefill.py and generation.py the
-two steps above; cursor.py and step.py the decode step of a static cache; session.py a conversation, save.py its folder.
+two steps above; cursor.py and step.py the decode step of a static cache; session.py a conversation, save.py its folder;
+tensor.py tensor parallelism beside it.
 """
 
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -23,8 +24,9 @@ from .generation import install_generation_hook
 from .mask import lazy_mask
 from .prefill import can_prefill, prefill
 from .session import Session
+from .tensor import load_tensor_parallel
 
-__all__ = ["Session", "TreeCache", "can_prefill", "prefill"]
+__all__ = ["Session", "TreeCache", "can_prefill", "load_tensor_parallel", "prefill"]
 
 AttentionInterface.register("tree_attention", tree_attention_forward)
 AttentionMaskInterface.register("tree_attention", lazy_mask)

@@ -21,6 +21,7 @@ from ..reduce import TwoLevel
 from .cursor import Cursor
 from .layers import ReplicatedWindowLayer, ShardedLayer
 from .placement import Placement
+from .tensor import tensor_ranks
 
 BLOCK_TOKENS = 16
 
@@ -35,7 +36,7 @@ class TreeCache(Cache):
     Args:
         config: the model's; decides which layers are sharded (full attention), and which stay whole on every rank.
         group: the ranks that share the sequence: a process group, a 1-D DeviceMesh, None for all, or a TwoLevel over
-            several hosts.
+            several hosts. Of a model that is split over ranks (tensor.py), those with the same heads: `mesh["sequence"]`.
         block_tokens: neighbouring tokens that one rank keeps together.
         max_tokens: makes it static: room for that many tokens over all ranks, allocated once. `generate` then runs one
             CUDA graph a token (step.py). Without it buffers grow, and every step is launched kernel by kernel.
@@ -43,8 +44,8 @@ class TreeCache(Cache):
     All ranks of the group must make it together: they compare configuration and choices once, here.
 
     Raises:
-        InputError: `block_tokens` or `max_tokens` below 1, a group this rank is not in; later, a token more than
-            `max_tokens`.
+        InputError: `block_tokens` or `max_tokens` below 1, a group this rank is not in, no group for a model that is
+            split over ranks; later, a token more than `max_tokens`.
         RanksDisagree: on every rank, if config, block_tokens or max_tokens differ between ranks.
     """
 
@@ -58,6 +59,11 @@ class TreeCache(Cache):
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
+        if group is None and tensor_ranks(config) > 1:
+            raise InputError(
+                f"the model is split over {tensor_ranks(config)} ranks: say which ranks hold the same heads, "
+                "TreeCache(model.config, mesh['sequence'])"
+            )
         text_config = config.get_text_config(decoder=True)
         self.config = text_config
         self.placement = Placement(group, block_tokens, max_tokens)

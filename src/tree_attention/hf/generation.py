@@ -17,6 +17,7 @@ from ..errors import Unsupported
 from ..group import resolve_group
 from .cache import TreeCache
 from .step import install_step
+from .tensor import check_axes, sequence_axis, tensor_group
 
 # whether prefill_chunk_size feeds the whole text to a filled cache
 FEEDS_AGAIN = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
@@ -49,15 +50,18 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -
         )
     cache = model_kwargs.get("past_key_values")
     if cache is None and generation_config.use_cache is not False:
-        cache = model_kwargs["past_key_values"] = TreeCache(model.config)
+        cache = model_kwargs["past_key_values"] = TreeCache(model.config, sequence_axis(model))
+    if isinstance(cache, TreeCache):
+        check_axes(model, cache.placement.group)
     if isinstance(cache, TreeCache) and cache.placement.max_tokens is not None:
         cache.placement.check_room(generation_config.max_length - 1)  # the last token is not fed
         if generation_config.disable_compile:
             cache.step = "eager"
         install_step(model)
-    group = cache.placement.group if isinstance(cache, TreeCache) else resolve_group()
-    if generation_config.do_sample and group is not None:
-        share_random_state(group, model.device)
+    sequence = cache.placement.group if isinstance(cache, TreeCache) else resolve_group()
+    for group in (sequence, tensor_group(model)):
+        if generation_config.do_sample and group is not None:
+            share_random_state(group, model.device)
     if (
         FEEDS_AGAIN
         and generation_config.prefill_chunk_size is not None

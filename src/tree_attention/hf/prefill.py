@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from ..errors import InputError, Unsupported
 from .cache import TreeCache
 from .layers import ReplicatedWindowLayer, ShardedLayer
+from .tensor import check_axes
 
 CHUNK_TOKENS = 4096
 
@@ -87,6 +88,7 @@ def _check(model: Any, input_ids: Tensor, cache: Cache, chunk_tokens: int) -> No
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
     if implementation != "tree_attention":
         raise InputError(f"model must be loaded with attn_implementation='tree_attention', got {implementation!r}")
+    check_axes(model, cache.placement.group)
     if chunk_tokens < 1:
         raise InputError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     if input_ids.ndim != 2 or input_ids.shape[1] <= cache.get_seq_length():

@@ -3,6 +3,7 @@
     FOLDER/current.json                         what the save is, and the SHA-256 of each of its files
     FOLDER/<name>/layer-7-rank-0.safetensors    keys and values of rank 0's slots
     FOLDER/<name>/layer-8.safetensors           a layer that is whole on every rank: a window, a linear state
+    ... -tensor-1.safetensors                   either, of a model split by tensor parallelism: the heads of its rank 1
 
 A save is a new sub-folder. current.json is replaced, in one step of the file system, when every rank has written its
 files and they are on the disk; whatever happens before, the last save is as it was. Older sub-folders go last. The
@@ -22,12 +23,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ..errors import InputError, TreeAttentionError
-from ..group import first_fault, gather_objects
+from ..group import gather_objects, rank_and_size
 from ..layout import Layout
 from .cache import TreeCache
 from .layers import ReplicatedWindowLayer, ShardedLayer
+from .tensor import tensor_group
 
 VERSION = 1
 CURRENT = "current.json"
@@ -35,7 +38,10 @@ SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """What a save must agree in with the model that reads it: the shape, the dtype, and a digest of some weights."""
+    """What a save must agree in with the model that reads it: the shape, the dtype, and a digest of some weights.
+
+    Of a model that is split over ranks (all call together), the first one's weights.
+    """
     config = model.config.get_text_config(decoder=True)
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
@@ -43,45 +49,50 @@ def describe(model: Any) -> dict[str, Any]:
         here = weight.to_local() if hasattr(weight, "to_local") else weight
         digest.update(here.detach().flatten()[:8].float().cpu().numpy().tobytes())
     shape = {name: getattr(config, name, None) for name in SHAPE}
-    return shape | {"dtype": str(model.dtype).removeprefix("torch."), "weights": digest.hexdigest()}
+    [weights] = _from_first([digest.hexdigest()], [tensor_group(model)])
+    return shape | {"dtype": str(model.dtype).removeprefix("torch."), "weights": weights}
 
 
-def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any]) -> None:
+def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor: ProcessGroup | None = None) -> None:
     """Write what the cache holds, and `about`, JSON values that `load_cache` gives back; all ranks together.
+
+    tensor: the ranks that the model is split over, each with its heads; None if it is whole.
 
     Raises TreeAttentionError on every rank if one of them could not write; the folder's last save stays.
     """
-    placement = cache.placement
-    first = placement.rank == 0
-    [name] = _from_first([uuid.uuid4().hex], placement.group)
+    placement, groups = cache.placement, [cache.placement.group, tensor]
+    tensor_rank, tensor_ranks = rank_and_size(tensor)
+    first = placement.rank == 0 and tensor_rank == 0
+    [name] = _from_first([uuid.uuid4().hex], groups)
     here, digests, states = folder / name, {}, {}
     fault = _make_folder(here) if first else None
-    _vote(fault, placement.group)
+    _vote(fault, groups)
     try:
         for index, layer in enumerate(cache.layers):
             tensors, states[str(index)] = _state_of(layer)
             if isinstance(layer, ShardedLayer):
-                file = f"layer-{index}-rank-{placement.rank}.safetensors"
-            elif tensors and first:
-                file = f"layer-{index}.safetensors"
+                file = _file(index, placement.rank, tensor)
+            elif tensors and placement.rank == 0:
+                file = _file(index, None, tensor)
             else:
                 continue
             digests[file] = _write(here / file, save({key: t.contiguous().cpu() for key, t in tensors.items()}))
     except OSError as error:
         fault = f"rank {placement.rank} cannot write to {folder}: {error.strerror or error}"
-    gathered = gather_objects((fault, digests), placement.group)
+    gathered = _gathered((fault, digests), groups)
     fault = next((said for said, _ in gathered if said), None)
     if fault is None and first:
         manifest = {
             "version": VERSION, "name": name, "about": about, "tokens": cache.get_seq_length(),
             "world_size": placement.layout.world_size, "block": placement.layout.block, "states": states,
+            "tensor_ranks": tensor_ranks,
             "files": {file: digest for _, its in gathered for file, digest in its.items()},
         }  # fmt: skip
         try:
             _replace_manifest(folder, manifest)
         except OSError as error:
             fault = f"rank 0 cannot write to {folder}: {error.strerror or error}"
-    [fault] = _from_first([fault], placement.group)
+    [fault] = _from_first([fault], groups)
     if first:
         old = [here] if fault else [path for path in folder.iterdir() if path.is_dir() and path.name != name]
         for path in old:
@@ -106,8 +117,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_cache(cache: TreeCache, folder: Path, manifest: dict[str, Any], device: torch.device) -> None:
-    """Fill a new cache, of any number of ranks and block size; all ranks together.
+def load_cache(
+    cache: TreeCache, folder: Path, manifest: dict[str, Any], device: torch.device, *,
+    tensor: ProcessGroup | None = None,
+) -> None:  # fmt: skip
+    """Fill a new cache, of any number of ranks and block size; all ranks together. tensor: as when it was saved.
 
     Raises InputError if it has no room, TreeAttentionError on every rank if a file is missing or was changed.
     """
@@ -116,11 +130,11 @@ def load_cache(cache: TreeCache, folder: Path, manifest: dict[str, Any], device:
     fault = None
     try:
         for index, layer in enumerate(cache.layers):
-            _fill(layer, index, folder / manifest["name"], manifest, device)
+            _fill(layer, index, folder / manifest["name"], manifest, device, tensor)
     except (OSError, SafetensorError, InputError) as error:
         fault = f"rank {placement.rank}: {error}"
     placement.moved = True
-    _vote(fault, placement.group)
+    _vote(fault, [placement.group, tensor])
 
 
 def copy_cache(source: TreeCache, target: TreeCache) -> None:
@@ -138,17 +152,19 @@ def copy_cache(source: TreeCache, target: TreeCache) -> None:
     target.placement.moved = True
 
 
-def _fill(layer: Any, index: int, here: Path, manifest: dict[str, Any], device: torch.device) -> None:
+def _fill(
+    layer: Any, index: int, here: Path, manifest: dict[str, Any], device: torch.device, tensor: ProcessGroup | None
+) -> None:
     files, length = manifest["files"], manifest["tokens"]
     if not isinstance(layer, ShardedLayer):
-        file, state = f"layer-{index}.safetensors", manifest["states"][str(index)]
+        file, state = _file(index, None, tensor), manifest["states"][str(index)]
         tensors = _read(here / file, files[file]) if file in files else {}
         _set_state(layer, {name: tensor.to(device) for name, tensor in tensors.items()}, state)
         return
     saved, mine, rank = Layout(manifest["world_size"], manifest["block"]), layer.placement.layout, layer.placement.rank
     layer.length, layer.fed = length, 0
     for other in [rank] if saved == mine else range(saved.world_size):
-        file = f"layer-{index}-rank-{other}.safetensors"
+        file = _file(index, other, tensor)
         tensors = _read(here / file, files[file])
         if not tensors:  # saved before anything was read
             continue
@@ -203,6 +219,13 @@ def _set_state(layer: Any, tensors: dict[str, Tensor], plain: dict[str, Any]) ->
         layer.dtype, layer.device = tensor.dtype, tensor.device
 
 
+def _file(index: int, rank: int | None, tensor: ProcessGroup | None) -> str:
+    """The name for a layer's shard of a rank, or for a whole layer."""
+    of_rank = "" if rank is None else f"-rank-{rank}"
+    of_heads = "" if tensor is None else f"-tensor-{tensor.rank()}"
+    return f"layer-{index}{of_rank}{of_heads}.safetensors"
+
+
 def _make_folder(folder: Path) -> str | None:
     """Or why not."""
     try:
@@ -247,14 +270,24 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _from_first(values: list[Any], group: Any) -> list[Any]:
-    if group is not None:
-        dist.broadcast_object_list(values, group=group, group_src=0)
+def _from_first(values: list[Any], groups: list[ProcessGroup | None]) -> list[Any]:
+    """Of the first rank on both axes: along the sequence, then along the heads."""
+    for group in groups:
+        if group is not None:
+            dist.broadcast_object_list(values, group=group, group_src=0)
     return values
 
 
-def _vote(fault: str | None, group: Any) -> None:
+def _gathered(mine: Any, groups: list[ProcessGroup | None]) -> list[Any]:
+    """Of all ranks of both axes, the same list on each."""
+    found = [mine]
+    for group in groups:
+        found = [each for one in gather_objects(found, group) for each in one]
+    return found
+
+
+def _vote(fault: str | None, groups: list[ProcessGroup | None]) -> None:
     """Raise on every rank what one of them found."""
-    found = first_fault(fault, group)
+    found = next((said for said in _gathered(fault, groups) if said), None)
     if found:
         raise TreeAttentionError(found)

@@ -18,6 +18,7 @@ from .generation import FEEDS_AGAIN
 from .layers import ReplicatedWindowLayer, ShardedLayer
 from .prefill import CHUNK_TOKENS, can_prefill, prefill
 from .save import copy_cache, describe, load_cache, read_manifest, save_cache
+from .tensor import sequence_axis, tensor_group, tensor_ranks
 
 MARKS = ("\x02a\x03", "\x02b\x03", "\x02c\x03")  # stand for messages while the chat template is taken apart
 
@@ -57,8 +58,9 @@ class Session:
         Args:
             model: loaded with attn_implementation="tree_attention", on this rank's device.
             tokenizer: the model's.
-            group, max_tokens, options: of the TreeCache.
+            group, max_tokens, options: of the TreeCache; no group: the sequence axis of `load_tensor_parallel`, or all.
         """
+        group = sequence_axis(model) if group is None else group
         cache = TreeCache(model.config, group, max_tokens=max_tokens, **options)
         nothing = torch.empty((1, 0), dtype=torch.long, device=model.device)
         return cls(model, tokenizer, cache, nothing, in_question=False)
@@ -145,7 +147,7 @@ class Session:
     def save(self, folder: str | Path) -> None:
         """Write everything to a folder that all ranks see; what `load` needs besides is the model. See save.py."""
         about = {"model": describe(self.model), "tokens": self.tokens[0].tolist(), "in_question": self.in_question}
-        save_cache(self.cache, Path(folder), about)
+        save_cache(self.cache, Path(folder), about, tensor=tensor_group(self.model))
 
     @classmethod
     def load(
@@ -154,9 +156,16 @@ class Session:
     ) -> "Session":  # fmt: skip
         """Take up a saved session, on any number of ranks; arguments as in `open`.
 
-        Raises InputError: no save there, one that was damaged, or of another model, dtype or version.
+        Raises InputError: no save there, one that was damaged, or of another model, dtype or version, or split over
+        another number of ranks by tensor parallelism.
         """
         manifest = read_manifest(Path(folder))
+        split, here = manifest.get("tensor_ranks", 1), tensor_ranks(model.config)
+        if split != here:
+            raise InputError(
+                f"the save in {folder} is of a model split over {split} ranks by tensor parallelism, and holds their "
+                f"heads apart; this one is split over {here}: load the model over {split}"
+            )
         about, here = manifest["about"], describe(model)
         other = [
             f"{name} {about['model'].get(name)}, not {value}"
@@ -165,8 +174,9 @@ class Session:
         ]
         if other:
             raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
+        group = sequence_axis(model) if group is None else group
         cache = TreeCache(model.config, group, max_tokens=max_tokens, **options)
-        load_cache(cache, Path(folder), manifest, model.device)
+        load_cache(cache, Path(folder), manifest, model.device, tensor=tensor_group(model))
         tokens = torch.tensor([about["tokens"]], dtype=torch.long, device=model.device)
         return cls(model, tokenizer, cache, tokens, in_question=about["in_question"])
 

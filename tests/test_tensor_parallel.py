@@ -1,0 +1,261 @@
+"""A mesh of sequence x tensor: one process's tokens and equal bits on every rank, each with its part of the weights."""
+
+import functools
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from architectures import ARCHITECTURES, BLOCK, GREEDY, NEW_TOKENS, TOKENS, one_process, prompt, readings, tiny
+from test_session import TEXT, ask, tokenizer
+from tree_attention import InputError, TreeAttentionError, Unsupported
+from tree_attention.hf import Session, TreeCache, load_tensor_parallel, prefill
+from tree_attention.hf.tensor import AXES, check_tensor_parallel
+
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+TOLERANCE = 2e-5  # as in test_hf.py
+PLANNED = [name for name in ARCHITECTURES if name != "gpt_oss"]  # for which transformers has no plan
+
+one_process = functools.cache(one_process)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """`folder(name)`: where the tiny model of an architecture lies."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = str(tmp_path_factory.mktemp(name))
+            tiny(name, "eager").save_pretrained(made[name])
+        return made[name]
+
+    return of
+
+
+def mesh_of(sequence, tensor):
+    """Of this rank; meshes of fewer than the pool's 4 ranks lie side by side."""
+    copies = 4 // (sequence * tensor)
+    return init_device_mesh("cpu", (copies, sequence, tensor), mesh_dim_names=("copy", *AXES))[AXES]
+
+
+def here(weight):
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+def assert_like_one_process(results, tokens, logits):
+    for its_tokens, its_logits in results:
+        assert torch.equal(its_tokens, tokens)
+        assert torch.equal(its_logits, results[0][1])
+    assert (results[0][1] - logits).abs().max() <= TOLERANCE * logits.abs().max()
+
+
+def written(model, mesh, padded, reading, static, step="captured"):
+    ids, mask = prompt(padded)
+    cache = TreeCache(
+        model.config, mesh["sequence"], block_tokens=BLOCK, max_tokens=TOKENS + NEW_TOKENS - 1 if static else None
+    )
+    cache.step = step
+    how = {"prefill_chunk_size": 16} if reading == "chunked" else {}
+    if reading == "parallel":
+        prefill(model, ids, cache, attention_mask=mask if padded else None, chunk_tokens=24)
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **how, **GREEDY)
+    assert bool(cache.steps) == static
+    return out.sequences, torch.stack(out.logits)
+
+
+def on_a_mesh(group, folder, shape, cases):
+    mesh = mesh_of(*shape)
+    model = load_tensor_parallel(folder, mesh)
+    return {case: written(model, mesh, *case) for case in cases}
+
+
+def assert_cases(results, name, cases):
+    for case in cases:
+        assert_like_one_process([result[case] for result in results], *one_process(name, case[0]))
+
+
+def test_llama_on_two_by_two_ranks(pool, folder):
+    cases = [(False, "parallel", False), (True, "replicated", True)]
+    assert_cases(pool.run(on_a_mesh, folder("llama"), (2, 2), cases), "llama", cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize("name", PLANNED)
+def test_every_architecture_with_a_plan(pool, folder, name, shape):
+    ways = readings(name) if shape == (2, 2) else ("replicated",)
+    cases = [(padded, way, static) for padded in (False, True) for way in ways for static in (False, True)]
+    assert_cases(pool.run(on_a_mesh, folder(name), shape, cases), name, cases)
+
+
+def parts(group, folder, shape, drawn):
+    """Of each weight its whole shape and this rank's part; heads in the cache; sums that tell weights apart."""
+    mesh = mesh_of(*shape)
+    model = load_tensor_parallel(AutoConfig.from_pretrained(folder) if drawn else folder, mesh)
+    cache = TreeCache(model.config, mesh["sequence"], block_tokens=BLOCK)
+    model.generate(prompt(False)[0], past_key_values=cache, max_new_tokens=2)
+    weights = {name: here(weight).detach().clone() for name, weight in model.named_parameters()}
+    assert not any(weight.is_meta or not weight.isfinite().all() for weight in weights.values())
+    return weights, [layer.keys.shape[1] for layer in cache.layers]
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_rank_has_its_part_of_the_weights_and_of_the_heads(pool, folder, drawn):
+    whole = dict(AutoModelForCausalLM.from_pretrained(folder("llama")).named_parameters())
+    results = pool.run(parts, folder("llama"), (2, 2), drawn)
+    whole_here = "model.embed_tokens.weight" if OLD else None
+    for rank, (weights, heads) in enumerate(results):
+        assert heads == [1] * 4
+        for name, weight in weights.items():
+            split = weight.ndim > 1 and name != whole_here
+            assert weight.numel() * (2 if split else 1) == whole[name].numel(), name
+            assert torch.equal(weight, results[rank % 2][0][name]), "the sequence's ranks have the same weights"
+    if not drawn:
+        for name in ("model.layers.0.self_attn.k_proj.weight", "lm_head.weight"):
+            assert torch.equal(torch.cat([results[0][0][name], results[1][0][name]]), whole[name])
+
+
+def drawn_tokens(group, folder, use_cache):
+    """Sampling with the automatic cache, each rank with a seed of its own."""
+    ids, mask = prompt(padded=True)
+    rank = group.rank() if group else 0
+    model = load_tensor_parallel(folder, mesh_of(2, 2)) if group else tiny("llama", "eager")
+    torch.manual_seed(100 + rank)
+    out = model.generate(ids, attention_mask=mask, **GREEDY | {"do_sample": True, "use_cache": use_cache})
+    if group and use_cache:
+        assert out.past_key_values.placement.group.size() == 2
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_no_seed_takes_ranks_apart(pool, folder, use_cache):
+    results = pool.run(drawn_tokens, folder("llama"), use_cache)
+    assert_like_one_process(results, *drawn_tokens(None, None, use_cache))
+
+
+def with_other_rounding(group, folder):
+    """The second half of the sequence axis adds in another order, as another group's all-reduce may."""
+    mesh = mesh_of(2, 2)
+    model = load_tensor_parallel(folder, mesh)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1 + 2e-7 * mesh.get_local_rank("sequence"))
+    plain = model.model(prompt(False)[0]).last_hidden_state.detach().sum()
+    return written(model, mesh, False, "replicated", False), plain
+
+
+def test_logits_have_the_same_bits_however_groups_add(pool, folder):
+    results = pool.run(with_other_rounding, folder("llama"))
+    assert len({float(plain) for _, plain in results}) > 1, "nothing to make equal"
+    assert_like_one_process([result[0] for result in results], *one_process("llama", False))
+
+
+def refused(group, folder):
+    """Texts of what is refused, on every rank alike."""
+    mesh, texts = mesh_of(2, 2), []
+    model = load_tensor_parallel(folder, mesh)
+    ids = prompt(False)[0]
+
+    def with_cache(group, call):
+        return lambda: call(TreeCache(model.config, group, block_tokens=BLOCK))
+
+    for call in (
+        lambda: TreeCache(model.config),
+        with_cache(mesh["tensor"], lambda cache: model.generate(ids, past_key_values=cache, max_new_tokens=2)),
+        with_cache(group, lambda cache: prefill(model, ids, cache)),
+        lambda: load_tensor_parallel(folder, init_device_mesh("cpu", (2, 2), mesh_dim_names=("tensor", "sequence"))),
+    ):
+        with pytest.raises(TreeAttentionError) as error:
+            call()
+        texts.append(str(error.value))
+    return texts
+
+
+def test_wrong_ranks_are_refused(pool, folder):
+    results = pool.run(refused, folder("llama"))
+    assert [texts[0] for texts in results] == [results[0][0]] * 4
+    for texts in results:
+        assert texts[0].startswith("the model is split over 2 ranks: say which ranks hold the same heads, ")
+        assert texts[1].startswith("the ranks of a cache must hold the same heads, but the model is split over [")
+        assert texts[2].startswith("the ranks of a cache must hold the same heads, but the model is split over [")
+        assert texts[3] == "mesh must have the axes ('sequence', 'tensor'), got ('tensor', 'sequence')"
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "error", "text"),
+    [
+        ("llama", 0, InputError, "needs at least 1 rank, got 0"),
+        ("llama", 4, InputError, "goes up to the KV heads, 2 here, got 4 ranks: .* use the other ranks for the seq"),
+        ("deepseek_v3", 3, InputError, "4 heads and 4 KV heads must divide by the tensor-parallel ranks, got 3"),
+        ("gpt_oss", 2, Unsupported, "has no tensor-parallel plan for gpt_oss: leave its weights whole"),
+    ],
+)
+def test_models_that_cannot_be_split(name, ranks, error, text):
+    with pytest.raises(error, match=text):
+        check_tensor_parallel(tiny(name, "eager").config, ranks)
+
+
+def talk(group, folder, shape, save, name="llama"):
+    """Two questions; between them the session is saved."""
+    model = load_tensor_parallel(folder, mesh_of(*shape)) if shape else tiny(name, "tree_attention")
+    session = Session.open(model, tokenizer(), block_tokens=BLOCK) if shape else Session.open(model, tokenizer(), group)
+    session.read(TEXT, chunk_tokens=64)
+    first = ask(session, "What is this?")
+    if save:
+        session.save(save)
+    return first, ask(session, "And now?")
+
+
+def goes_on(group, folder, shape, save):
+    model = load_tensor_parallel(folder, mesh_of(*shape))
+    try:
+        return ask(Session.load(save, model, tokenizer()), "And now?")
+    except InputError as error:
+        return str(error).replace(save, "SAVE")
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_a_save_is_taken_up_on_other_ranks_of_the_sequence(pool, folder, tmp_path, name):
+    save = str(tmp_path / "save")
+    expected = talk(None, None, None, None, name)
+    assert pool.run(talk, folder(name), (2, 2), save) == [expected] * 4
+    windows = sum(kind == "sliding_attention" for kind in getattr(tiny(name, "eager").config, "layer_types", []))
+    files = list(tmp_path.glob("save/*/layer-*-tensor-1.safetensors"))
+    assert len(files) == 2 * (4 - windows) + windows
+    for shape in ((2, 2), (1, 2)):
+        assert pool.run(goes_on, folder(name), shape, save) == [expected[1]] * 4
+    [text] = set(pool.run(goes_on, folder(name), (2, 1), save))
+    assert text == (
+        "the save in SAVE is of a model split over 2 ranks by tensor parallelism, and holds their heads apart; "
+        "this one is split over 1: load the model over 2"
+    )
+
+
+def half_a_disk(group, folder, save):
+    """The second save fails on one rank of the second half of the heads."""
+    from tree_attention.hf import save as saving
+
+    session = Session.open(load_tensor_parallel(folder, mesh_of(2, 2)), tokenizer(), block_tokens=BLOCK)
+    session.read(TEXT)
+    session.save(save)
+    kept = ask(session, "And now?")
+    write = mock.patch.object(saving, "_write", side_effect=OSError(28, "No space left on device"))
+    try:
+        if group.rank() == 3:
+            with write:
+                session.save(save)
+        else:
+            session.save(save)
+    except TreeAttentionError as error:
+        return str(error).replace(save, "SAVE"), kept
+
+
+def test_a_save_is_whole_over_both_axes_or_none(pool, folder, tmp_path):
+    save = str(tmp_path / "save")
+    results = pool.run(half_a_disk, folder("llama"), save)
+    text = "not saved, rank 1 cannot write to SAVE: No space left on device; a save that was there before is as it was"
+    assert results == [(text, results[0][1])] * 4
+    assert pool.run(goes_on, folder("llama"), (2, 2), save) == [results[0][1]] * 4
