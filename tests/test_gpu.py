@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig
 
 from architectures import GREEDY, one_process, prompt, tiny
 from test_chunk import of_a_rank as chunk_of_a_rank
@@ -21,7 +23,8 @@ from tree_attention import (
     tree_decode,
     tree_reduce,
 )
-from tree_attention.hf import TreeCache, prefill
+from tree_attention.hf import TreeCache, load_tensor_parallel, prefill
+from tree_attention.hf.tensor import AXES
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 
 pytestmark = [
@@ -164,6 +167,44 @@ def static(group, name, step):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_a_static_cache(tmp_path, name, step):
     run(static, tmp_path, name, step)
+
+
+def split(group, folder, name, step):
+    """Tensor parallelism alone: its all-reduces are in the graph. Otherwise as `static`."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    mesh = init_device_mesh("cuda", (1, 2), mesh_dim_names=AXES)
+    for padded in (False, True):
+        tokens, logits = one_process(name, padded)
+        ids, mask = (t.cuda() for t in prompt(padded))
+        of_dtype = []
+        for dtype, way in ((torch.float32, step), (torch.bfloat16, step), (torch.bfloat16, "eager")):
+            model = load_tensor_parallel(folder, mesh, dtype=dtype)
+            assert {weight.device for weight in model.parameters()} == {torch.device("cuda", group.rank())}
+            cache = TreeCache(model.config, mesh["sequence"], block_tokens=4, max_tokens=tokens.shape[1])
+            cache.step = way
+            out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+            got = torch.stack(out.logits)
+            assert same_on_all_ranks(got)
+            assert [kept.graph is not None for kept in cache.steps.values()] == [way != "eager"]
+            of_dtype.append((out.sequences.cpu(), got.cpu()))
+        assert torch.equal(of_dtype[0][0], tokens), (name, padded)
+        assert (of_dtype[0][1] - logits).abs().max() < 2e-4 * logits.abs().max()
+        if step == "captured":
+            assert torch.equal(of_dtype[1][1], of_dtype[2][1]), (name, padded)
+    drawn = load_tensor_parallel(AutoConfig.from_pretrained(folder), mesh, dtype=torch.bfloat16)
+    parts = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in drawn.parameters()]
+    assert all(part.is_cuda and part.isfinite().all() for part in parts)
+    assert sum(part.numel() for part in parts) < 0.7 * sum(weight.numel() for weight in tiny(name, "sdpa").parameters())
+    out = drawn.generate(ids, max_new_tokens=8, do_sample=True, eos_token_id=None)  # the cache that it makes itself
+    assert same_on_all_ranks(out)
+
+
+@pytest.mark.parametrize("step", ["captured", "compiled"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_tensor_parallel(tmp_path, name, step):
+    folder = str(tmp_path / "model")
+    tiny(name, "eager").save_pretrained(folder)
+    run(split, tmp_path, folder, name, step)
 
 
 def sample(group):

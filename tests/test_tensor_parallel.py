@@ -1,6 +1,10 @@
 """A mesh of sequence x tensor: one process's tokens and equal bits on every rank, each with its part of the weights."""
 
 import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from architectures import ARCHITECTURES, BLOCK, GREEDY, NEW_TOKENS, TOKENS, one_process, prompt, readings, tiny
 from test_session import TEXT, ask, tokenizer
+from test_smollm2 import smollm2
 from tree_attention import InputError, TreeAttentionError, Unsupported
+from tree_attention.cli.inputs import load_model
 from tree_attention.hf import Session, TreeCache, load_tensor_parallel, prefill
 from tree_attention.hf.tensor import AXES, check_tensor_parallel
 
@@ -31,6 +37,7 @@ def folder(tmp_path_factory):
         if name not in made:
             made[name] = str(tmp_path_factory.mktemp(name))
             tiny(name, "eager").save_pretrained(made[name])
+            tokenizer().save_pretrained(made[name])
         return made[name]
 
     return of
@@ -84,12 +91,27 @@ def test_llama_on_two_by_two_ranks(pool, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 2), (1, 2), (2, 1)])
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [*((name, (2, 2)) for name in PLANNED), *((name, (1, 2)) for name in PLANNED[::3]), ("llama", (2, 1))],
+)
 def test_every_architecture_with_a_plan(pool, folder, name, shape):
     ways = readings(name) if shape == (2, 2) else ("replicated",)
     cases = [(padded, way, static) for padded in (False, True) for way in ways for static in (False, True)]
     assert_cases(pool.run(on_a_mesh, folder(name), shape, cases), name, cases)
+
+
+def compiled_whole(group, folder):
+    compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    with mock.patch.object(torch, "compile", compiler):
+        mesh = mesh_of(1, 2)
+        return written(load_tensor_parallel(folder, mesh), mesh, True, "replicated", True, "compiled")
+
+
+@pytest.mark.slow
+def test_torch_compile_takes_a_step_whole(pool, folder):
+    """Its all-reduces, too, in one graph. (Over the sequence it does not on CPUs, whose link is Python.)"""
+    assert_like_one_process(pool.run(compiled_whole, folder("llama")), *one_process("llama", True))
 
 
 def parts(group, folder, shape, drawn):
@@ -259,3 +281,97 @@ def test_a_save_is_whole_over_both_axes_or_none(pool, folder, tmp_path):
     text = "not saved, rank 1 cannot write to SAVE: No space left on device; a save that was there before is as it was"
     assert results == [(text, results[0][1])] * 4
     assert pool.run(goes_on, folder("llama"), (2, 2), save) == [results[0][1]] * 4
+
+
+COMMAND = Path(sys.executable).with_name("tree-attention")
+
+
+def command(*arguments, lines=""):
+    arguments = [COMMAND, *map(str, arguments)]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False, input=lines)
+
+
+def last_json(ended):
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_generate_on_the_command_line(folder):
+    """Two by two ranks draw what one process draws with that seed."""
+    ended = command(
+        "generate", "--model", folder("llama"), "--prompt", "x" * 100, "--nproc", 4, "--tensor-parallel", 2, "--sample",
+        "--max-new-tokens", 8, "--device", "cpu", "--block-tokens", 4, "--verify", "--json",
+    )  # fmt: skip
+    figures = last_json(ended)
+    assert (figures["ranks"], figures["tensor_parallel"]) == (4, 2)
+    assert figures["verify"]["identical"]
+    of_token = 4 * 2 * 16 * 4  # layers, K and V, head dim, bytes; one of the 2 KV heads
+    for its_bytes in figures["kv_bytes_per_rank"]:
+        assert 48 <= its_bytes / of_token <= 56 + 64
+    assert "on 4 ranks (cpu), heads and weights over 2 of them" in ended.stderr
+
+
+@pytest.mark.slow
+def test_bench_steps_on_the_command_line(folder):
+    """Weights that are drawn; each rank reads its part of them, and one of two KV heads of all tokens."""
+    ended = command(
+        "bench", "steps", "--config", Path(folder("llama")) / "config.json", "--contexts", 64, "--tokens", 4,
+        "--nproc", 2, "--tensor-parallel", 2, "--device", "cpu",
+    )  # fmt: skip
+    found = last_json(ended)
+    assert (found["tensor_parallel"], [each["what"] for each in found["records"]]) == (
+        2,
+        ["ours eager", "ours captured"],
+    )
+    weights = dict(AutoModelForCausalLM.from_pretrained(folder("llama")).named_parameters())
+    norms = sum(weight.numel() for weight in weights.values() if weight.ndim == 1)
+    split = sum(weight.numel() for name, weight in weights.items() if weight.ndim > 1 and "embed" not in name)
+    for each in found["records"]:
+        assert each["bytes"] == (norms + split / 2 + 64 * 4 * 2 * 16) * 4
+
+
+@pytest.mark.slow
+def test_chat_on_the_command_line(folder, tmp_path):
+    arguments = ["chat", "--model", folder("llama"), "--max-new-tokens", 4, "--device", "cpu", "--nproc", 2]
+    document = tmp_path / "document.txt"
+    document.write_text(TEXT)
+    ended = command(
+        *arguments, "--tensor-parallel", 2, "--file", document, "--save", tmp_path / "save", lines="What is this?\n"
+    )
+    assert (ended.returncode, bool(ended.stdout.strip())) == (0, True), ended.stderr
+    ended = command(*arguments, "--load", tmp_path / "save")
+    assert ended.returncode == 2
+    assert "holds their heads apart; this one is split over 1: load the model over 2" in ended.stderr
+
+
+def refused_by_the_command_line(group, folder):
+    texts = []
+    for ranks in (0, 8):
+        with pytest.raises(TreeAttentionError) as error:
+            load_model(folder, "auto", torch.device("cpu"), tensor_parallel=ranks)
+        texts.append(str(error.value))
+    six = AutoConfig.for_model("llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
+    six.save_pretrained(f"{folder}/six-{group.rank()}")
+    with pytest.raises(TreeAttentionError) as error:
+        load_model(f"{folder}/six-{group.rank()}", "auto", torch.device("cpu"), random=True, tensor_parallel=3)
+    return [*texts, str(error.value)]
+
+
+def test_nproc_is_a_product(pool, folder):
+    for texts in pool.run(refused_by_the_command_line, folder("deepseek_v3")):
+        assert texts[0] == "tensor parallelism needs at least 1 rank, got 0"
+        assert texts[1].startswith("tensor parallelism goes up to the KV heads, 4 here, got 8 ranks")
+        assert texts[2] == (
+            "nproc is the ranks of the sequence times those of tensor-parallel, got 4 and 3: start a multiple of 3"
+        )
+
+
+@pytest.mark.model
+def test_smollm2_over_its_three_kv_heads():
+    """A third of its 9 heads on each rank; its word embedding is its head, too."""
+    ended = command(
+        "generate", "--model", smollm2.fetch(), "--prompt", smollm2.topics["assert"], "--nproc", 3,
+        "--tensor-parallel", 3, "--max-new-tokens", 40, "--device", "cpu", "--verify", "--json",
+    )  # fmt: skip
+    assert last_json(ended)["verify"]["identical"]

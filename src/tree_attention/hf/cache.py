@@ -36,7 +36,7 @@ class TreeCache(Cache):
     Args:
         config: the model's; decides which layers are sharded (full attention), and which stay whole on every rank.
         group: the ranks that share the sequence: a process group, a 1-D DeviceMesh, None for all, or a TwoLevel over
-            several hosts. Of a model that is split over ranks (tensor.py), those with the same heads: `mesh["sequence"]`.
+            several hosts. Of a model split over ranks (tensor.py), those with the same heads: `mesh["sequence"]`.
         block_tokens: neighbouring tokens that one rank keeps together.
         max_tokens: makes it static: room for that many tokens over all ranks, allocated once. `generate` then runs one
             CUDA graph a token (step.py). Without it buffers grow, and every step is launched kernel by kernel.
