@@ -10,6 +10,7 @@ the sequence axis. By itself transformers splits a model over all ranks there ar
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,8 @@ def load_tensor_parallel(model: str | PreTrainedConfig, mesh: DeviceMesh, **how:
 
     Args:
         model: a folder, a name on the hub, or a configuration: then weights are drawn at random, each rank its own part
-            on its device, after `torch.manual_seed(0)`. (On CPUs the parts of one weight are then alike.)
+            on its device, after `torch.manual_seed(0)`. They are others than one process would draw; on CPUs the parts
+            of one weight are alike.
         mesh: axes "sequence" and "tensor"; the current device is this rank's. With a tensor axis of 1 nothing is split.
         how: further arguments of `from_pretrained`, or of `from_config`: dtype, and so on.
 
@@ -161,7 +163,7 @@ def _drawn(config: PreTrainedConfig, tensor: DeviceMesh, device: torch.device, h
     """Split while it has no memory yet, so that no rank ever holds a whole weight of the plan."""
     model: Any
     with torch.device("meta"), no_tie_weights():
-        model = AutoModelForCausalLM.from_config(config, **how)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **how)
     if tensor.size() > 1:
         model = model.maybe_distribute_model(model, _config(tensor.size()), _as_transformers_wants(tensor))
     model.to_empty(device=device)
