@@ -169,10 +169,10 @@ def test_a_static_cache(tmp_path, name, step):
     run(static, tmp_path, name, step)
 
 
-def split(group, folder, name, step):
-    """Tensor parallelism alone: its all-reduces are in the graph. Otherwise as `static`."""
+def split(group, folder, name, step, sequence=1):
+    """Tensor parallelism, alone or beside the sequence: its all-reduces are in the graph. Otherwise as `static`."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    mesh = init_device_mesh("cuda", (1, 2), mesh_dim_names=AXES)
+    mesh = init_device_mesh("cuda", (sequence, 2), mesh_dim_names=AXES)
     for padded in (False, True):
         tokens, logits = one_process(name, padded)
         ids, mask = (t.cuda() for t in prompt(padded))
@@ -207,6 +207,13 @@ def test_tensor_parallel(tmp_path, name, step):
     folder = str(tmp_path / "model")
     tiny(name, "eager").save_pretrained(folder)
     run(split, tmp_path, folder, name, step)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
+def test_tensor_parallel_beside_the_sequence(tmp_path):
+    folder = str(tmp_path / "model")
+    tiny("llama", "eager").save_pretrained(folder)
+    mp.spawn(_rank, (4, f"file://{tmp_path}/meeting", split, (folder, "llama", "captured", 2)), nprocs=4)
 
 
 def sample(group):
