@@ -13,6 +13,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from ..group import Group, resolve_group
 AXES = ("sequence", "tensor")
 
 
-def load_tensor_parallel(model: str | PreTrainedConfig, mesh: DeviceMesh, **how: Any) -> Any:
+def load_tensor_parallel(model: str | Path | PreTrainedConfig, mesh: DeviceMesh, **how: Any) -> Any:
     """A causal language model with attn_implementation="tree_attention", split over the mesh's tensor axis.
 
     All ranks of the mesh load it together. A rank reads, and keeps on its device, its own part of each weight in the
@@ -49,12 +50,12 @@ def load_tensor_parallel(model: str | PreTrainedConfig, mesh: DeviceMesh, **how:
     """
     if mesh.mesh_dim_names != AXES:
         raise InputError(f"mesh must have the axes {AXES}, got {mesh.mesh_dim_names}")
-    drawn = not isinstance(model, str)
     ranks, tensor, how = mesh.size(1), mesh["tensor"], {"attn_implementation": "tree_attention"} | how
-    check_tensor_parallel(model if drawn else AutoConfig.from_pretrained(model), ranks)
+    config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
+    check_tensor_parallel(config, ranks)
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     loaded: Any
-    if drawn:
+    if isinstance(model, PreTrainedConfig):
         loaded = _drawn(model, tensor, device, how)
     elif ranks == 1:
         loaded = AutoModelForCausalLM.from_pretrained(model, **how)
