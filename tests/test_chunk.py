@@ -51,6 +51,13 @@ def test_a_chunk_spread_over_ranks(pool, passed, ranks, block, cycles, chunk_cyc
             assert received == (keys if passed == "kv" else queries) * (ranks - 1) / ranks
 
 
+def test_all_ranks_draw_the_same_inputs():
+    """Also where several queries point the same key; with threads that share it out they would not."""
+    shape = {"B": 1, "T": 1024, "S": 1024, "H": 8, "H_kv": 1, "D": 64}
+    first, again = peaked_inputs(**shape), peaked_inputs(**shape)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
 def test_merge_rows_is_merge():
     """Where no part has a key, too."""
     out, lse = torch.randn(3, 2, 5, 4, 8), torch.randn(3, 2, 5, 4) * 9

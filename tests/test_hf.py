@@ -345,6 +345,7 @@ def test_torch_compile_takes_a_step_whole(monkeypatch, name, padded):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_one_compiled_step_for_caches_of_any_size(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -285,7 +285,7 @@ def step_of(name, size):
     return (q, ks, vs, lens, sinks, scatter), exact, plain.out.half()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_fused_steps_between_ranks(size):
     ranks = Ranks(size)
     first = {}

@@ -39,8 +39,9 @@ def peaked_inputs(
     if S:  # every query gets one key that points its way
         heavy = torch.randint(S, (B, T, H), generator=generator)
         batch, _, head = torch.meshgrid(*map(torch.arange, (B, T, H)), indexing="ij")
-        at = (batch, heavy, head // (H // H_kv))
-        k.index_put_(at, q, accumulate=True)  # where several point the same key, all ranks must draw the same
+        row = (batch * S + heavy) * H_kv + head // (H // H_kv)
+        # one after the other: with k[...] += q, which threads share out, ranks would draw different keys
+        k.view(-1, D).index_add_(0, row.flatten(), q.view(-1, D))
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
 
 

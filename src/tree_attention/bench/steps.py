@@ -23,7 +23,7 @@ from ..hf import TreeCache
 from ..hf.tensor import sequence_axis, tensor_ranks
 
 WAYS = ("ours eager", "ours captured", "ours compiled", "stock eager", "stock compiled")
-SPLIT_WAYS = ("ours eager", "ours captured")  # of a model that is split over ranks
+SPLIT_WAYS = WAYS[:3]  # of a model that is split over ranks: ours
 WARM_UP_TOKENS = 8
 
 

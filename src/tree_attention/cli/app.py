@@ -25,6 +25,14 @@ Split = Annotated[
     int, typer.Option(help="Ranks that share out weights and heads; the sequence is spread over NPROC / this many.")
 ]
 Output = Annotated[Path | None, typer.Option(help="Append the records to this file, one JSON document a line.")]
+Chunk = Annotated[
+    int | None,
+    typer.Option(help="Tokens read in one forward pass, over all ranks; as many as suit the device by default."),
+]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="On GPUs: a minute of torch.compile at the first token for faster ones after it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
 
 
@@ -46,7 +54,8 @@ def generate(
     device: Device = "auto",
     tensor_parallel: Split = 1,
     block_tokens: Annotated[int, typer.Option(help="Neighbouring tokens that one rank keeps together.")] = 16,
-    chunk_tokens: Annotated[int, typer.Option(help="Tokens read in one forward pass, over all ranks.")] = 1024,
+    chunk_tokens: Chunk = None,
+    compiled: Compile = False,
     extrapolate: Annotated[
         bool, typer.Option(help="Read on where the model's trained positions end: the answer may be nonsense.")
     ] = False,
@@ -70,7 +79,8 @@ def generate(
         model=model, config=config, random_weights=random_weights, prompt=prompt, file=file,
         max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, plain=plain, sample=sample,
         temperature=temperature, seed=seed, dtype=dtype, device=device, tensor_parallel=tensor_parallel,
-        block_tokens=block_tokens, chunk_tokens=chunk_tokens, extrapolate=extrapolate, verify=verify, as_json=as_json,
+        block_tokens=block_tokens, chunk_tokens=chunk_tokens, compiled=compiled, extrapolate=extrapolate, verify=verify,
+        as_json=as_json,
     )  # fmt: skip
     run(lambda: generate_on_ranks(request, nproc))
 
@@ -92,7 +102,8 @@ def chat(
     device: Device = "auto",
     tensor_parallel: Split = 1,
     block_tokens: Annotated[int, typer.Option(help="Neighbouring tokens that one rank keeps together.")] = 16,
-    chunk_tokens: Annotated[int, typer.Option(help="Tokens read in one forward pass, over all ranks.")] = 1024,
+    chunk_tokens: Chunk = None,
+    compiled: Compile = False,
     extrapolate: Annotated[bool, typer.Option(help="Go on where the model's trained positions end.")] = False,
 ) -> None:
     """Ask questions about a document, a line of stdin each; the answers stream to stdout."""
@@ -101,7 +112,7 @@ def chat(
     request = chat_command.Request(
         model=model, file=file, load=load, save=save, max_tokens=max_tokens, max_new_tokens=max_new_tokens,
         sample=sample, seed=seed, dtype=dtype, device=device, tensor_parallel=tensor_parallel,
-        block_tokens=block_tokens, chunk_tokens=chunk_tokens, extrapolate=extrapolate,
+        block_tokens=block_tokens, chunk_tokens=chunk_tokens, compiled=compiled, extrapolate=extrapolate,
     )  # fmt: skip
     run(lambda: chat_command.chat_on_ranks(request, nproc))
 

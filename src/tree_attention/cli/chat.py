@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from ..errors import TreeAttentionError
 from ..hf import Session
 from ..hf.save import read_manifest
-from .inputs import check_options, check_positions, load_model, read_document, reading_bar
+from .inputs import check_options, check_positions, load_model, read_document, reading_bar, step_of
 from .launch import run_on_ranks
 
 ROOM = 8192  # tokens of talk after the document, by default
@@ -41,7 +41,8 @@ class Request:
     device: str
     tensor_parallel: int
     block_tokens: int
-    chunk_tokens: int
+    chunk_tokens: int | None
+    compiled: bool
     extrapolate: bool
 
 
@@ -49,7 +50,7 @@ def chat_on_ranks(request: Request, nproc: int | None) -> int:
     """Check what needs no model, then start the ranks, and hand them the lines of stdin; returns the exit code."""
     document = read_document(request.file)
     check_options(
-        request.model, request.dtype, max_tokens=1 if request.max_tokens is None else request.max_tokens,
+        request.model, request.dtype, max_tokens=request.max_tokens,
         max_new_tokens=request.max_new_tokens, chunk_tokens=request.chunk_tokens, block_tokens=request.block_tokens,
     )  # fmt: skip
     if request.load is not None:
@@ -112,7 +113,9 @@ def _session(request: Request, model: Any, tokenizer: Any, document: str, device
     room = request.max_tokens
     if room is None and device.type == "cuda":
         room = tokens + ROOM
-    how: dict[str, Any] = {"max_tokens": room, "block_tokens": request.block_tokens}
+    how: dict[str, Any] = {
+        "max_tokens": room, "block_tokens": request.block_tokens, "step": step_of(request.compiled, device)
+    }  # fmt: skip
     if request.load is None:
         return Session.open(model, tokenizer, **how)
     return Session.load(request.load, model, tokenizer, **how)

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, DynamicCache, TextStreamer
 from ..errors import InputError
 from ..group import gather_objects
 from ..hf import TreeCache, can_prefill, prefill
+from ..hf.prefill import CHUNK_TOKENS
 from ..hf.tensor import sequence_axis
 from .inputs import (
     check_options,
@@ -28,6 +29,7 @@ from .inputs import (
     random_ids,
     read_document,
     reading_bar,
+    step_of,
 )
 from .launch import run_on_ranks
 
@@ -51,7 +53,8 @@ class Request:
     device: str
     tensor_parallel: int
     block_tokens: int
-    chunk_tokens: int
+    chunk_tokens: int | None
+    compiled: bool
     extrapolate: bool
     verify: bool
     as_json: bool
@@ -103,8 +106,10 @@ def _on_rank(request: Request, document: str, device: torch.device) -> int:
             f"of {request.block_tokens}: start fewer ranks, or lower block-tokens"
         )
     tokens, on_cuda = input_ids.shape[1] + request.max_new_tokens, device.type == "cuda"
-    how: dict[str, Any] = {"block_tokens": request.block_tokens, "max_tokens": tokens if on_cuda else None}
-    cache = TreeCache(model.config, sequence_axis(model), **how)
+    cache = TreeCache(
+        model.config, sequence_axis(model), block_tokens=request.block_tokens, max_tokens=tokens if on_cuda else None,
+        step=step_of(request.compiled, device),
+    )  # fmt: skip
     cache.reserve(tokens)
     dist.barrier()
     run = _generate(request, model, tokenizer, input_ids, cache)
@@ -169,7 +174,7 @@ def _generate(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, c
             prefill(model, input_ids, cache, chunk_tokens=request.chunk_tokens, on_progress=on_progress)
         how = {}
     else:
-        how = {"prefill_chunk_size": request.chunk_tokens}
+        how = {"prefill_chunk_size": request.chunk_tokens or CHUNK_TOKENS["cpu"]}
     clock = _Clock(tokenizer, run, cache, prints=first)
     out = model.generate(
         input_ids, past_key_values=cache, attention_mask=torch.ones_like(input_ids), streamer=clock,
@@ -215,7 +220,7 @@ def _verify(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, tok
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     out = model.generate(
         input_ids, past_key_values=cache, attention_mask=torch.ones_like(input_ids),
-        prefill_chunk_size=request.chunk_tokens, **_decoding(request),
+        prefill_chunk_size=request.chunk_tokens or CHUNK_TOKENS["cpu"], **_decoding(request),
     )  # fmt: skip
     expected = out[0, input_ids.shape[1] :].tolist()
     pairs = zip(tokens, expected, strict=False)

@@ -18,15 +18,22 @@ from ..hf import load_tensor_parallel
 from ..hf.tensor import AXES, check_tensor_parallel
 
 
-def check_options(model: str | None, dtype: str, **tokens: int) -> None:
-    """What can be said before a model is loaded. tokens: options that count them."""
+def check_options(model: str | None, dtype: str, **tokens: int | None) -> None:
+    """What can be said before a model is loaded. tokens: options that count them, if given."""
     if model is not None:
         check_model_folder(model)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-    if min(tokens.values()) < 1:
+    if any(count is not None and count < 1 for count in tokens.values()):
         *others, last = (name.replace("_", "-") for name in tokens)
         raise InputError(f"{', '.join(others)} and {last} must be at least 1")
+
+
+def step_of(compiled: bool, device: torch.device) -> str:
+    """How a TreeCache is to run its steps."""
+    if compiled and device.type != "cuda":
+        raise InputError("compile is for GPUs, where steps are captured: leave it out")
+    return "compiled" if compiled else "captured"
 
 
 def check_model_folder(model: str) -> None:

@@ -40,12 +40,14 @@ class TreeCache(Cache):
         block_tokens: neighbouring tokens that one rank keeps together.
         max_tokens: makes it static: room for that many tokens over all ranks, allocated once. `generate` then runs one
             CUDA graph a token (step.py). Without it buffers grow, and every step is launched kernel by kernel.
+        step: how the steps of a static cache are run on GPUs: "captured"; "compiled", by torch.compile first, which
+            takes about a minute once; or "eager".
 
     All ranks of the group must make it together: they compare configuration and choices once, here.
 
     Raises:
-        InputError: `block_tokens` or `max_tokens` below 1, a group this rank is not in, no group for a model that is
-            split over ranks; later, a token more than `max_tokens`.
+        InputError: `block_tokens` or `max_tokens` below 1, another step, a group this rank is not in, no group for a
+            model that is split over ranks; later, a token more than `max_tokens`.
         RanksDisagree: on every rank, if config, block_tokens or max_tokens differ between ranks.
     """
 
@@ -56,6 +58,7 @@ class TreeCache(Cache):
         *,
         block_tokens: int = BLOCK_TOKENS,
         max_tokens: int | None = None,
+        step: str = "captured",
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -64,13 +67,15 @@ class TreeCache(Cache):
                 f"the model is split over {tensor_ranks(config)} ranks: say which ranks hold the same heads, "
                 "TreeCache(model.config, mesh['sequence'])"
             )
+        if step not in ("captured", "compiled", "eager"):
+            raise InputError(f"step must be captured, compiled or eager, got {step!r}")
         text_config = config.get_text_config(decoder=True)
         self.config = text_config
         self.placement = Placement(group, block_tokens, max_tokens)
         self.steps: dict[Any, Any] = {}  # of step.py
-        self.step = "captured"  # or "eager", "compiled": step.py
+        self.step = step
         digest = hashlib.sha256(text_config.to_json_string().encode()).hexdigest()
-        described = {"model config": digest[:12], "block_tokens": block_tokens, "max_tokens": max_tokens}
+        described = {"model config": digest[:12], "block_tokens": block_tokens, "max_tokens": max_tokens, "step": step}
         check_agreement(described, self.placement.group)
         super().__init__(layers=[self._place(layer) for layer in DynamicCache(config=text_config).layers])
 

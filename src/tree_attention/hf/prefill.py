@@ -12,7 +12,8 @@ from .cache import TreeCache
 from .layers import ReplicatedWindowLayer, ShardedLayer
 from .tensor import check_axes
 
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = {"cpu": 1024, "cuda": 32768}  # where chunks cost time only by their number
+MASKED_CHUNK_TOKENS = 4096  # where a mask of the chunk's size is made on a GPU
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def prefill(
     cache: TreeCache,
     *,
     attention_mask: Tensor | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Read a prompt into `cache`, all but its last tokens, for `model.generate(input_ids, past_key_values=cache)`.
@@ -35,13 +36,16 @@ def prefill(
         input_ids: int64 `[B, tokens]`, the same on every rank: the whole text, with what the cache holds already.
         cache: new, or with earlier turns in it.
         attention_mask: `[B, tokens]`, 0 for left padding. Pass the same to `generate`.
-        chunk_tokens: tokens, over all ranks, of one forward pass; bounds the memory for activations.
+        chunk_tokens: tokens, over all ranks, of one forward pass; bounds the memory for activations. By default 1024 on
+            CPUs and 32768 on GPUs, or 4096 with padding, windows or a soft cap, which need masks.
         on_progress: called after each chunk with the number of tokens in the cache.
 
     Raises:
         Unsupported: a model with layers that carry a state along the sequence (linear attention, convolution).
         InputError: fewer tokens than the cache holds already, or a chunk below one token.
     """
+    if chunk_tokens is None:
+        chunk_tokens = _chunk_tokens(input_ids, cache, attention_mask)
     _check(model, input_ids, cache, chunk_tokens)
     cycle, done = cache.placement.layout.cycle, cache.get_seq_length()
     cache.reserve(max(input_ids.shape[1], cache.placement.reserved))
@@ -68,6 +72,15 @@ def prefill(
         stop = min(start + max(chunk_tokens // cycle, 1) * cycle, last)
         with cache.parallel_chunk(start, stop) as slots:
             read(slots.to(input_ids.device), stop)
+
+
+def _chunk_tokens(input_ids: Tensor, cache: TreeCache, attention_mask: Tensor | None) -> int:
+    if input_ids.device.type == "cpu":
+        return CHUNK_TOKENS["cpu"]
+    capped = getattr(cache.config, "attn_logit_softcapping", None) is not None
+    windows = any(isinstance(layer, ReplicatedWindowLayer) for layer in cache.layers)
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    return MASKED_CHUNK_TOKENS if capped or windows or padded else CHUNK_TOKENS["cuda"]
 
 
 def can_prefill(cache: TreeCache) -> bool:

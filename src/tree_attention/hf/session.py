@@ -16,7 +16,7 @@ from ..reduce import TwoLevel
 from .cache import TreeCache
 from .generation import FEEDS_AGAIN
 from .layers import ReplicatedWindowLayer, ShardedLayer
-from .prefill import CHUNK_TOKENS, can_prefill, prefill
+from .prefill import MASKED_CHUNK_TOKENS, can_prefill, prefill
 from .save import copy_cache, describe, load_cache, read_manifest, save_cache
 from .tensor import sequence_axis, tensor_group, tensor_ranks
 
@@ -66,7 +66,7 @@ class Session:
         return cls(model, tokenizer, cache, nothing, in_question=False)
 
     def read(
-        self, text: str | Tensor, *, chunk_tokens: int = CHUNK_TOKENS, on_progress: Callable[[int], None] | None = None
+        self, text: str | Tensor, *, chunk_tokens: int | None = None, on_progress: Callable[[int], None] | None = None
     ) -> None:
         """Take in a text, or tokens `[n]`, as (part of) the next message of the reader's.
 
@@ -88,7 +88,7 @@ class Session:
         if can_prefill(self.cache):
             prefill(self.model, self.tokens, self.cache)
         elif not (FEEDS_AGAIN and self.cache.get_seq_length()):
-            how = {"prefill_chunk_size": CHUNK_TOKENS} | how
+            how = {"prefill_chunk_size": MASKED_CHUNK_TOKENS} | how
         asked = self.tokens.shape[1]
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         outcome: dict[str, Any] = {}
@@ -120,8 +120,9 @@ class Session:
         """A second session that goes on from here by itself; its cache is a copy."""
         placement = self.cache.placement
         cache = TreeCache(
-            self.model.config, placement.given, block_tokens=placement.layout.block, max_tokens=placement.max_tokens
-        )
+            self.model.config, placement.given, block_tokens=placement.layout.block, max_tokens=placement.max_tokens,
+            step=self.cache.step,
+        )  # fmt: skip
         copy_cache(self.cache, cache)
         return Session(self.model, self.tokenizer, cache, self.tokens.clone(), in_question=self.in_question)
 
