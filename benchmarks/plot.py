@@ -1,8 +1,9 @@
-"""Draw what `tree-attention bench decode --output FILE.jsonl` measured. Needs matplotlib, which the package does not.
+"""Draw what `tree-attention bench decode` or `bench steps --output FILE.jsonl` measured. Needs matplotlib.
 
     python benchmarks/plot.py FILE.jsonl OUT.svg
 
-Of the first shape (batch, heads, layout, no lengths) in the file, over the keys of a rank: left the time of a step,
+Of whole models' steps: the time of a token over the context, and what reading every byte once would take. Of a decode
+step, the first shape (batch, heads, layout, no lengths) in the file, over the keys of a rank: left the time of a step,
 right the same over the fastest local peer. In a CUDA graph; eager for a step that could not be captured. Of a case that
 was measured twice the last record counts.
 """
@@ -21,6 +22,12 @@ STYLES = {  # name -> label, colour, line, marker
     "roofline": ("roofline: every byte read once", "black", "--", None),
 }
 LOCAL = "fastest local peer"
+OF_STEPS = {
+    "ours compiled": ("ours, {} GPUs, compiled and captured", "#d1495b", "-", "o"),
+    "ours captured": ("ours, {} GPUs, captured", "#d1495b", "-.", "^"),
+    "stock compiled": ("transformers, one GPU, compiled static cache", "#30638e", "-", "s"),
+    "stock eager": ("transformers, one GPU, eager", "#30638e", "-.", "v"),
+}
 
 
 def read(lines):
@@ -75,12 +82,50 @@ def draw(times_s, title, out):
     figure.savefig(out, dpi=160)
 
 
+def draw_steps(records, out):
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from tree_attention.cost.machine import machine
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    rate = machine(records[0]["device"].split()[-1].lower()).gpu.read_bytes_per_s
+    timed = sorted((record for record in records if record["tpot_s"]), key=lambda record: record["context_tokens"])
+    for what, (label, colour, style, marker) in OF_STEPS.items():
+        line = [record for record in timed if record["what"] == what]
+        if line:
+            how = {"color": colour, "linestyle": style, "marker": marker, "label": label.format(line[0]["ranks"])}
+            axes.plot([r["context_tokens"] for r in line], [1e3 * r["tpot_s"] for r in line], **how)
+    for ranks, colour in ((1, "#30638e"), (max(record["ranks"] for record in timed), "#d1495b")):
+        read = {r["context_tokens"]: 1e3 * r["bytes"] / rate for r in timed if r["ranks"] == ranks}
+        label = f"every byte read once at {rate / 1e12:.2f} TB/s, {ranks} GPU{'s' if ranks > 1 else ''}"
+        axes.plot(list(read), list(read.values()), color=colour, linestyle=":", linewidth=1.2, label=label)
+    contexts = sorted({record["context_tokens"] for record in timed})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [f"{count // 1024}k" for count in contexts])
+    axes.set_yscale("log")
+    axes.set_yticks([4, 5, 10, 20, 50], ["4", "5", "10", "20", "50"])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("a token, ms")
+    axes.grid(alpha=0.25)
+    axes.set_title(f"{records[0]['model']}, {records[0]['dtype']}, {records[0]['device']}", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(out, dpi=160)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("out", type=Path, help="svg or png")
     options = parser.parse_args(arguments)
     lines = options.file.read_text().splitlines()
+    if "tpot_s" in json.loads(lines[0]):
+        draw_steps([json.loads(line) for line in lines], options.out)
+        return
     shape, times_s = read(lines)
     gpus = json.loads(lines[0]).get("gpus") or ["GPU"]
     title = (
