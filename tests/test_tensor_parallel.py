@@ -317,32 +317,15 @@ def test_bench_steps_on_the_command_line(folder):
     """Weights that are drawn; each rank reads its part of them, and one of two KV heads of all tokens."""
     ended = command(
         "bench", "steps", "--config", Path(folder("llama")) / "config.json", "--contexts", 64, "--tokens", 4,
-        "--nproc", 2, "--tensor-parallel", 2, "--device", "cpu",
+        "--nproc", 2, "--tensor-parallel", 2, "--device", "cpu", "--ways", "ours captured",
     )  # fmt: skip
     found = last_json(ended)
-    assert (found["tensor_parallel"], [each["what"] for each in found["records"]]) == (
-        2,
-        ["ours eager", "ours captured"],
-    )
+    assert (found["tensor_parallel"], [each["what"] for each in found["records"]]) == (2, ["ours captured"])
     weights = dict(AutoModelForCausalLM.from_pretrained(folder("llama")).named_parameters())
     norms = sum(weight.numel() for weight in weights.values() if weight.ndim == 1)
     split = sum(weight.numel() for name, weight in weights.items() if weight.ndim > 1 and "embed" not in name)
     for each in found["records"]:
         assert each["bytes"] == (norms + split / 2 + 64 * 4 * 2 * 16) * 4
-
-
-@pytest.mark.slow
-def test_chat_on_the_command_line(folder, tmp_path):
-    arguments = ["chat", "--model", folder("llama"), "--max-new-tokens", 4, "--device", "cpu", "--nproc", 2]
-    document = tmp_path / "document.txt"
-    document.write_text(TEXT)
-    ended = command(
-        *arguments, "--tensor-parallel", 2, "--file", document, "--save", tmp_path / "save", lines="What is this?\n"
-    )
-    assert (ended.returncode, bool(ended.stdout.strip())) == (0, True), ended.stderr
-    ended = command(*arguments, "--load", tmp_path / "save")
-    assert ended.returncode == 2
-    assert "holds their heads apart; this one is split over 1: load the model over 2" in ended.stderr
 
 
 def refused_by_the_command_line(group, folder):
@@ -372,6 +355,6 @@ def test_smollm2_over_its_three_kv_heads():
     """A third of its 9 heads on each rank; its word embedding is its head, too."""
     ended = command(
         "generate", "--model", smollm2.fetch(), "--prompt", smollm2.topics["assert"], "--nproc", 3,
-        "--tensor-parallel", 3, "--max-new-tokens", 40, "--device", "cpu", "--verify", "--json",
+        "--tensor-parallel", 3, "--max-new-tokens", 12, "--device", "cpu", "--verify", "--json",
     )  # fmt: skip
     assert last_json(ended)["verify"]["identical"]
