@@ -84,12 +84,14 @@ def _over_ranks(layer: ShardedLayer, q: Tensor, k: Tensor, v: Tensor, mask: Lazy
         partial = attend(q, k, v, **how)
     else:
         start = layer.length - layer.fed
+        seen = layout.local_length(start, rank)
         partial = attend_seen_and_new(
             q, k, v,
-            seen=layout.local_length(start, rank),
+            seen=seen,
             query_slots=torch.arange(start, layer.length, device=q.device)[mask.rows or slice(None)],
             key_slots=layout.slots(0, layer.length, rank, device=q.device),
-            build_mask=build, causal_only=mask.is_causal_only, **how,
+            build_mask=build, causal_only=mask.is_causal_only,
+            all_here=mask.rows is None and k.shape[1] - seen == layer.fed, **how,
         )  # fmt: skip
     return placement.reduce(partial)
 

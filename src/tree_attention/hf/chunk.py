@@ -35,12 +35,14 @@ def attend_seen_and_new(
     key_slots: Tensor,
     build_mask: BuildMask,
     causal_only: bool,
+    all_here: bool,
     scale: float,
     softcap: float | None,
 ) -> Partial:
     """Attention over keys of which the first `seen` lie before every query.
 
-    With the causal rule alone, those need no mask: they and the others are attended to apart, and merged.
+    With the causal rule alone, those need no mask: they and the others are attended to apart, and merged. all_here: the
+    others are the queries' own slots, all of them.
     """
     if not causal_only:
         mask = build_mask(query_slots, key_slots)
@@ -49,8 +51,9 @@ def attend_seen_and_new(
     if seen or k.shape[1] == 0:
         parts.append(attend(q, k[:, :seen], v[:, :seen], scale=scale, softcap=softcap))
     if seen < k.shape[1]:
-        mask = build_mask(query_slots, key_slots[seen:])
-        parts.append(attend(q, k[:, seen:], v[:, seen:], mask=mask, scale=scale, softcap=softcap))
+        mask = None if all_here else build_mask(query_slots, key_slots[seen:])
+        new = {"mask": mask, "causal": all_here, "scale": scale, "softcap": softcap}
+        parts.append(attend(q, k[:, seen:], v[:, seen:], **new))
     return parts[0] if len(parts) == 1 else merge(stack(parts))
 
 
