@@ -231,7 +231,8 @@ def test_without_gpus(capfd, monkeypatch):
 @pytest.mark.parametrize("options", [["--layout", "NHD"], ["--ragged", "--batch", "3"]])
 def test_a_short_run(tmp_path, options):
     output = tmp_path / "records.jsonl"
-    command = [COMMAND, "bench", "decode", "--keys", "1024,4000", "--rounds", "2", "--output", output, *options]
+    here = [sys.executable, "-c", "from tree_attention.cli import main; main()"]  # installed or not
+    command = [*here, "bench", "decode", "--keys", "1024,4000", "--rounds", "2", "--output", output, *options]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert ended.returncode == 0, ended.stderr
     document = json.loads(ended.stdout.splitlines()[-1])
