@@ -631,6 +631,18 @@ def test_prefill_refuses(llama, change, text):
     assert cache.get_seq_length() == 40
 
 
+def test_prefill_reads_nothing_of_a_text_without_room(llama):
+    cache = TreeCache(llama.config, max_tokens=TOKENS - 1)
+    with pytest.raises(InputError, match="has room for 60 tokens over all ranks, 61 are needed"):
+        prefill(llama, prompt(False)[0], cache, chunk_tokens=16)
+    assert cache.get_seq_length() == 0
+
+
+def test_prefill_refuses_another_cache_before_it_looks_into_it(llama):
+    with pytest.raises(InputError, match="cache must be a TreeCache, got DynamicCache"):
+        prefill(llama, prompt(False)[0].to("meta"), DynamicCache(config=llama.config))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("block_tokens", [0, -1])
 def test_block_tokens_below_one(llama, block_tokens):
     with pytest.raises(InputError, match=f"at least 1, got 1 and {block_tokens}"):

@@ -42,11 +42,12 @@ def prefill(
 
     Raises:
         Unsupported: a model with layers that carry a state along the sequence (linear attention, convolution).
-        InputError: fewer tokens than the cache holds already, or a chunk below one token.
+        InputError: fewer tokens than the cache holds already, more than a static one has room for, or a chunk below one
+            token.
     """
+    _check(model, input_ids, cache, chunk_tokens)
     if chunk_tokens is None:
         chunk_tokens = _chunk_tokens(input_ids, cache, attention_mask)
-    _check(model, input_ids, cache, chunk_tokens)
     cycle, done = cache.placement.layout.cycle, cache.get_seq_length()
     cache.reserve(max(input_ids.shape[1], cache.placement.reserved))
     last = (input_ids.shape[1] - 1) // cycle * cycle
@@ -95,20 +96,21 @@ def _positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _check(model: Any, input_ids: Tensor, cache: Cache, chunk_tokens: int) -> None:
+def _check(model: Any, input_ids: Tensor, cache: Cache, chunk_tokens: int | None) -> None:
     if not isinstance(cache, TreeCache):
         raise InputError(f"cache must be a TreeCache, got {type(cache).__name__}")
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
     if implementation != "tree_attention":
         raise InputError(f"model must be loaded with attn_implementation='tree_attention', got {implementation!r}")
     check_axes(model, cache.placement.group)
-    if chunk_tokens < 1:
+    if chunk_tokens is not None and chunk_tokens < 1:
         raise InputError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     if input_ids.ndim != 2 or input_ids.shape[1] <= cache.get_seq_length():
         raise InputError(
             f"input_ids must be [B, tokens] with more tokens than the {cache.get_seq_length()} in the cache, "
             f"got {list(input_ids.shape)}"
         )
+    cache.placement.check_room(input_ids.shape[1])
     if not can_prefill(cache):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers if not _is_parallel(layer)}))
         raise Unsupported(
