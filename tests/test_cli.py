@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tree_attention.cli
 from tree_attention.local import BACKENDS
@@ -24,6 +24,10 @@ COMMAND = Path(sys.executable).with_name("tree-attention")
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 POSITIONS = 20_000
 LAYERS, H, H_KV, D = 2, 4, 2, 16
+SMALL = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": H,
+    "num_key_value_heads": H_KV, "max_position_embeddings": POSITIONS, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
 QUESTION = "What is this about?"
 
 
@@ -35,10 +39,7 @@ def write_model(folder, layers):
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=H,
-        num_key_value_heads=H_KV, max_position_embeddings=POSITIONS, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+    config = LlamaConfig(**SMALL, num_hidden_layers=layers)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for weight in model.parameters():
@@ -111,6 +112,15 @@ def test_random_weights_are_timed_and_named(folder):
     assert (figures["random_weights"], figures["prompt_tokens"], figures["new_tokens"]) == (True, POSITIONS, 3)
     assert figures["verify"]["identical"]
     assert "random weights: the times count, the tokens mean nothing" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_model_without_sdpa_is_verified_by_eager_attention(tmp_path):
+    config = Gemma2Config(**SMALL, num_hidden_layers=2, head_dim=D, sliding_window=64)
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    ended = run("generate", "--random-weights", "--config", tmp_path / "config.json", "--max-prompt-tokens", 100,
+                "--max-new-tokens", 3, "--json", "--nproc", 2, "--verify")  # fmt: skip
+    assert last_json(ended)["verify"]["identical"], ended.stderr
 
 
 @pytest.mark.slow

@@ -215,8 +215,8 @@ def _figures(
 
 
 def _verify(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, tokens: list[int]) -> dict[str, Any]:
-    """The same on this process alone: transformers' own sdpa attention and DynamicCache."""
-    model.set_attn_implementation("sdpa")
+    """The same on this process alone: transformers' own sdpa attention (or eager) and DynamicCache."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # Gemma 2 and GPT-OSS have none
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     out = model.generate(
         input_ids, past_key_values=cache, attention_mask=torch.ones_like(input_ids),
