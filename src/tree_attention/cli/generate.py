@@ -75,8 +75,8 @@ def generate_on_ranks(request: Request, nproc: int | None) -> int:
     elif request.model is None or not request.prompt or request.config is not None:
         raise InputError("give --model and --prompt, or --random-weights with --config and --max-prompt-tokens")
     check_options(
-        request.model, request.dtype, max_new_tokens=request.max_new_tokens, chunk_tokens=request.chunk_tokens,
-        block_tokens=request.block_tokens,
+        request.model, request.dtype, max_prompt_tokens=request.max_prompt_tokens,
+        max_new_tokens=request.max_new_tokens, chunk_tokens=request.chunk_tokens, block_tokens=request.block_tokens,
     )  # fmt: skip
     return run_on_ranks(_on_rank, nproc, request.device, request, document)
 
