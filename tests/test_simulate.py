@@ -240,10 +240,10 @@ def test_batches_that_cannot_be_are_refused(lengths, block):
     ("algorithm", "steps"), [("tree", 1000), ("two_level", 1000), ("all_reduce", 1000), ("ring", 25)]
 )
 def test_a_thousand_steps_of_a_thousand_gpus_take_less_than_a_minute(algorithm, steps):
-    """Of one core; the ring, which sends 1023 times as much, by a part of the steps, on two."""
+    """Of one core; the ring, which sends 1023 times as much, by a part of the steps."""
     start_s = time.process_time()
     simulate(replace(SHAPE, keys=5120.0), H100, 1024, algorithm, steps=steps, **JITTER)
-    assert (time.process_time() - start_s) * 1000 / steps < (120 if algorithm == "ring" else 60)
+    assert (time.process_time() - start_s) * 1000 / steps < 60
 
 
 class Queue:

@@ -10,13 +10,16 @@ time of every event is a maximum of times of earlier ones plus a duration, no ev
 computed as vectors give the times that a queue of events gives (tests/test_simulate.py has the queue).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .machine import Machine
+
+AHEAD = 32
 
 Array = NDArray[np.float64]
 Ranks = NDArray[np.int64]
@@ -28,6 +31,7 @@ class Messages:
 
     source: Ranks | slice  # a slice where it can be one, which is faster
     target: Ranks | slice
+    sender: Ranks | None  # where every rank sends and is sent to: who sends to it
     port: Ranks | slice  # the target's: r inside a node, P + r for other nodes
     across: NDArray[np.bool_]
     latency_s: Array
@@ -58,8 +62,8 @@ class Cluster:
         self._port_free_s = np.zeros(2 * ranks)
         self._routes: list[Messages] = []
         self._sent_to_all_bytes = 0.0
-        self._kernel_jitter, self._link_jitter = kernel_jitter, link_jitter
-        self._kernel_random, self._link_random = np.random.default_rng(seed).spawn(2)
+        of_kernels, of_links = np.random.default_rng(seed).spawn(2)
+        self._kernel_jitter, self._link_jitter = _Jitter(of_kernels, kernel_jitter), _Jitter(of_links, link_jitter)
         self.node_size = min(ranks, machine.per_node)
         self.nodes = ranks // self.node_size
         self._slowness = np.ones(ranks)
@@ -67,11 +71,16 @@ class Cluster:
             self._slowness[rank] = factor
 
     def kernel(self, seconds: Array | float, ready_s: Array) -> Array:
-        """When kernels end that start at `ready_s` `[P]` and take so many seconds on a GPU that is no straggler.
+        """When kernels end that start at `ready_s` `[P]`.
 
-        seconds: one number, `[P]`, or `[kernels, P]` for some that start together and share their jitter.
+        seconds: one number or `[P]`, what they take on a GPU that is no straggler.
         """
-        return ready_s + seconds * self._slowness * _stretch(self._kernel_random, self._kernel_jitter, ready_s.shape)
+        return self.kernels((seconds,), ready_s)[0]
+
+    def kernels(self, seconds: Sequence[Array | float], ready_s: Array) -> list[Array]:
+        """The same of kernels that start together and share their jitter."""
+        stretch = self._slowness * self._kernel_jitter.stretch(ready_s.shape)
+        return [ready_s + each_s * stretch for each_s in seconds]
 
     def route(self, source: Ranks, target: Ranks, *, adapters: int = 1) -> Messages:
         """adapters: over how many of a node's a message to another node is spread; counted as the source's own."""
@@ -85,6 +94,7 @@ class Cluster:
         messages = Messages(
             _index(source),
             _index(target),
+            target.argsort() if len(target) == self.ranks and np.array_equal(source, np.arange(self.ranks)) else None,
             _index(target + self.ranks * across),
             across,
             latency_s,
@@ -100,12 +110,14 @@ class Cluster:
 
         message_bytes: one number, or one for each message. ready_s: `[P]`, when each rank has what it sends.
         """
-        stretch = _stretch(self._link_random, self._link_jitter, messages.latency_s.shape)
+        stretch = self._link_jitter.stretch(messages.latency_s.shape)
         port_s = message_bytes * messages.s_per_byte * stretch
         leaves_s = ready_s[messages.source]
         arrives_s = np.maximum(leaves_s + messages.latency_s * stretch, self._port_free_s[messages.port]) + port_s
         self._port_free_s[messages.port] = arrives_s
         np.add(messages.sent_bytes, message_bytes, out=messages.sent_bytes)
+        if messages.sender is not None:
+            return np.maximum(leaves_s + port_s, arrives_s[messages.sender])
         done_s = ready_s.copy()
         done_s[messages.source] = leaves_s + port_s
         done_s[messages.target] = np.maximum(done_s[messages.target], arrives_s)
@@ -117,7 +129,7 @@ class Cluster:
         Within the node. Rank r sends to r + 1, r + 2, ... in turn; the receiver's port takes them as they come.
         """
         P, others = self.ranks, np.arange(1, size)
-        stretch = _stretch(self._link_random, self._link_jitter, (P, size - 1))
+        stretch = self._link_jitter.stretch((P, size - 1))
         port_s = np.full((P, size - 1), message_bytes / self.machine.inside.bytes_per_s) * stretch
         left_s = ready_s[:, None] + port_s.cumsum(1)
         heads_s = left_s - port_s + self.machine.inside.latency_s * stretch
@@ -141,13 +153,24 @@ class Cluster:
         return sent
 
 
-def _stretch(random: np.random.Generator, jitter: float, shape: tuple[int, ...]) -> Array | float:
-    if not jitter:
-        return 1.0
-    drawn = random.standard_exponential(shape)
-    drawn *= jitter
-    drawn += 1
-    return drawn
+class _Jitter:
+    """How many times as long kernels or messages take, each for itself: 1 + share Exp(1)."""
+
+    def __init__(self, random: np.random.Generator, share: float) -> None:
+        self._random, self._share, self._drawn = random, share, np.empty(0)
+
+    def stretch(self, shape: tuple[int, ...]) -> Array | float:
+        """So many numbers, drawn for AHEAD calls at once: most of a call's time is not the drawing."""
+        if not self._share:
+            return 1.0
+        count = math.prod(shape)
+        if len(self._drawn) < count:
+            drawn = self._random.standard_exponential(AHEAD * count)
+            drawn *= self._share
+            drawn += 1
+            self._drawn = np.concatenate([self._drawn, drawn])
+        stretch, self._drawn = self._drawn[:count].reshape(shape), self._drawn[count:]
+        return stretch
 
 
 def _index(ranks: Ranks) -> Ranks | slice:

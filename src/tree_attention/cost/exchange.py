@@ -58,11 +58,9 @@ def ring(cluster: Cluster) -> Callable[[Array, Array, Array], Array]:
     def step(shard_bytes: Array, read_s: Array, ready_s: Array) -> Array:
         attend_s = gpu.launch_s + PACK_KERNELS * gpu.kernel_s + np.concatenate([read_s, read_s])
         shard_bytes = np.concatenate([shard_bytes, shard_bytes])
-        both_s = np.stack([read_s, around.call_s])  # the attention and the call start together
         for hop in range(P):
             here = slice(P - hop, 2 * P - hop)  # whose shard is where
-            both_s[0] = attend_s[here]
-            attended_s, called_s = cluster.kernel(both_s, ready_s)
+            attended_s, called_s = cluster.kernels((attend_s[here], around.call_s), ready_s)  # they start together
             if hop < P - 1:
                 ready_s = cluster.send(around, shard_bytes[here], np.maximum(called_s, called_s[following]))
             ready_s = np.maximum(ready_s, attended_s)
