@@ -411,6 +411,27 @@ def test_on_several_hosts(ranks, nodes):
     assert record["contestants"]["all_gather"]["cross_host_bytes"] > 3 * partial_bytes
 
 
+@pytest.mark.slow
+def test_the_command_on_several_hosts(tmp_path):
+    """`generate` under torchrun's variables, 2 hosts of 2 ranks: one process's tokens, and two levels' bytes."""
+    if (missing := hosts.obstacle()) is not None:
+        pytest.skip(f"hosts cannot be emulated here: {missing}")
+    config = tiny("llama", "tree_attention").config
+    config.save_pretrained(tmp_path)
+    command = [
+        sys.executable, "-c", "from tree_attention.cli import main; main()", "generate", "--random-weights", "--config",
+        str(tmp_path / "config.json"), "--max-prompt-tokens", "100", "--max-new-tokens", "4", "--verify", "--json",
+    ]  # fmt: skip
+    with hosts.emulated_hosts(2, delay_s=1e-4, rate_bit_per_s=1e9) as two:
+        outputs = hosts.run_ranks(two, [2, 2], command, env={"TORCHELASTIC_RUN_ID": "none"})
+    figures = json.loads(outputs[0].splitlines()[-1])
+    assert figures["verify"]["identical"]
+    each = {"rows": config.num_attention_heads, "head_dim": config.head_dim}
+    layer_bytes = sum(level_bytes(**each, node_sizes=(2, 2)))
+    assert figures["received_bytes_per_token"] == config.num_hidden_layers * layer_bytes
+    assert layer_bytes < received_bytes("auto", **each, world_size=4)
+
+
 def on_gpus(rank, size, meeting):
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.cuda.set_device(rank)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from ..errors import TreeAttentionError
 from ..hf import Session
 from ..hf.save import read_manifest
-from .inputs import check_options, check_positions, load_model, read_document, reading_bar, step_of
+from .inputs import check_options, check_positions, load_model, read_document, reading_bar, sequence_ranks, step_of
 from .launch import run_on_ranks
 
 ROOM = 8192  # tokens of talk after the document, by default
@@ -114,7 +114,8 @@ def _session(request: Request, model: Any, tokenizer: Any, document: str, device
     if room is None and device.type == "cuda":
         room = tokens + ROOM
     how: dict[str, Any] = {
-        "max_tokens": room, "block_tokens": request.block_tokens, "step": step_of(request.compiled, device)
+        "group": sequence_ranks(model), "max_tokens": room, "block_tokens": request.block_tokens,
+        "step": step_of(request.compiled, device),
     }  # fmt: skip
     if request.load is None:
         return Session.open(model, tokenizer, **how)

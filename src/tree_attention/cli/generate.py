@@ -20,7 +20,6 @@ from ..errors import InputError
 from ..group import gather_objects
 from ..hf import TreeCache, can_prefill, prefill
 from ..hf.prefill import CHUNK_TOKENS
-from ..hf.tensor import sequence_axis
 from .inputs import (
     check_options,
     check_positions,
@@ -29,6 +28,7 @@ from .inputs import (
     random_ids,
     read_document,
     reading_bar,
+    sequence_ranks,
     step_of,
 )
 from .launch import run_on_ranks
@@ -107,7 +107,7 @@ def _on_rank(request: Request, document: str, device: torch.device) -> int:
         )
     tokens, on_cuda = input_ids.shape[1] + request.max_new_tokens, device.type == "cuda"
     cache = TreeCache(
-        model.config, sequence_axis(model), block_tokens=request.block_tokens, max_tokens=tokens if on_cuda else None,
+        model.config, sequence_ranks(model), block_tokens=request.block_tokens, max_tokens=tokens if on_cuda else None,
         step=step_of(request.compiled, device),
     )  # fmt: skip
     cache.reserve(tokens)

@@ -1,6 +1,7 @@
 """From the command line to a model and tokens: folders, documents, the chat template around them; or random ones."""
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import InputError, TreeAttentionError
+from ..group import Group, gather_objects
 from ..hf import load_tensor_parallel
-from ..hf.tensor import AXES, check_tensor_parallel
+from ..hf.tensor import AXES, check_tensor_parallel, sequence_axis
+from ..reduce import TwoLevel
 
 
 def check_options(model: str | None, dtype: str, **tokens: int | None) -> None:
@@ -27,6 +30,13 @@ def check_options(model: str | None, dtype: str, **tokens: int | None) -> None:
     if any(count is not None and count < 1 for count in tokens.values()):
         *others, last = (name.replace("_", "-") for name in tokens)
         raise InputError(f"{', '.join(others)} and {last} must be at least 1")
+
+
+def sequence_ranks(model: Any) -> Group | TwoLevel:
+    """The ranks that share a sequence, for a TreeCache; if all ranks do, on several hosts, by hosts."""
+    axis = sequence_axis(model)
+    hosts = set(gather_objects(socket.gethostname(), dist.group.WORLD))
+    return TwoLevel() if axis is None and len(hosts) > 1 else axis
 
 
 def step_of(compiled: bool, device: torch.device) -> str:
