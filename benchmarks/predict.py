@@ -1,4 +1,4 @@
-"""Predicted over measured times, for records of `tree-attention bench decode` and `bench steps`, as Markdown tables.
+"""Predicted over measured times, for records of `tree-attention bench decode`, `steps` and `prefill`, as Markdown.
 
 python benchmarks/predict.py benchmarks/results/*_2xH*.jsonl
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tree_attention.cost.decode import Shape, decode_cost
 from tree_attention.cost.machine import MACHINES
-from tree_attention.cost.mesh import outlook
+from tree_attention.cost.mesh import first_token_s, outlook
 from tree_attention.cost.model import load_model, preset_names
 
 ALGORITHMS = {  # what a record names -> how it exchanges; None: one rank's keys, and no exchange
@@ -37,6 +37,16 @@ def predict_token(record):
     if name is None or record["model"] not in preset_names() or record["what"].endswith("eager"):
         return None
     return outlook(load_model(record["model"]), MACHINES[name], record["context_tokens"], 1, 1, record["ranks"]).token_s
+
+
+def predict_prefill(record):
+    """Seconds in which a whole model reads a text, or None, likewise. Stock's is one GPU's, in one piece."""
+    name = preset_of(record["device"])
+    if name is None or record["model"] not in preset_names():
+        return None
+    model, tokens = load_model(record["model"]), record["context_tokens"]
+    mesh = outlook(model, MACHINES[name], tokens, 1, 1, record["ranks"])
+    return first_token_s(model, MACHINES[name], tokens, 1, mesh) - mesh.token_s
 
 
 def preset_of(gpu):
@@ -70,19 +80,27 @@ def table(records):
         )
 
 
-def token_table(files):
-    """Lines of Markdown for the records of whole models' steps in these files; none without such records."""
-    for file in files:
-        for line in file.read_text().splitlines():
-            record = json.loads(line)
-            predicted_s = predict_token(record) if record.get("tpot_s") and "device" in record else None
+def model_tables(files):
+    """Lines of Markdown for records of whole models in these files, steps and prefill; none without such."""
+    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    for what, unit, scale, measured, predicted in (
+        ("a token", "ms", 1e3, "tpot_s", predict_token),
+        ("prefill", "s", 1, "seconds", predict_prefill),
+    ):
+        lines = []
+        for record in records:
+            predicted_s = predicted(record) if record.get(measured) and "device" in record else None
             if predicted_s is not None:
-                measured_s = record["tpot_s"]
-                yield (
+                measured_s = record[measured]
+                lines.append(
                     f"| {record['ranks']} x {record['device']} | {record['model']} | {record['context_tokens']} | "
-                    f"{record['what']} | {1e3 * measured_s:.2f} | {1e3 * predicted_s:.2f} | "
+                    f"{record['what']} | {scale * measured_s:.2f} | {scale * predicted_s:.2f} | "
                     f"{predicted_s / measured_s - 1:+.1%} |"
                 )
+        if lines:
+            yield f"\n| GPUs | model | context | what | {what}, {unit} | predicted, {unit} | error |"
+            yield "|---|---|---|---|---|---|---|"
+            yield from lines
 
 
 def summary(records):
@@ -98,13 +116,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="files of records, one JSON document a line")
     files = parser.parse_args(arguments).files
-    records, of_models = read(files), list(token_table(files))
-    print(*table(records), "", *summary(records), sep="\n")
-    if of_models:
-        print(
-            "\n| GPUs | model | context | what | a token, ms | predicted, ms | error |\n|---|---|---|---|---|---|---|"
-        )
-        print(*of_models, sep="\n")
+    records = read(files)
+    print(*table(records), "", *summary(records), *model_tables(files), sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,17 +9,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from predict import OURS, predict, read, summary, table, token_table
+from predict import OURS, model_tables, predict, predict_prefill, read, summary, table
 from tree_attention.cost.calibration import Calibration, load_calibration, save_calibration
 from tree_attention.cost.decode import ALGORITHMS, Ranks, Shape, decode_cost, exchange
 from tree_attention.cost.machine import GPUS, LINKS, MACHINES, changed, machine
-from tree_attention.cost.mesh import outlook
+from tree_attention.cost.mesh import CHUNK_TOKENS, MASKED_CHUNK_TOKENS, outlook
 from tree_attention.cost.model import PRESETS, load_model, model_of, preset_names
+from tree_attention.hf.prefill import CHUNK_TOKENS as PREFILL_CHUNK_TOKENS
+from tree_attention.hf.prefill import MASKED_CHUNK_TOKENS as PREFILL_MASKED_CHUNK_TOKENS
 from tree_attention.reduce import received_bytes
 
-RESULTS = [
-    file for file in sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.jsonl")) if read([file])
-]
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = [file for file in sorted(FOLDER.glob("*.jsonl")) if read([file])]
+PREFILL = FOLDER / "2026-11-24_2xH200_prefill.jsonl"
 LLAMA = Shape(1, 32, 8, 128, 65536)
 TINY = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 100, "intermediate_size": 96}
 
@@ -155,9 +157,22 @@ def test_a_models_step_is_predicted_where_it_was_measured_in_a_graph(tmp_path):
     lines = [record, record | {"what": "ours eager"}, record | {"device": "cpu"}, record | {"tpot_s": None}]
     (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read([tmp_path / "steps.jsonl"]) == []
-    (row,) = token_table([tmp_path / "steps.jsonl"])
+    *_, row = rows = list(model_tables([tmp_path / "steps.jsonl"]))
+    assert len(rows) == 3
     mesh = outlook(load_model("llama-3.1-8b"), machine("h200"), 131072, 1, 1, 2)
     assert f"| 8.00 | {1e3 * mesh.token_s:.2f} |" in row
+
+
+def test_prefill_is_predicted_within_10_percent_of_what_was_measured():
+    records = list(map(json.loads, PREFILL.read_text().splitlines()))
+    assert len(list(model_tables([PREFILL]))) == 2 + len(records)
+    for record in records:
+        assert predict_prefill(record) == pytest.approx(record["seconds"], rel=0.1)
+
+
+def test_a_chunk_of_prefill_is_the_librarys():
+    assert PREFILL_CHUNK_TOKENS["cuda"] == CHUNK_TOKENS
+    assert MASKED_CHUNK_TOKENS == PREFILL_MASKED_CHUNK_TOKENS
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_memory_of_a_mesh():
     mesh = outlook(LLAMA, H200, M, 4, 8, 2)
     assert mesh.weights_bytes == pytest.approx(16.06e9 / 8, rel=1e-3)
     assert mesh.kv_bytes == 4 * M * 32 * 4096 / 16
-    assert RESERVED_BYTES < mesh.workspace_bytes < 4e9
+    assert RESERVED_BYTES < mesh.workspace_bytes < 7e9  # 4 x 32768 tokens a chunk
     assert mesh.fits
     assert not outlook(LLAMA, replace(H200, gpu=replace(H200.gpu, memory_bytes=mesh.used_bytes - 1)), M, 4, 8, 2).fits
 

@@ -82,20 +82,19 @@ def _preset(presets: Mapping[str, Preset], name: str, kind: str) -> Preset:
     return presets[key]
 
 
-# Measured by us: benchmarks/results/2026-11-24_2xH100*.jsonl. What is not: a data sheet's number x an assumed share.
+# Measured by us: benchmarks/results/2026-11-24_2xH*.jsonl. What is not: a data sheet's number x an assumed share.
 GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu(
-            "h100", 80e9, 3.13e12, 0.6 * 989e12, 8e-6, 3e-6,
+            "h100", 80e9, 3.13e12, 539e12, 8e-6, 3e-6,
             "H100 SXM 80 GB. read: measured, 0.93 of 3.35 TB/s; launch: measured, 8 us over the read at 16k keys; "
-            "kernel: measured, pack and merge around one all-gather, 14 us in 5 kernels; "
-            "matmul: data sheet 989 TFLOP/s x 0.6 assumed",
+            "kernel: measured, pack and merge around one all-gather, 14 us in 5 kernels; matmul: as on the H200",
         ),
         Gpu(
-            "h200", 141e9, 4.57e12, 0.6 * 989e12, 8e-6, 3e-6,
+            "h200", 141e9, 4.57e12, 539e12, 8e-6, 3e-6,
             "H200 SXM 141 GB. read: measured, 0.95 of 4.8 TB/s; launch: measured, 8 us over the read at 16k keys; "
-            "kernel: as on the H100; matmul: data sheet 989 TFLOP/s x 0.6 assumed",
+            "kernel: as on the H100; matmul: measured, a whole model reading 128k on one GPU, 0.55 of 989 TFLOP/s",
         ),
         Gpu(
             "b200", 180e9, 0.93 * 8.0e12, 0.6 * 2250e12, 8e-6, 3e-6,

@@ -21,7 +21,7 @@ from .machine import Machine
 from .model import Model
 
 STREAMING_KERNELS, SMALL_KERNELS = 7, 5  # weight matrices; norms, rotation, cache, activation
-CHUNK_TOKENS = 4096  # of prefill, over all ranks (hf/prefill.py)
+CHUNK_TOKENS, MASKED_CHUNK_TOKENS = 32768, 4096  # of prefill on GPUs, over all ranks; with windows (hf/prefill.py)
 SAMPLES = 64
 RESERVED_BYTES = 1.5e9  # CUDA context, libraries and graphs: assumed
 
@@ -129,13 +129,13 @@ def _parts_s(
 
 
 def first_token_s(model: Model, machine: Machine, context: int, batch: int, mesh: Outlook) -> float:
-    """Of reading the context in chunks of CHUNK_TOKENS, divided over all ranks, and of one step.
+    """Of reading the context in chunks, divided over all ranks, and of one step.
 
     A chunk takes its arithmetic, causal, or reading the weights if that is longer; two all-reduces a layer over tensor
     ranks; and over sequence ranks a layer's keys so far or the chunk's queries, whichever are less (hf/chunk.py). Of
     many chunks SAMPLES are computed, evenly spread, and stand for the others.
     """
-    P, chunks = mesh.sequence, math.ceil(context / CHUNK_TOKENS)
+    P, chunks = mesh.sequence, math.ceil(context / _chunk_tokens(model))
     tokens, layers = context / chunks, Counter(model.windows)
     linear = model.flops_per_token - 2 * model.vocabulary * model.hidden
     read_s = model.read_bytes(batch * math.ceil(tokens / P)) / mesh.tensor / machine.gpu.read_bytes_per_s
@@ -156,6 +156,10 @@ def first_token_s(model: Model, machine: Machine, context: int, batch: int, mesh
     return seconds + mesh.token_s
 
 
+def _chunk_tokens(model: Model) -> int:
+    return CHUNK_TOKENS if set(model.windows) <= {None, 0} else MASKED_CHUNK_TOKENS
+
+
 def _key_bytes(model: Model, tensor: int) -> float:
     """Of a token's key and value in one layer, on the tensor rank that has most KV heads: one at least."""
     return math.ceil(model.kv_heads / tensor) / model.kv_heads * model.key_bytes
@@ -168,7 +172,7 @@ def _query_bytes(model: Model, tensor: int) -> float:
 
 def _activation_bytes(model: Model, context: int, batch: int, tensor: int, sequence: int) -> float:
     """Of a prefill chunk: some copies of the hidden state, the gathered keys or queries of a layer, and logits."""
-    tokens = min(CHUNK_TOKENS, context)
+    tokens = min(_chunk_tokens(model), context)
     copies = batch * math.ceil(tokens / sequence) * 8 * model.hidden * 2
     keys = context * _key_bytes(model, tensor)
     gathered = batch * min(keys, tokens * _query_bytes(model, tensor)) if sequence > 1 else 0.0
