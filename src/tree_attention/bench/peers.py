@@ -149,7 +149,7 @@ def _prepare_all_gather(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *,
 def _prepare_ring(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial) -> Step:
     """q stays, the shards go round: P - 1 hops, each sent while the attention over the same shard is computed.
 
-    KV heads travel unrepeated, into the two halves of one buffer in turn; the P results are merged once, in rank order.
+    KV heads travel unrepeated, into two buffers in turn (one, if P is 2); the P results are merged once, in rank order.
     Shards may differ in length (all ranks learn the lengths here), not in memory layout.
     """
     rank, size = group.rank(), group.size()
@@ -158,12 +158,12 @@ def _prepare_ring(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local
     lengths, contiguous = zip(*gather(about, group).tolist(), strict=True)
     B, _, H_kv, D = k.shape
     tokens_first = all(contiguous)  # a shard of one key is contiguous either way
-    buffer = k.new_empty((2, 2, B * max(lengths) * H_kv * D))
+    buffers = k.new_empty((min(size - 1, 2), 2, B * max(lengths) * H_kv * D))
     shards = [(k, v) if tokens_first else (k.transpose(1, 2), v.transpose(1, 2))]
     for hop in range(1, size):
         S = lengths[sources[hop]]
         shape = (B, S, H_kv, D) if tokens_first else (B, H_kv, S, D)
-        keys, values = (half[: B * S * H_kv * D].view(shape) for half in buffer[hop % 2])
+        keys, values = (half[: B * S * H_kv * D].view(shape) for half in buffers[hop % len(buffers)])
         shards.append((keys, values))
     hops = [
         [dist.P2POp(dist.isend, t, group=group, group_peer=(rank + 1) % size) for t in here]
