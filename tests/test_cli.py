@@ -258,7 +258,10 @@ def call(capfd, monkeypatch, *arguments):
         ({"--nproc": -2}, "nproc must be at least 1, got -2"),
         ({"--dtype": "float8"}, "dtype must be auto, float32, bfloat16 or float16, got 'float8'"),
         ({"--device": "tpu"}, "device must be auto, cpu or cuda, got 'tpu'"),
-        ({"--max-prompt-tokens": -3}, "max-prompt-tokens, max-new-tokens, chunk-tokens and block-tokens must be at least 1"),
+        (
+            {"--max-prompt-tokens": -3},
+            "max-prompt-tokens, max-new-tokens, chunk-tokens and block-tokens must be at least 1",
+        ),
         ({"--max-new-tokens": 0}, "max-new-tokens, chunk-tokens and block-tokens must be at least 1"),
         ({"--chunk-tokens": 0}, "max-new-tokens, chunk-tokens and block-tokens must be at least 1"),
         ({"--block-tokens": 0}, "max-new-tokens, chunk-tokens and block-tokens must be at least 1"),
