@@ -183,6 +183,15 @@ def test_bench_steps_times_every_way(folder, tmp_path):
         assert each["bytes"] == weights + held * LAYERS * 2 * H_KV * D * 4
 
 
+@pytest.mark.slow
+def test_bench_steps_refuses_what_it_cannot_fill(tmp_path):
+    config = Gemma2Config(**SMALL, num_hidden_layers=2, head_dim=D, sliding_window=64)
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    ended = run("bench", "steps", "--config", tmp_path / "config.json", "--nproc", 1, "--device", "cpu")
+    assert ended.returncode == 2, ended.stderr
+    assert "full attention only, this model has DynamicSlidingWindowLayer: use generate" in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

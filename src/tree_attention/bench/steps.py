@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from ..errors import Unsupported
 from ..group import first_fault, gather_objects
 from ..hf import TreeCache
 from ..hf.tensor import sequence_axis, tensor_ranks
@@ -35,13 +36,28 @@ def measure(model: Any, contexts: list[int], ways: list[str], *, tokens: int) ->
     tpot_s: the median of `tokens` tokens, on the slowest rank. bytes: what a token has to read on a rank, the weights
     but the embedding, and the rank's keys and values. A way for which there is not enough memory has a note and no
     figures.
+
+    Raises Unsupported for a model whose caches are more than keys and values of full attention.
     """
+    _check(model)
     records = []
     for context in contexts:
         for way in ways:
             taken = _measure(model, context, way, tokens)
             records.append({"context_tokens": context, "what": way, **taken})
     return records
+
+
+def _check(model: Any) -> None:
+    config = model.config.get_text_config(decoder=True)
+    others = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {"DynamicLayer"}
+    if getattr(config, "kv_lora_rank", None):
+        others.add("latent attention")
+    if others:
+        raise Unsupported(
+            f"bench steps fills caches of full attention only, this model has {', '.join(sorted(others))}: "
+            "use generate --random-weights, which reads a text first"
+        )
 
 
 def _measure(model: Any, context: int, way: str, tokens: int) -> dict[str, Any]:
