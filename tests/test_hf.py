@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from architectures import ARCHITECTURES, BLOCK, GREEDY, NEW_TOKENS, TOKENS, one_process, prompt, readings, sharded, tiny
 from tree_attention import InputError, RanksDisagree, TreeAttentionError, Unsupported
-from tree_attention.hf import TreeCache, can_prefill, chunk, prefill
+from tree_attention.hf import TreeCache, can_prefill, chunk, placement, prefill
 from tree_attention.layout import Layout
 from tree_attention.reduce import SharedMemoryLink
 from tree_attention.testing import record_traffic
@@ -391,6 +391,19 @@ def test_a_static_cache_counts_what_it_receives(pool):
     dynamic, static = (pool.run(received, max_tokens, ranks=2) for max_tokens in (None, 80))
     assert static == dynamic
     assert static[0] > 0
+
+
+def linked_on_gpus(group):
+    """What a step goes by on a GPU, of a group that has gloo as well (here only gloo: there is no NCCL)."""
+    cache = TreeCache(tiny("llama", "tree_attention").config, group, max_tokens=40)
+    q = mock.Mock(is_cuda=True, shape=(1, 1, 4, 16))
+    cache.placement.cursor = mock.Mock()
+    with mock.patch.multiple(placement, _symmetric=lambda *_: "link", tree_decode=lambda *_, **how: how["group"]):
+        return cache.placement.step_over(q, q, q, None), isinstance(cache.placement.link, SharedMemoryLink)
+
+
+def test_gpus_ask_for_their_link_beside_gloo_too(pool):
+    assert pool.run(linked_on_gpus, ranks=2) == [("link", False)] * 2
 
 
 def in_one_place(group):

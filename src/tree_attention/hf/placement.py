@@ -29,7 +29,7 @@ class Placement:
         topology = group if isinstance(group, TwoLevel) and len(group.nodes) > 1 else None  # one node: like its group
         self.node_sizes = () if topology is None else tuple(map(len, topology.nodes))
         self.link: Link | None = topology or _shared_memory(self.group)
-        self.asks_for_link = size > 1 and self.link is None
+        self.asks_for_link = size > 1 and topology is None  # on GPUs, also of a group that has gloo beside NCCL
         self.chunk: tuple[int, int] | None = None  # set while each rank feeds only its own part of these slots
         self.reserved = 0
         self.received_bytes = 0.0
