@@ -38,7 +38,7 @@ def sections(samples, memory_keys):
     return {
         "figure 3": simulated.figure_3() + simulated.measured(), "ratio": simulated.ratios(samples),
         "exchange": exchange, "fit": fits, "volume": simulated.volumes(),
-        "traffic": simulated.beside(counted["traffic"]), "memory": counted["memory"],
+        "traffic": simulated.beside(counted["traffic"]), "wire": counted["wire"], "memory": counted["memory"],
         "gpu peak": simulated.gpu_peaks(), "error": counted["error"], "algebra": counted["algebra"],
         "overlap": [simulated.overlap()], "hosts": [simulated.across_hosts()], "end to end": simulated.end_to_end(),
         "whole model": simulated.whole_model(),

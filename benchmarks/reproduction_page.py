@@ -134,7 +134,7 @@ def _theorem(found):
 
 
 def _volume(found):
-    sent = found["volume"]
+    sent, wire = found["volume"], {(row["what"], row["ranks"]): f"{row['wire_bytes']:,.0f}" for row in found["wire"]}
     return [
         "## Volume: equations 10 to 14",
         text(
@@ -152,10 +152,10 @@ def _volume(found):
             """Counted on CPU ranks, what a rank hands to torch.distributed in one step over 512 keys a rank, bytes,
             mean over ranks; the formula for it (eq 11 for each hop, eq 13, or packed partials n); what that moves
             between ranks (an all-reduce 2 (p - 1) / p of it, eq 12; an all-gather p - 1 times; the others as handed),
-            and the simulator's count of the same:"""
+            and the simulator's count of that:"""
         ),
         table(
-            ["ranks", "what", "calls", "handed over", "formula", "moves", "simulated"],
+            ["ranks", "what", "calls", "handed over", "formula", "moves", "simulated", "on the wire"],
             [
                 [
                     str(row["ranks"]),
@@ -165,15 +165,18 @@ def _volume(found):
                         f"{row[name]:,.0f}"
                         for name in ("handed_bytes", "handed_formula_bytes", "moved_bytes", "simulated_bytes")
                     ),
+                    wire.get((row["what"], row["ranks"]), "-"),
                 ]
                 for row in found["traffic"]
             ],
         ),
         text(
-            """Eq 12 assumes an all-reduce that moves as little as can be; which one a backend takes is its own affair.
-            Eq 14 is in elements, and ours and the ring's partials are float32. Eq 10 counts the bytes of all ranks for
-            one hop, eq 14 those of one rank: of one rank and one step a ring sends (p - 1) 2 b t d. With grouped
-            queries a ring moves KV heads, fewer by that factor; partials stay. Sending q is counted for neither."""
+            """On the wire: bytes that left a rank's network device in a step, headers and acknowledgements included,
+            each rank on a host of its own (network namespaces; "-" where these cannot be had). Eq 12 assumes an
+            all-reduce that moves as little as can be; for messages as small as these gloo's takes more. Eq 14 is in
+            elements; all partials here are float32. Eq 10 counts the bytes of all ranks for one hop, eq 14 those of one
+            rank: of one rank and one step a ring sends (p - 1) 2 b t d. With grouped queries a ring moves KV heads,
+            fewer by that factor; partials stay. Sending q is counted for neither."""
         ),
     ]
 

@@ -2,15 +2,21 @@
 
 Bytes and calls are those handed to torch.distributed (tree_attention.testing.record_traffic). Peaks are those of
 PyTorch's allocator, each allocation and release in the order in which torch.profiler saw them; what gloo holds is not
-in them.
+in them. Where hosts can be emulated (hosts.py: Linux, root), bytes are read from network devices as well, one rank on
+each host.
 """
 
+import json
+import os
+import sys
+import time
 from collections import Counter
 
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from hosts import emulated_hosts, obstacle, run_ranks, sent_bytes
 from tree_attention import attend, tree_decode
 from tree_attention.bench.peers import SPREAD
 from tree_attention.energy import attention_from_energy
@@ -22,6 +28,8 @@ RANKS = (2, 3, 4)
 COUNTED_KEYS = 512  # a rank: counts follow the formulas whatever the length
 MEMORY_KEYS = 64_000  # a rank: those of the paper's figure 4
 EXCHANGES = ("all_reduce", "tree", "all_gather")
+WIRE_STEPS = {"ring": 2} | dict.fromkeys(EXCHANGES, 50)
+SETTLE_S = 0.1  # for the last acknowledgements
 
 
 def step_of(what, q, k, v, group):
@@ -57,6 +65,44 @@ def traffic(pool):
             row = {"what": what, "ranks": ranks, "keys": COUNTED_KEYS, "calls": busiest}
             found.append(row | {"handed_bytes": sum(handed) / ranks})
     return found
+
+
+def wire():
+    """Bytes that left a rank's host in a step, headers and acknowledgements included, mean over ranks; [] if not to be
+    had."""
+    found = []
+    for ranks in RANKS if obstacle() is None else ():
+        with emulated_hosts(ranks, delay_s=0, rate_bit_per_s=1e11) as hosts:
+            outputs = run_ranks(hosts, [1] * ranks, [sys.executable, __file__])
+        by_rank = [json.loads(output.splitlines()[-1]) for output in outputs]
+        for what in by_rank[0]:
+            mean = sum(its[what] for its in by_rank) / ranks
+            found.append({"what": what, "ranks": ranks, "keys": COUNTED_KEYS, "wire_bytes": mean})
+    return found
+
+
+@torch.no_grad()
+def wire_here():
+    """What each of these ranks does; it prints its own bytes a step."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    group, device, found = dist.group.WORLD, os.environ["GLOO_SOCKET_IFNAME"], {}
+    for what, steps in WIRE_STEPS.items():
+        step = step_of(what, *own_part(group, keys=COUNTED_KEYS), group)
+        step()
+        counts = []
+        for count in (0, steps):  # the first: of what is around the steps
+            time.sleep(SETTLE_S)
+            before = sent_bytes(device)
+            dist.barrier()
+            for _ in range(count):
+                step()
+            dist.barrier()
+            time.sleep(SETTLE_S)
+            counts.append(sent_bytes(device) - before)
+        found[what] = (counts[1] - counts[0]) / steps
+    print(json.dumps(found))
+    dist.destroy_process_group()
 
 
 @torch.no_grad()
@@ -135,4 +181,8 @@ def measure(keys=MEMORY_KEYS):
         rows = {"traffic": traffic(pool), "memory": memory(pool, keys), "error": errors(pool)}
     finally:
         pool.close()
-    return rows | {"algebra": [algebra()]}
+    return rows | {"algebra": [algebra()], "wire": wire()}
+
+
+if __name__ == "__main__":
+    wire_here()
