@@ -226,6 +226,16 @@ def loads(group, folder):
         return str(error).replace(folder, "FOLDER")
 
 
+def loads_where_it_is_not(group, folder):
+    return loads(group, folder if group.rank() == 0 else folder + "/elsewhere")
+
+
+def test_a_folder_that_one_rank_does_not_see_is_refused_on_all(pool, tmp_path):
+    pool.run(talk, "llama", one_folder(tmp_path), None, ranks=1)
+    found = pool.run(loads_where_it_is_not, one_folder(tmp_path), ranks=2)
+    assert found == [f"FOLDER{place} holds no save: there is no current.json" for place in ("/elsewhere", "")]
+
+
 DAMAGE = {
     "a byte": (r"layer-2-rank-1.safetensors is cut off or was changed since it was written", "shard"),
     "cut off": (r"layer-2-rank-1.safetensors is cut off or was changed since it was written", "shard"),

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import TextIteratorStreamer
 
 from ..errors import InputError, Unsupported
-from ..group import Group
+from ..group import Group, first_fault, resolve_group
 from ..reduce import TwoLevel
 from .cache import TreeCache
 from .generation import FEEDS_AGAIN
@@ -160,7 +161,8 @@ class Session:
         Raises InputError: no save there, one that was damaged, or of another model, dtype or version, or split over
         another number of ranks by tensor parallelism.
         """
-        manifest = read_manifest(Path(folder))
+        group = sequence_axis(model) if group is None else group
+        manifest = _manifest(Path(folder), group.group if isinstance(group, TwoLevel) else resolve_group(group))
         split, here = manifest.get("tensor_ranks", 1), tensor_ranks(model.config)
         if split != here:
             raise InputError(
@@ -175,7 +177,6 @@ class Session:
         ]
         if other:
             raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
-        group = sequence_axis(model) if group is None else group
         cache = TreeCache(model.config, group, max_tokens=max_tokens, **options)
         load_cache(cache, Path(folder), manifest, model.device, tensor=tensor_group(model))
         tokens = torch.tensor([about["tokens"]], dtype=torch.long, device=model.device)
@@ -192,6 +193,19 @@ class Session:
         if isinstance(text, str):
             text = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
         return text.to(self.tokens)[None]
+
+
+def _manifest(folder: Path, group: ProcessGroup | None) -> dict[str, Any]:
+    """`read_manifest` by all ranks together, which raise together: a folder may be there on some hosts only."""
+    manifest, fault = {}, None
+    try:
+        manifest = read_manifest(folder)
+    except InputError as error:
+        fault = str(error)
+    fault = first_fault(fault, group)
+    if fault:
+        raise InputError(fault)
+    return manifest
 
 
 def frame_of(tokenizer: Any) -> Frame:
