@@ -48,7 +48,7 @@ class TreeCache(Cache):
     Raises:
         InputError: `block_tokens` or `max_tokens` below 1, another step, a group this rank is not in, no group for a
             model that is split over ranks; later, a token more than `max_tokens`.
-        RanksDisagree: on every rank, if config, block_tokens or max_tokens differ between ranks.
+        RanksDisagree: on every rank, if config, block_tokens, max_tokens or step differ between ranks.
     """
 
     def __init__(
