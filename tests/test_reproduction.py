@@ -21,7 +21,7 @@ COMPUTED = ("figure 3", "exchange", "fit", "volume", "traffic", "overlap", "host
 def test_the_committed_records_are_what_the_code_computes(tmp_path, monkeypatch):
     """But for bytes on the wire, which take long and need root: without them the page has gaps."""
     monkeypatch.setattr(reproduction_ranks, "wire", list)
-    options = {"--docs": tmp_path, "--records": tmp_path / "records.jsonl", "--samples": 2, "--memory-keys": 4000}
+    options = {"--docs": tmp_path, "--records": tmp_path / "records.jsonl", "--samples": 2, "--memory-keys": 16_000}
     reproduction.main([str(word) for option in options.items() for word in option])
     found, committed = read(tmp_path / "records.jsonl"), read(COMMITTED)
     for section in COMPUTED:
