@@ -73,7 +73,7 @@ class TreeCache(Cache):
         self.config = text_config
         self.placement = Placement(group, block_tokens, max_tokens)
         self.steps: dict[Any, Any] = {}  # of step.py
-        self.step = step
+        self.step, self.disable_compile = step, False  # the latter as the last `generate` said
         digest = hashlib.sha256(text_config.to_json_string().encode()).hexdigest()
         described = {"model config": digest[:12], "block_tokens": block_tokens, "max_tokens": max_tokens, "step": step}
         check_agreement(described, self.placement.group)

@@ -55,8 +55,7 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -
         check_axes(model, cache.placement.group)
     if isinstance(cache, TreeCache) and cache.placement.max_tokens is not None:
         cache.placement.check_room(generation_config.max_length - 1)  # the last token is not fed
-        if generation_config.disable_compile:
-            cache.step = "eager"
+        cache.disable_compile = bool(generation_config.disable_compile)
         install_step(model)
     sequence = cache.placement.group if isinstance(cache, TreeCache) else resolve_group()
     for group in (sequence, tensor_group(model)):

@@ -58,8 +58,9 @@ def install_step(model: Any) -> None:
         ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
         if positions is None:
             positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
-        ways = [original, compiled] if cache.step == "compiled" else [original]
-        logits = decode_step(ways, cache, ids, positions, kwargs.get("attention_mask"))
+        how = "eager" if cache.disable_compile else cache.step
+        ways = [original, compiled] if how == "compiled" else [original]
+        logits = decode_step(ways, cache, ids, positions, kwargs.get("attention_mask"), capture=how != "eager")
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     forward._tree_attention = True  # type: ignore[attr-defined]
@@ -83,14 +84,15 @@ def is_step(arguments: dict[str, Any]) -> bool:
 
 
 def decode_step(
-    ways: Sequence[Callable[..., Any]], cache: TreeCache, ids: Tensor, positions: Tensor, padding: Tensor | None
-) -> Tensor:
+    ways: Sequence[Callable[..., Any]], cache: TreeCache, ids: Tensor, positions: Tensor, padding: Tensor | None, *,
+    capture: bool,
+) -> Tensor:  # fmt: skip
     """Feed ids `[B, 1]` at `positions`; returns the logits `[B, 1, vocabulary]`, new memory each time.
 
-    ways: forward functions; each runs one step, and all others are the last one's.
+    ways: forward functions; each runs one step, and all others are the last one's. capture: as a CUDA graph, on GPUs.
     """
     cursor = cache.begin_step(len(ids), ids.device, padding)
-    key = (id(ways[0]), len(ways), ids.shape, positions.shape, cursor.padding is None, cache.placement.version)
+    key = (id(ways[0]), len(ways), capture, ids.shape, positions.shape, cursor.padding is None, cache.placement.version)
     step = cache.steps.get(key)
     if step is None:
         cache.steps.clear()
@@ -98,7 +100,7 @@ def decode_step(
     step.ids.copy_(ids)
     step.positions.copy_(positions)
     forward, before = ways[min(step.runs, len(ways) - 1)], cache.placement.received_bytes
-    if step.runs == len(ways) and ids.is_cuda and cache.step != "eager":
+    if step.runs == len(ways) and ids.is_cuda and capture:
         _capture(forward, cache, step)
     if step.graph is None or step.logits is None:
         logits = _run(forward, cache, step)

@@ -42,6 +42,7 @@ def load_tensor_parallel(model: str | Path | PreTrainedConfig, mesh: DeviceMesh,
             on its device, after `torch.manual_seed(0)`. They are others than one process would draw; on CPUs the parts
             of one weight are alike.
         mesh: axes "sequence" and "tensor"; the current device is this rank's. With a tensor axis of 1 nothing is split.
+            All its ranks work on one batch: with both axes above 1 they share the logits.
         how: further arguments of `from_pretrained`, or of `from_config`: dtype, and so on.
 
     Raises, before any communication:
