@@ -184,6 +184,34 @@ def test_bench_steps_times_every_way(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_bench_prefill_reads_whole_cycles_on_all_ranks(folder, tmp_path):
+    output = tmp_path / "records.jsonl"
+    arguments = ["bench", "prefill", "--config", folder / "config.json", "--device", "cpu", "--nproc", 2]
+    ended = run(*arguments, "--contexts", "512,64", "--chunk-tokens", 128, "--rounds", 2, "--output", output)
+    records = last_json(ended)["records"]
+    assert [(each["context_tokens"], each["what"]) for each in records] == [
+        (64, "ours"), (64, "stock"), (512, "ours"), (512, "stock"),
+    ]  # fmt: skip
+    assert [json.loads(line)["seconds"] for line in output.read_text().splitlines()] == [
+        each["seconds"] for each in records
+    ]
+    parameters = LlamaForCausalLM.from_pretrained(folder).named_parameters()
+    of_layers = sum(p.numel() for name, p in parameters if ".layers." in name)
+    of_token = LAYERS * 2 * H_KV * D * 4
+    for each in records:
+        tokens, heads = each["context_tokens"], SMALL["num_attention_heads"]
+        assert each["flops"] == 2 * of_layers * tokens + 4 * D * heads * LAYERS * tokens * (tokens + 1) / 2
+        assert min(each["first_s"], each["seconds"]) > 0
+        # ours has room for one token more, and each layer a place that is not read
+        held = tokens if each["ranks"] == 1 else tokens // 2 + 2
+        assert each["kv_bytes"] == held * of_token
+    ended = run(*arguments, "--ways", "theirs")
+    assert (ended.returncode, ended.stderr) == (
+        2, "tree-attention: ways must be all or some of ours, stock, got 'theirs'\n"
+    )  # fmt: skip
+
+
+@pytest.mark.slow
 def test_bench_steps_refuses_what_it_cannot_fill(tmp_path):
     config = Gemma2Config(**SMALL, num_hidden_layers=2, head_dim=D, sliding_window=64)
     (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))

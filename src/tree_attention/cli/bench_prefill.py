@@ -1,6 +1,5 @@
 """`tree-attention bench prefill`: a whole model that reads a long text, as a table and as records."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..bench.prefill import WAYS, measure
 from ..errors import InputError
 from .bench import numbers
 from .bench_decode import PLAIN_MEMORY
-from .bench_steps import surroundings_of
+from .bench_steps import publish, surroundings_of, ways_of
 from .inputs import load_model, reading_bar
 from .launch import run_on_ranks
 
@@ -26,14 +25,9 @@ def bench_prefill(
     output: Path | None,
 ) -> int:  # fmt: skip
     """Measure on `nproc` ranks, print a table and one JSON document; returns the exit code."""
-    lengths, chosen = sorted(numbers("contexts", contexts)), list(WAYS) if ways == "all" else ways.split(",")
-    if not config.is_file():
-        raise InputError(f"config must be a model's config.json, got {config}")
+    lengths, chosen = sorted(numbers("contexts", contexts)), ways_of(config, ways, WAYS)
     if min(lengths[0], nproc, chunk_tokens, rounds) < 1:
         raise InputError("contexts, nproc, chunk-tokens and rounds must be at least 1")
-    unknown = [way for way in chosen if way not in WAYS]
-    if unknown:
-        raise InputError(f"ways must be all or some of {', '.join(WAYS)}, got {', '.join(unknown)!r}")
     os.environ.update(PLAIN_MEMORY)  # inherited by the ranks
     return run_on_ranks(_on_rank, nproc, device, str(config), lengths, chosen, chunk_tokens, rounds, output)
 
@@ -42,23 +36,14 @@ def _on_rank(
     config: str, lengths: list[int], ways: list[str], chunk_tokens: int, rounds: int, output: Path | None,
     device: torch.device,
 ) -> None:  # fmt: skip
-    """Each context is printed and kept as soon as it is done."""
     transformers.logging.set_verbosity_error()
-    model, speaks = load_model(config, "auto", device, random=True), dist.get_rank() == 0
-    surroundings = surroundings_of(config, model, device)
-    records: list[dict[str, Any]] = []
-    for length in lengths:
-        with reading_bar(length, shown=speaks) as on_progress:
-            taken = measure(model, length, ways, chunk_tokens=chunk_tokens, rounds=rounds, on_progress=on_progress)
-        records += taken
-        if speaks:
-            _print(taken)
-        if speaks and output is not None:
-            with output.open("a") as file:
-                file.writelines(json.dumps(surroundings | record) + "\n" for record in taken)
-    if speaks:
-        sys.stdout.write(json.dumps(surroundings | {"records": records}) + "\n")
-        sys.stdout.flush()
+    model = load_model(config, "auto", device, random=True)
+
+    def take(length: int) -> list[dict[str, Any]]:
+        with reading_bar(length, shown=dist.get_rank() == 0) as on_progress:
+            return measure(model, length, ways, chunk_tokens=chunk_tokens, rounds=rounds, on_progress=on_progress)
+
+    publish(lengths, take, _print, surroundings_of(config, model, device), output)
 
 
 def _print(records: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,11 @@ def bench_steps(
     output: Path | None,
 ) -> int:  # fmt: skip
     """Measure on `nproc` ranks, print a table and one JSON document; returns the exit code."""
-    possible = list(WAYS) if tensor_parallel == 1 else [way for way in WAYS if way in SPLIT_WAYS]
-    lengths, chosen = sorted(numbers("contexts", contexts)), possible if ways == "all" else ways.split(",")
-    if not config.is_file():
-        raise InputError(f"config must be a model's config.json, got {config}")
+    lengths = sorted(numbers("contexts", contexts))
+    possible, where = (WAYS, "") if tensor_parallel == 1 else (SPLIT_WAYS, " with tensor-parallel")
+    chosen = ways_of(config, ways, possible, where)
     if lengths[0] < 1 or nproc < 1 or tokens < 1:
         raise InputError(f"contexts, nproc and tokens must be at least 1, got {contexts}, {nproc} and {tokens}")
-    unknown = [way for way in chosen if way not in possible]
-    if unknown:
-        split = " with tensor-parallel" if tensor_parallel != 1 else ""
-        raise InputError(f"ways must be all or some of {', '.join(possible)}{split}, got {', '.join(unknown)!r}")
     os.environ.update(PLAIN_MEMORY)  # inherited by the ranks
     return run_on_ranks(_on_rank, nproc, device, str(config), lengths, chosen, tokens, tensor_parallel, output)
 
@@ -44,17 +40,34 @@ def _on_rank(
     config: str, lengths: list[int], ways: list[str], tokens: int, tensor_parallel: int, output: Path | None,
     device: torch.device,
 ) -> None:  # fmt: skip
-    """Each context is printed and kept as soon as it is done."""
     transformers.logging.set_verbosity_error()
     model = load_model(config, "auto", device, random=True, tensor_parallel=tensor_parallel)
-    speaks = dist.get_rank() == 0
     surroundings = surroundings_of(config, model, device) | {"tokens": tokens, "tensor_parallel": tensor_parallel}
-    records: list[dict[str, Any]] = []
+    publish(lengths, lambda length: measure(model, [length], ways, tokens=tokens), _print, surroundings, output)
+
+
+def ways_of(config: Path, ways: str, possible: Sequence[str], where: str = "") -> list[str]:
+    """The ways that were asked for, if there are such; the config must be there, too."""
+    if not config.is_file():
+        raise InputError(f"config must be a model's config.json, got {config}")
+    chosen = list(possible) if ways == "all" else ways.split(",")
+    unknown = [way for way in chosen if way not in possible]
+    if unknown:
+        raise InputError(f"ways must be all or some of {', '.join(possible)}{where}, got {', '.join(unknown)!r}")
+    return chosen
+
+
+def publish(
+    lengths: Sequence[int], take: Callable[[int], list[dict[str, Any]]], show: Callable[[list[dict[str, Any]]], None],
+    surroundings: dict[str, Any], output: Path | None,
+) -> None:  # fmt: skip
+    """Measure each context on all ranks; the first one prints and keeps it as soon as it is done."""
+    records, speaks = [], dist.get_rank() == 0
     for length in lengths:
-        of_length = measure(model, [length], ways, tokens=tokens)
+        of_length = take(length)
         records += of_length
         if speaks:
-            _print(of_length)
+            show(of_length)
         if speaks and output is not None:
             with output.open("a") as file:
                 file.writelines(json.dumps(surroundings | record) + "\n" for record in of_length)

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
 from ..errors import InputError
-from ..group import Group, check_agreement, rank_and_size, resolve_group
+from ..group import Group, check_agreement, gather_objects, rank_and_size, resolve_group
 from ..partial import Partial
 from .shared_memory import SharedMemoryLink
 from .symmetric import SymmetricLink
@@ -55,7 +54,7 @@ class TwoLevel:
         rank, size = rank_and_size(self.group)
         check_agreement({"nodes": nodes, "link": type(link).__name__}, self.group)
         given = None if nodes is None else _partition(nodes, size)  # all ranks raise, or none
-        seats = _gathered(_seat(link), self.group)
+        seats = gather_objects(_seat(link), self.group)
         self.nodes: Nodes = given or found_nodes(seats)
         _check_links(self.nodes, seats)
         self.peers = next(node for node in self.nodes if rank in node)
@@ -129,10 +128,3 @@ def _seat(link: SharedMemoryLink | SymmetricLink | None) -> Seat:
         if len(names) > 1:  # else it cannot be told
             reach = tuple(n for i, n in enumerate(names) if i == here or torch.cuda.can_device_access_peer(here, i))
     return Seat(rank, socket.gethostname(), device, reach, linked)
-
-
-def _gathered(seat: Seat, group: ProcessGroup | None) -> list[Seat]:
-    seats = [seat] * rank_and_size(group)[1]
-    if len(seats) > 1:
-        dist.all_gather_object(seats, seat, group=group)
-    return seats
