@@ -31,7 +31,7 @@ paper() {
 }
 steps() { ours bench steps --config $model --contexts 1024,131072,524288,1048576 --output "$out/steps.jsonl"; }
 tensor() {
-    ours bench steps --config $model --tensor-parallel 2 --contexts 1024,131072,1048576 \
+    ours bench steps --config $model --tensor-parallel 2 --contexts 1024,131072,524288,1048576 \
         --ways "ours captured,ours compiled" --output "$out/tensor.jsonl"
 }
 prefill() { ours bench prefill --config $model --contexts 32768,131072 --rounds 2 --output "$out/prefill.jsonl"; }

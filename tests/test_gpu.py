@@ -169,6 +169,9 @@ def test_a_static_cache(tmp_path, name, step):
     run(static, tmp_path, name, step)
 
 
+alive = []  # caches whose graphs hold NCCL's collectives; their group must end all the same
+
+
 def split(group, folder, name, step, sequence=1):
     """Tensor parallelism, alone or beside the sequence: its all-reduces are in the graph. Otherwise as `static`."""
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -182,6 +185,7 @@ def split(group, folder, name, step, sequence=1):
             assert {weight.device for weight in model.parameters()} == {torch.device("cuda", group.rank())}
             cache = TreeCache(model.config, mesh["sequence"], block_tokens=4, max_tokens=tokens.shape[1])
             cache.step = way
+            alive.append(cache)
             out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
             got = torch.stack(out.logits)
             assert same_on_all_ranks(got)

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -391,6 +392,21 @@ def test_a_static_cache_counts_what_it_receives(pool):
     dynamic, static = (pool.run(received, max_tokens, ranks=2) for max_tokens in (None, 80))
     assert static == dynamic
     assert static[0] > 0
+
+
+def graphs_before_their_group(group):
+    """NCCL ends no group while a graph that holds one of its collectives is alive; test_gpu.py has such graphs."""
+    model, (ids, _) = tiny("llama", "tree_attention"), prompt(False)
+    own = dist.new_group()
+    cache = TreeCache(model.config, own, block_tokens=BLOCK, max_tokens=TOKENS + 4)
+    model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    before = len(cache.steps)
+    dist.destroy_process_group(own)
+    return before, len(cache.steps)
+
+
+def test_graphs_are_dropped_before_a_group_ends(pool):
+    assert pool.run(graphs_before_their_group) == [(1, 0)] * 4  # on all ranks, which make its group together
 
 
 def linked_on_gpus(group):

@@ -10,15 +10,20 @@ compiled   after one as it is, what torch.compile makes of the model (one graph,
            kernels; captured from the third on
 
 Sampling stays with `generate`, beside the graph.
+
+NCCL does not end a group while a graph that holds one of its collectives is alive (pytorch issue 115388), so
+`install_step` also has `torch.distributed.destroy_process_group` drop the graphs first.
 """
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -29,6 +34,7 @@ TAKEN = (  # arguments of `forward` that a step takes, or that say nothing new f
 )  # fmt: skip
 # Kernels by rule, not by timing them: that might choose others on another rank, and so other bits.
 ALIKE: dict[str, Any] = {"deterministic": True}
+_with_steps: weakref.WeakSet[TreeCache] = weakref.WeakSet()
 
 
 @dataclass
@@ -44,7 +50,8 @@ class Captured:
 
 
 def install_step(model: Any) -> None:
-    """Wrap `model.forward`, once."""
+    """Wrap `model.forward`, once; and torch's end of a group, once for all."""
+    _release_with_groups()
     original = model.forward
     if hasattr(original, "_tree_attention"):
         return
@@ -65,6 +72,21 @@ def install_step(model: Any) -> None:
 
     forward._tree_attention = True  # type: ignore[attr-defined]
     model.forward = forward
+
+
+def _release_with_groups() -> None:
+    original = dist.destroy_process_group
+    if hasattr(original, "_tree_attention"):
+        return
+
+    @functools.wraps(original)
+    def destroy(*args: Any, **kwargs: Any) -> None:
+        for cache in _with_steps:
+            cache.steps.clear()  # a cache that is used again captures again
+        original(*args, **kwargs)
+
+    destroy._tree_attention = True  # type: ignore[attr-defined]
+    dist.destroy_process_group = destroy
 
 
 def is_step(arguments: dict[str, Any]) -> bool:
@@ -96,6 +118,7 @@ def decode_step(
     step = cache.steps.get(key)
     if step is None:
         cache.steps.clear()
+        _with_steps.add(cache)
         step = cache.steps[key] = Captured(ids.clone(), positions.clone())
     step.ids.copy_(ids)
     step.positions.copy_(positions)
