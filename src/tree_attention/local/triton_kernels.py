@@ -5,8 +5,9 @@ Words beside DESIGN.md's: a *group* is one (batch row, KV head) with its `M = T 
 parts is `program + group`, which never repeats along the staircase of (program, group) pairs. A *unit* is what one
 program merges at once: UR rows and UD columns of a group.
 
-Work division after LeanAttention (arXiv 2405.10480): the tiles of all groups in a row, cut in equal lengths. It is
-computed here, from lengths that lie on the device: a captured graph replays with any lengths, and no host plans.
+Work division after LeanAttention (arXiv 2405.10480): the tiles of all groups in a row, cut in equal lengths; those of a
+group that some programs share among themselves are dealt out in turn. It is computed here, from lengths that lie on the
+device: a captured graph replays with any lengths, and no host plans.
 """
 
 import triton
@@ -96,14 +97,16 @@ def split(
             here = tl.arange(0, B_PAD) == group % B
             keys, tiles = tl.sum(tl.where(here, work[1], 0), 0), tl.sum(tl.where(here, work[0], 0), 0)
     else:  # a pipeline a group: less to do for a tile, and queries stay in registers
+        first = tile
         while tile < end:
             stop = tl.minimum(end, start + tiles)
+            base, step = turns(program, first, start, tiles, work)
             q_rows = query_rows(tensors[0], strides[0], group, B, M, G, BM, D, D_PAD)
             peak, total = tl.full([BM], NO_SCORE, tl.float32), tl.zeros([BM], tl.float32)
             acc = tl.zeros([BM, DV_PAD], tl.float32)
             for at in tl.range(tile, stop, num_stages=STAGES):
                 peak, total, acc = attend_tile(
-                    tensors, strides, sizes, factors, q_rows, group, at - start, keys, peak, total, acc,
+                    tensors, strides, sizes, factors, q_rows, group, base + at * step, keys, peak, total, acc,
                     G, BM, BN, D, DV, D_PAD, DV_PAD, EVEN,
                 )  # fmt: skip
             leave(parts, epoch, program + group, programs + B * H_kv, M, peak, total, acc, BM, DV, DV_PAD)
@@ -213,9 +216,10 @@ def prefetch(tensors, strides, sizes, BN: tl.constexpr, D: tl.constexpr, DV: tl.
         B, S, H_kv = sizes[0], sizes[2], sizes[3]
         work = divide(None, sizes, tl.num_programs(0), BN, B_PAD)
         tile = tl.minimum(first_tile(tl.program_id(0), work), work[5] - 1)
-        group, start, _, _ = group_at(tile, work, B, H_kv, B_PAD)
+        group, start, tiles, _ = group_at(tile, work, B, H_kv, B_PAD)
         b, head = (group % B).to(tl.int64), (group // B).to(tl.int64)
-        key = tl.minimum((tile - start) * BN + tl.arange(0, BN), S - 1).to(tl.int64)
+        base, step = turns(tl.program_id(0), tile, start, tiles, work)
+        key = tl.minimum((base + tile * step) * BN + tl.arange(0, BN), S - 1).to(tl.int64)
         k_rows = k + b * k_strides[0] + head * k_strides[2] + key * k_strides[1]
         v_rows = v + b * v_strides[0] + head * v_strides[2] + key * v_strides[1]
         if S > 0:
@@ -309,6 +313,18 @@ def first_tile(program, work):
     place = program % splits
     each, over = span // splits, span % splits
     return tl.minimum(program // splits * span + place * each + tl.minimum(place, over), total)
+
+
+@triton.jit
+def turns(program, first, start, tiles, work):
+    """(base, step): as its tile `at`, from `first` on, a program does tile `base + at step` of the group.
+
+    Programs that share a group, and have no other, take its tiles in turn, and so read neighbouring memory at the same
+    time. With a range of tiles for each some lengths are 6 % slower (docs/log.md).
+    """
+    _, _, _, span, splits, _ = work
+    shared = span == tiles
+    return tl.where(shared, program % splits - first * splits, -start), tl.where(shared, splits, 1)
 
 
 @triton.jit
