@@ -36,7 +36,9 @@ def predict_token(record):
     name = preset_of(record["device"])
     if name is None or record["model"] not in preset_names() or record["what"].endswith("eager"):
         return None
-    return outlook(load_model(record["model"]), MACHINES[name], record["context_tokens"], 1, 1, record["ranks"]).token_s
+    tensor = record.get("tensor_parallel", 1)
+    sequence = record["ranks"] // tensor
+    return outlook(load_model(record["model"]), MACHINES[name], record["context_tokens"], 1, tensor, sequence).token_s
 
 
 def predict_prefill(record):
@@ -93,7 +95,7 @@ def model_tables(files):
             if predicted_s is not None:
                 measured_s = record[measured]
                 lines.append(
-                    f"| {record['ranks']} x {record['device']} | {record['model']} | {record['context_tokens']} | "
+                    f"| {gpus(record)} x {record['device']} | {record['model']} | {record['context_tokens']} | "
                     f"{record['what']} | {scale * measured_s:.2f} | {scale * predicted_s:.2f} | "
                     f"{predicted_s / measured_s - 1:+.1%} |"
                 )
@@ -101,6 +103,12 @@ def model_tables(files):
             yield f"\n| GPUs | model | context | what | {what}, {unit} | predicted, {unit} | error |"
             yield "|---|---|---|---|---|---|---|"
             yield from lines
+
+
+def gpus(record):
+    """How many, and if weights are split over some of them, as tensor x sequence."""
+    tensor = record.get("tensor_parallel", 1)
+    return str(record["ranks"]) if tensor == 1 else f"({tensor} x {record['ranks'] // tensor})"
 
 
 def summary(records):

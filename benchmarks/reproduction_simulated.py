@@ -21,7 +21,7 @@ READ_TOKEN_S = replace(BLOCK, keys=1).kv_bytes / H100.gpu.read_bytes_per_s
 JITTER = {"kernel_jitter": 0.02, "link_jitter": 0.2}  # assumed
 SAMPLES, SPREAD = 100, 0.3
 RESULTS = Path(__file__).parent / "results"
-MEASURED = RESULTS / "2026-11-24_2xH100_paper.jsonl"
+MEASURED = RESULTS / "2026-11-25_2xH100_paper.jsonl"
 EMULATED = RESULTS / "2026-11-24_two-level_emulated.jsonl"
 WHOLE_MODEL = [RESULTS / f"2026-11-24_2xH200_{what}.jsonl" for what in ("prefill", "steps")]
 LLAMA, DECODED = load_model("llama-3.1-8b"), 10
@@ -192,13 +192,14 @@ def whole_model():
 
 
 def gpu_peaks():
-    """Peaks of memory in records of `bench decode`, where these have them."""
+    """Peaks of memory in records of `bench decode` with one row, where these have them."""
     records = (json.loads(line) for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines())
     names = ("what", "ranks", "keys", "heads", "kv_heads", "head_dim", "peak_extra_bytes")
     return [
         {name: record[name] for name in names} | {"gpu": record["gpus"][0]}
         for record in records
-        if record.get("peak_extra_bytes") is not None and record["what"] in ("ring", "three_all_reduce", "fused")
+        if record.get("peak_extra_bytes") is not None and record["batch"] == 1
+        if record["what"] in ("ring", "three_all_reduce", "fused")
     ]
 
 

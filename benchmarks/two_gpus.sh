@@ -3,7 +3,8 @@
 #
 #     bash benchmarks/two_gpus.sh FOLDER [PART ...]     parts: tests constants decode batches paper steps tensor prefill million
 #
-# Each part stands for itself, so that one that fails or runs out of time does not cost the others.
+# Each part stands for itself, so that one that fails or runs out of time does not cost the others. FlashAttention-3 takes
+# part where the package fa3-fwd is installed.
 set -u
 cd "$(dirname "$0")/.."
 out=$(realpath "$1")
@@ -18,16 +19,18 @@ ours() { $python -c 'from tree_attention.cli import main; main()' "$@"; }
 
 tests() { $python -m pytest -m gpu; }
 constants() { ours calibrate --nproc 2 --output "$out/machine.json"; }
-decode() { ours bench decode --rounds 11 --peers cudnn,flash2,three_all_reduce,all_gather,ring --output "$out/decode.jsonl"; }
+decode() {
+    ours bench decode --rounds 11 --peers cudnn,flash2,flash3,three_all_reduce,all_gather,ring --output "$out/decode.jsonl"
+}
 batches() {
     for lengths in "" --ragged; do
-        ours bench decode --no-eager --rounds 7 --pairs --batch 16,64 --keys 16384,4096 --layout NHD --peers cudnn \
-            $lengths --output "$out/batches.jsonl"
+        ours bench decode --no-eager --rounds 7 --pairs --batch 16,64 --keys 16384,4096 --layout NHD \
+            --peers cudnn,flash3 $lengths --output "$out/batches.jsonl"
     done
 }
 paper() {
     ours bench decode --no-eager --rounds 7 --heads 16 --kv-heads 16 --keys 40960,327680,655360 \
-        --peers cudnn,three_all_reduce,all_gather,ring --output "$out/paper.jsonl"
+        --peers cudnn,flash3,three_all_reduce,all_gather,ring --output "$out/paper.jsonl"
 }
 steps() { ours bench steps --config $model --contexts 1024,131072,524288,1048576 --output "$out/steps.jsonl"; }
 tensor() {

@@ -198,7 +198,7 @@ def test_one_and_two_gpus_take_about_what_was_measured():
     names = {"fused": "fused", "apart": "symmetric", "all_gather": "all_gather", "three_all_reduce": "all_reduce"}
     names |= {"ring": "ring", "fused_alone": "fused"}
     ratios = {name: [] for name in names}
-    for file in ("2026-11-24_2xH100.jsonl", "2026-11-24_2xH100_paper.jsonl"):
+    for file in ("2026-11-25_2xH100.jsonl", "2026-11-25_2xH100_paper.jsonl"):
         for row in map(json.loads, (RESULTS / file).read_text().splitlines()):
             if row["what"] in names:
                 shape = Shape(row["batch"], row["heads"], row["kv_heads"], row["head_dim"], row["keys"])
