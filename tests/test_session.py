@@ -143,6 +143,17 @@ def test_messages_are_framed():
     ]  # fmt: skip
 
 
+def test_an_answer_ends_with_any_of_the_models_ends():
+    """The token itself is not kept: the template ends an answer. Without ends all tokens are."""
+    session = Session.open(tiny("llama", "tree_attention"), tokenizer(TEMPLATE), None)
+    session.model.generation_config.eos_token_id = list(range(session.model.config.vocab_size))
+    list(session.ask("What?"))
+    assert session.tokenizer.decode(session.tokens[0]).endswith("What?</><assistant>")
+    before = session.tokens.shape[1]
+    list(session.ask("", max_new_tokens=1, eos_token_id=None))
+    assert session.tokenizer.decode(session.tokens[0, before:-1]) == "</><user></><assistant>"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("max_tokens", [None, 400])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3", "qwen3_next"])

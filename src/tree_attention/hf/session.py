@@ -114,7 +114,9 @@ class Session:
         if "error" in outcome:
             raise outcome["error"]
         written = outcome["tokens"]
-        ended = int(written[0, -1]) == self.tokenizer.eos_token_id and written.shape[1] > asked
+        ends = how.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = [ends] if isinstance(ends, int) else ends or []
+        ended = int(written[0, -1]) in ends and written.shape[1] > asked
         self.tokens = written[:, : written.shape[1] - ended]  # the template ends an answer itself
 
     def fork(self) -> "Session":
