@@ -258,6 +258,13 @@ def test_calibrate_refuses(arguments, text):
     assert text in ended.stderr
 
 
+def test_calibrate_does_not_take_the_cpu_for_a_lonely_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    ended = run("calibrate")
+    assert ended.exit_code == 2
+    assert "one is here: --device cpu" in ended.stderr
+
+
 @pytest.mark.slow
 def test_calibrate_measures_what_plan_takes(tmp_path):
     command = Path(sys.executable).with_name("tree-attention")

@@ -20,7 +20,10 @@ from .launch import run_on_ranks
 def calibrate(output: Path, nproc: int | None, device: str) -> int:
     """Measure on `nproc` ranks of this host, print and write what was found; returns the exit code."""
     if nproc is None and "TORCHELASTIC_RUN_ID" not in os.environ:
-        nproc = max(torch.cuda.device_count() if device != "cpu" else 0, 2)
+        gpus = torch.cuda.device_count() if device != "cpu" else 0
+        if gpus == 1:
+            raise InputError("calibrate measures a link between GPUs, and one is here: --device cpu measures the CPU")
+        nproc = max(gpus, 2)
     if nproc is not None and nproc < 2:
         raise InputError(f"calibrate measures a link, and needs 2 ranks at least, got {nproc}")
     if not output.parent.is_dir():

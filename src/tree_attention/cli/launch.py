@@ -93,8 +93,13 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
 
 
 def _exit_code(end: ProcessExitedException | ProcessRaisedException, processes: list[Any]) -> int:
-    """The code of ranks that ended alike after saying why, or RankDied about the rank that ended first."""
+    """The code of ranks that ended alike after saying why, or RankDied about the rank that ended first.
+
+    A rank that SIGINT ended is a KeyboardInterrupt: Ctrl-C is for all, and a rank's end may be noticed before our own.
+    """
     for rank, process in enumerate(processes):  # its peers fail too, on a closed connection, maybe noticed before it
+        if process.exitcode == -signal.SIGINT:
+            raise KeyboardInterrupt from None
         if process.exitcode is not None and process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
             name = signal.Signals(-process.exitcode).name
             raise RankDied(f"rank {rank} was killed by {name}; the others were ended") from None
