@@ -57,7 +57,7 @@ def go_on(group, folder, save):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="tree_attention")
     session = Session.load(save, model.eval(), tokenizer, group)
-    list(session.ask("Go on.", max_new_tokens=100, do_sample=False, eos_token_id=None))
+    list(session.ask("Go on.", max_new_tokens=40, do_sample=False, eos_token_id=None))
     return session.tokens[0].tolist()
 
 
@@ -67,7 +67,7 @@ def test_static_is_dynamic_is_one_process_and_a_save_goes_on(pool, folder, tmp_p
     assert pool.run(talk, folder, False, None, ranks=2) == [expected] * 2
     assert pool.run(talk, folder, True, str(tmp_path / "save"), ranks=2) == [expected] * 2
     for ranks in (1, 3):
-        assert pool.run(go_on, folder, str(tmp_path / "save"), ranks=ranks) == [expected] * ranks
+        assert pool.run(go_on, folder, str(tmp_path / "save"), ranks=ranks) == [expected[:-60]] * ranks
 
 
 @pytest.mark.model
