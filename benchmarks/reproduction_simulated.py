@@ -193,7 +193,7 @@ def whole_model():
 
 def gpu_peaks():
     """Peaks of memory in records of `bench decode` with one row, where these have them."""
-    records = (json.loads(line) for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines())
+    records = (json.loads(line) for path in sorted(RESULTS.glob("20*.jsonl")) for line in path.read_text().splitlines())
     names = ("what", "ranks", "keys", "heads", "kv_heads", "head_dim", "peak_extra_bytes")
     return [
         {name: record[name] for name in names} | {"gpu": record["gpus"][0]}
