@@ -78,6 +78,12 @@ def run(*arguments, command=(COMMAND,), timeout_s=120, lines=""):
     return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout_s, check=False, input=lines)
 
 
+def opened(folder):
+    """A session of this process alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="tree_attention")
+    return Session.open(model, AutoTokenizer.from_pretrained(folder))
+
+
 def last_json(ended):
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
@@ -142,24 +148,22 @@ def test_a_seed_draws_the_same_text_again_and_under_torchrun(folder, document):
     torchrun = (TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "2", COMMAND)
     drawn = last_json(run(*arguments, 5, "--nproc", 2))
     again = last_json(run(*arguments, 5, command=torchrun))
-    other = last_json(run(*arguments, 6))
-    assert [figures["ranks"] for figures in (drawn, again, other)] == [2, 2, 1]
-    assert drawn["tokens"] == again["tokens"] != other["tokens"]
+    assert drawn["ranks"] == again["ranks"] == 2
+    assert drawn["tokens"] == again["tokens"]
 
 
 @pytest.mark.slow
 def test_a_chat_is_put_away_and_taken_up_on_other_ranks(folder, document, tmp_path):
     arguments = ["chat", "--model", folder, "--max-new-tokens", 9]
-    whole = run(*arguments, "--file", document, lines="What?\n\nWho?\nWhen?\n")
-    answers = whole.stdout.splitlines()
-    assert whole.returncode == 0, whole.stderr
-    begun = run(*arguments, "--file", document, "--nproc", 2, "--save", tmp_path / "save", lines="What?\nWho?\n")
+    session = opened(folder)
+    session.read(document.read_text())
+    answers = ["".join(session.ask(question, max_new_tokens=9)) for question in ("What?", "Who?", "When?")]
+    begun = run(*arguments, "--file", document, "--nproc", 2, "--save", tmp_path / "save", lines="What?\n\nWho?\n")
     assert begun.returncode == 0, begun.stderr
     torchrun = (TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "3", COMMAND)
     ended = run(*arguments, "--load", tmp_path / "save", lines="When?\n", command=torchrun)
     assert ended.returncode == 0, ended.stderr
-    assert begun.stdout + ended.stdout == whole.stdout
-    assert len(answers) >= 3
+    assert begun.stdout + ended.stdout == "".join(f"{answer}\n" for answer in answers)
 
 
 @pytest.mark.slow
@@ -170,8 +174,7 @@ def test_a_chat_survives_a_question_that_does_not_fit(folder):
     assert ended.stderr.startswith(
         "tree-attention: this TreeCache has room for 40 tokens over all ranks, 50 are needed"
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="tree_attention")
-    answer = "".join(Session.open(model, AutoTokenizer.from_pretrained(folder)).ask("Who?", max_new_tokens=9))
+    answer = "".join(opened(folder).ask("Who?", max_new_tokens=9))
     assert ended.stdout == f"\n{answer}\n"
 
 
