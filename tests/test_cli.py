@@ -24,8 +24,9 @@ from transformers import (
 )
 
 import tree_attention.cli
-from tree_attention import Unsupported
+from tree_attention import InputError, Unsupported
 from tree_attention.bench.steps import measure
+from tree_attention.cli.inputs import check_positions, prompt_ids
 from tree_attention.cli.launch import run_on_ranks
 from tree_attention.hf import Session
 from tree_attention.local import BACKENDS
@@ -335,43 +336,30 @@ def test_a_gpu_that_is_not_there(capfd, monkeypatch, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (
-            ["--nproc", 2, "--block-tokens", 19],
-            "nproc must be at most the prompt's blocks, got 2 ranks for 19 tokens in blocks of 19: start",
-        ),
-        (
-            ["--file", "{long}"],
-            "the model has 20000 positions, and 20021 prompt tokens with 128 new ones do not fit: use --max-prompt-tok",
-        ),
-        (
-            ["--file", "{long}", "--max-prompt-tokens", 18],
-            "max-prompt-tokens must be more than the 19",
-        ),
-    ],
-)
-def test_mistakes_that_the_ranks_find(folder, tmp_path, options, text):
-    (tmp_path / "long.txt").write_text("x" * 20_000)
-    options = [str(option).replace("{long}", str(tmp_path / "long.txt")) for option in options]
-    ended = run("generate", "--model", folder, "--prompt", QUESTION, *options)
+def test_a_mistake_that_the_ranks_find_is_said_once(folder):
+    ended = run("generate", "--model", folder, "--prompt", QUESTION, "--nproc", 2, "--block-tokens", 19)
     assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.count("\n") == 1  # one rank says it for all
-    assert ended.stderr.startswith(f"tree-attention: {text}")
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith(
+        "tree-attention: nproc must be at most the prompt's blocks, got 2 ranks for 19 tokens in blocks of 19: start"
+    )
+
+
+def test_more_tokens_than_positions():
+    check_positions(LlamaConfig(**SMALL), POSITIONS - 128, 128)
+    with pytest.raises(InputError, match="has 20000 positions, and 19873 prompt tokens with 128 new ones do not fit"):
+        check_positions(LlamaConfig(**SMALL), POSITIONS - 127, 128)
 
 
 def test_a_document_is_cut_to_the_limit(folder):
     """What --max-prompt-tokens leaves: the beginning of the document, all of the question."""
-    import transformers
-
-    from tree_attention.cli.inputs import prompt_ids
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     for limit in (22, 23, 60, 100):
         ids = prompt_ids(tokenizer, "0123456789" * 50, QUESTION, plain=False, limit=limit)
         assert ids.shape == (1, limit)
         assert tokenizer.decode(ids[0]) == ("0123456789" * 10)[: limit - 21] + "\n\n" + QUESTION
+    with pytest.raises(InputError, match="max-prompt-tokens must be more than the 19 of the prompt alone, got 18"):
+        prompt_ids(tokenizer, "0123456789", QUESTION, plain=False, limit=18)
 
 
 @pytest.fixture
