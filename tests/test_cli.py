@@ -149,8 +149,9 @@ def test_a_seed_draws_the_same_text_again_and_under_torchrun(folder, document):
     torchrun = (TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "2", COMMAND)
     drawn = last_json(run(*arguments, 5, "--nproc", 2))
     again = last_json(run(*arguments, 5, command=torchrun))
-    assert drawn["ranks"] == again["ranks"] == 2
-    assert drawn["tokens"] == again["tokens"]
+    other = last_json(run(*arguments, 6))
+    assert [figures["ranks"] for figures in (drawn, again, other)] == [2, 2, 1]
+    assert drawn["tokens"] == again["tokens"] != other["tokens"]
 
 
 @pytest.mark.slow
