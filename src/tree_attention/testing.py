@@ -132,11 +132,14 @@ def _join(rank: int, size: int, meeting: str) -> None:
     )
 
 
+_last_group: list[dist.ProcessGroup] = []
+
+
 def _call(count: int, function: Callable[..., Any], args: tuple) -> Any:
+    if _last_group:  # only now have all ranks left it: one that ends it sooner cuts off a peer that still joins
+        dist.destroy_process_group(_last_group.pop())
     group = dist.new_group(range(count))
     if not isinstance(group, dist.ProcessGroup):  # this rank is not among them
         return None
-    try:
-        return function(group, *args)
-    finally:
-        dist.destroy_process_group(group)
+    _last_group.append(group)
+    return function(group, *args)
