@@ -95,6 +95,12 @@ def test_the_public_names_load_torch_alone():
     assert ended.stdout.startswith("<function merge")
 
 
+def test_what_only_starts_ranks_does_not_load_transformers():
+    """Its import takes seconds, and the ranks wait for their parent's before they begin their own."""
+    code = "import sys\nfrom tree_attention.cli import bench, chat, generate\nprint('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_cost_is_plain_python():
     """NumPy, but neither torch nor anything else that is not Python's own, and of ours nothing but itself."""
     for file in (SOURCE / "cost").rglob("*.py"):

@@ -5,19 +5,18 @@ import platform
 import sys
 import tempfile
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.generation import measure
 from ..errors import InputError
-from .inputs import check_model_folder
+from .checks import check_model_folder
 from .launch import run_on_ranks
 
 CHUNK_TOKENS = 1024
@@ -55,8 +54,12 @@ def numbers(name: str, text: str) -> list[int]:
 def _on_rank(
     model: str, lengths: list[int], decode_tokens: int, rounds: int, result: str, device: torch.device
 ) -> None:
+    from transformers import AutoTokenizer  # seconds, which only ranks need to wait for
+
+    from ..bench.generation import measure
+
     text = "\n\n".join(topics[key] for key in sorted(topics))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, model_max_length=10**9)
+    tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=10**9)
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : lengths[-1]]
     if ids.shape[1] < lengths[-1]:
         raise InputError(f"contexts must be at most the {ids.shape[1]} tokens of the text, got {lengths[-1]}")
@@ -96,7 +99,7 @@ def _surroundings(model: str) -> dict[str, str]:
         "cpu": _cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
     }
 
 

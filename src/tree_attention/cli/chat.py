@@ -4,25 +4,14 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import transformers
-from transformers import AutoTokenizer
 
-from ..errors import TreeAttentionError
-from ..hf import Session
-from ..hf.save import read_manifest
-from .inputs import check_options, check_positions, load_model, read_document, reading_bar, sequence_ranks, step_of
+from .checks import check_options, read_document
 from .launch import run_on_ranks
-
-ROOM = 8192  # tokens of talk after the document, by default
-PATIENCE = timedelta(days=365)  # for whoever thinks about the next question
 
 
 @dataclass(frozen=True)
@@ -54,6 +43,8 @@ def chat_on_ranks(request: Request, nproc: int | None) -> int:
         max_new_tokens=request.max_new_tokens, chunk_tokens=request.chunk_tokens, block_tokens=request.block_tokens,
     )  # fmt: skip
     if request.load is not None:
+        from ..hf.save import read_manifest
+
         read_manifest(request.load)
     lines = None
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # ranks that we start do not have our stdin
@@ -69,72 +60,6 @@ def _hand_over(lines: Any) -> None:
 
 
 def _on_rank(request: Request, document: str, lines: Any, device: torch.device) -> int:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    first = dist.get_rank() == 0
-    talk = dist.new_group(backend="gloo", timeout=PATIENCE)
-    model = load_model(request.model, request.dtype, device, tensor_parallel=request.tensor_parallel)
-    tokenizer = AutoTokenizer.from_pretrained(request.model)
-    session = _session(request, model, tokenizer, document, device)
-    if document:
-        with reading_bar(len(tokenizer(document).input_ids), shown=first) as on_progress:
-            session.read(document, chunk_tokens=request.chunk_tokens, on_progress=on_progress)
-    if request.save is not None:
-        session.save(request.save)
-    torch.manual_seed(request.seed)
-    how: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "do_sample": request.sample}
-    if not request.sample:
-        how |= dict.fromkeys(("temperature", "top_p", "top_k"))
-    for question in _questions(lines if first else None, first, talk):
-        try:
-            if not request.extrapolate:
-                check_positions(model.config, session.tokens.shape[1] + len(question), request.max_new_tokens)
-            for piece in session.ask(question, **how):
-                if first:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
-        except TreeAttentionError as error:  # on every rank alike, and the session is as it was
-            if first:
-                sys.stderr.write(f"tree-attention: {error}")
-        if first:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-    if request.save is not None:
-        session.save(request.save)
-    return 0
+    from .chat_rank import chat  # with transformers, which takes seconds to load and only ranks need
 
-
-def _session(request: Request, model: Any, tokenizer: Any, document: str, device: torch.device) -> Session:
-    tokens = len(tokenizer(document).input_ids) if document else 0
-    if request.load is not None:
-        tokens += read_manifest(request.load)["tokens"]
-    if not request.extrapolate:
-        check_positions(model.config, tokens, request.max_new_tokens)
-    room = request.max_tokens
-    if room is None and device.type == "cuda":
-        room = tokens + ROOM
-    how: dict[str, Any] = {
-        "group": sequence_ranks(model), "max_tokens": room, "block_tokens": request.block_tokens,
-        "step": step_of(request.compiled, device),
-    }  # fmt: skip
-    if request.load is None:
-        return Session.open(model, tokenizer, **how)
-    return Session.load(request.load, model, tokenizer, **how)
-
-
-def _questions(lines: Any, first: bool, talk: Any) -> Iterator[str]:
-    """Lines that are not empty, the same on every rank, until there are no more."""
-    source = iter(sys.stdin.readline, "") if lines is None else iter(lines.get, None)
-    while True:
-        line: list[str | None] = [None]
-        if first:
-            if sys.stderr.isatty():
-                sys.stderr.write("> ")
-                sys.stderr.flush()
-            line = [next(source, None)]
-        dist.broadcast_object_list(line, group=talk, group_src=0)
-        [text] = line
-        if text is None:
-            return
-        if text.strip():
-            yield text.strip()
+    return chat(request, document, lines, device)
