@@ -1,5 +1,6 @@
 """The command as a user runs it: answers, figures, mistakes, a rank that dies, Ctrl-C."""
 
+import atexit
 import json
 import math
 import os
@@ -428,6 +429,17 @@ def interrupted(device):
 def test_ctrl_c_may_reach_a_rank_first():
     with pytest.raises(KeyboardInterrupt):
         run_on_ranks(interrupted, 1, "cpu")
+
+
+def done_with_trouble_ahead(device):
+    atexit.register(os.abort)  # as a thread of gloo's that finds no interpreter any more
+    sys.stdout.write("done\n")
+
+
+@pytest.mark.slow
+def test_nothing_that_happens_after_its_work_makes_a_rank_fail(capfd):
+    assert run_on_ranks(done_with_trouble_ahead, 1, "cpu") == 0
+    assert capfd.readouterr().out == "done\n"
 
 
 @pytest.mark.slow

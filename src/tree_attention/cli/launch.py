@@ -62,8 +62,9 @@ def _start(rank: int, size: int, meeting: str, devices: list[torch.device], func
         if rank == 0:
             os.write(2, f"tree-attention: {error}\n".encode())
         code = 2
-    if code:
-        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)  # not through the interpreter's end, in which a thread of gloo's may abort: the work is done
 
 
 def _rank(rank: int, size: int, meeting: str | None, device: torch.device, function: Any, args: tuple) -> int | None:
