@@ -27,7 +27,7 @@ from transformers import (
 import tree_attention.cli
 from tree_attention import InputError, Unsupported
 from tree_attention.bench.steps import measure
-from tree_attention.cli.inputs import check_positions, prompt_ids
+from tree_attention.cli.inputs import check_positions, prompt_ids, step_of
 from tree_attention.cli.launch import run_on_ranks
 from tree_attention.hf import Session
 from tree_attention.local import BACKENDS
@@ -351,6 +351,12 @@ def test_more_tokens_than_positions():
     check_positions(LlamaConfig(**SMALL), POSITIONS - 128, 128)
     with pytest.raises(InputError, match="has 20000 positions, and 19873 prompt tokens with 128 new ones do not fit"):
         check_positions(LlamaConfig(**SMALL), POSITIONS - 127, 128)
+
+
+def test_compiling_is_for_gpus():
+    assert step_of(False, torch.device("cpu")) == "captured"
+    with pytest.raises(InputError, match="compile is for GPUs, where steps are captured: leave it out"):
+        step_of(True, torch.device("cpu"))
 
 
 def test_a_document_is_cut_to_the_limit(folder):

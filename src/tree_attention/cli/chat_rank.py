@@ -24,11 +24,11 @@ def chat(request: Request, document: str, lines: Any, device: torch.device) -> i
     """Answer each line; only the first rank reads and prints. lines: a queue of them, or None for stdin."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    first = dist.get_rank() == 0
+    first, step = dist.get_rank() == 0, step_of(request.compiled, device)
     talk = dist.new_group(backend="gloo", timeout=PATIENCE)
     model = load_model(request.model, request.dtype, device, tensor_parallel=request.tensor_parallel)
     tokenizer = AutoTokenizer.from_pretrained(request.model)
-    session = _session(request, model, tokenizer, document, device)
+    session = _session(request, model, tokenizer, document, device, step)
     if document:
         with reading_bar(len(tokenizer(document).input_ids), shown=first) as on_progress:
             session.read(document, chunk_tokens=request.chunk_tokens, on_progress=on_progress)
@@ -57,7 +57,7 @@ def chat(request: Request, document: str, lines: Any, device: torch.device) -> i
     return 0
 
 
-def _session(request: Request, model: Any, tokenizer: Any, document: str, device: torch.device) -> Session:
+def _session(request: Request, model: Any, tokenizer: Any, document: str, device: torch.device, step: str) -> Session:
     tokens = len(tokenizer(document).input_ids) if document else 0
     if request.load is not None:
         tokens += read_manifest(request.load)["tokens"]
@@ -68,7 +68,7 @@ def _session(request: Request, model: Any, tokenizer: Any, document: str, device
         room = tokens + ROOM
     how: dict[str, Any] = {
         "group": sequence_ranks(model), "max_tokens": room, "block_tokens": request.block_tokens,
-        "step": step_of(request.compiled, device),
+        "step": step,
     }  # fmt: skip
     if request.load is None:
         return Session.open(model, tokenizer, **how)

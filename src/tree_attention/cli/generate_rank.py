@@ -28,6 +28,7 @@ def generate(request: Request, document: str, device: torch.device) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rank, size = dist.get_rank(), dist.get_world_size()
+    step = step_of(request.compiled, device)
     model = load_model(
         request.model or str(request.config), request.dtype, device, random=request.random_weights,
         tensor_parallel=request.tensor_parallel,
@@ -49,8 +50,8 @@ def generate(request: Request, document: str, device: torch.device) -> int:
         )
     tokens, on_cuda = input_ids.shape[1] + request.max_new_tokens, device.type == "cuda"
     cache = TreeCache(
-        model.config, sequence_ranks(model), block_tokens=request.block_tokens, max_tokens=tokens if on_cuda else None,
-        step=step_of(request.compiled, device),
+        model.config, sequence_ranks(model), block_tokens=request.block_tokens,
+        max_tokens=tokens if on_cuda else None, step=step,
     )  # fmt: skip
     cache.reserve(tokens)
     dist.barrier()
