@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from tree_attention import InputError, Partial, Unavailable, attend, merge
+from tree_attention import InputError, Partial, Unavailable, Unsupported, attend, merge
 from tree_attention.local import BACKENDS, choose_backend
 from tree_attention.local.visibility import Selection, select
 from tree_attention.partial import stack
@@ -263,6 +263,38 @@ def test_pages_of_larger_buffers():
     assert_right([compare("triton", actual, q, k, v, local_seqlens=lengths)])
 
 
+@pytest.mark.parametrize("backend", [marked(backend) for backend in MASKED])
+def test_no_pages(backend):
+    q, k, v = inputs(backend, B=2, S=8, H=4, H_kv=2, D=16)
+    lengths = torch.zeros(2, dtype=torch.int32, device=q.device)
+    table = torch.zeros(2, 3, dtype=torch.int32, device=q.device)
+    for k_pages, v_pages, page_table in ((k, v, table[:, :0]), (k[:0], v[:0], table)):
+        partial = attend(q, k_pages, v_pages, local_seqlens=lengths, page_table=page_table, backend=backend)
+        assert (partial.out == 0).all()
+        assert (partial.lse == -math.inf).all()
+
+
+def test_lengths_and_pages_of_any_strides():
+    q, k, v = inputs("triton", B=2, S=20, H=4, H_kv=2, D=16)
+    wide = torch.tensor([[20, 3], [9, 4]], device=q.device)
+    used, table = scattered_pages(wide[:, 0].cpu(), 8)
+    pages = [paged(t, wide[:, 0], 8, used) for t in (k, v)]
+    across = table.t().contiguous().t().to(q.device)
+    actual = attend(q, k, v, local_seqlens=wide[:, 0], backend="triton")
+    in_pages = attend(q, *pages, local_seqlens=wide[:, 0], page_table=across, backend="triton")
+    assert_right([compare("triton", partial, q, k, v, local_seqlens=wide[:, 0]) for partial in (actual, in_pages)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes 4 GB of addresses, of which the CPU touches little")
+def test_keys_far_apart():
+    """More numbers than 32 bits count between a tile's first and last key, as in a cache `[S, layers, B, H, D]`."""
+    q, k, v = inputs("triton", B=1, S=66, H=2, H_kv=1, D=16)
+    far = torch.empty(66 << 25, dtype=k.dtype).as_strided((1, 66, 1, 16), (16, 1 << 25, 16, 1)).copy_(k)
+    one_page = {"page_table": torch.zeros(1, 1, dtype=torch.int32), "local_seqlens": torch.tensor([66])}
+    for how in ({}, one_page):
+        assert_right([compare("triton", attend(q, far, v, **how, backend="triton"), q, k, v)])
+
+
 LARGEST = {
     "64 rows": {"B": 1, "T": 16, "S": 256, "H": 4, "H_kv": 1, "D": 64},
     "64 rows of 256": {"B": 1, "T": 4, "S": 40, "H": 16, "H_kv": 1, "D": 256, "D_v": 64},
@@ -436,6 +468,21 @@ def test_positions_of_all_rows_at_once(backend):
         assert torch.equal(partial.lse, expected.lse)
 
 
+@pytest.mark.parametrize("backend", [marked(backend) for backend in SMALL])
+def test_a_window_reaches_below_zero(backend):
+    q, k, v = inputs(backend, T=3, S=40, H=4, H_kv=2, D=8)
+    queries, keys = torch.tensor([5, 6, 7], device=q.device), torch.arange(40, device=q.device)
+    for window, dtype in (
+        (10, torch.uint8),
+        (40_000, torch.int16),
+        (1 << 32, torch.int32),
+        ((1 << 63) - 1, torch.int64),
+    ):
+        narrow = {"q_positions": queries.to(dtype), "k_positions": keys.to(dtype)}
+        actual = attend(q, k, v, **narrow, window=window, backend=backend)
+        assert_right([compare(backend, actual, q, k, v, q_positions=queries, k_positions=keys)])
+
+
 ALL_RUNS = [marked(backend, dtype) for backend in BACKENDS for dtype in DTYPES[backend]]
 
 
@@ -571,6 +618,15 @@ def test_triton_has_no_gradient_and_says_so(asking):
         attend(*tensors, backend="triton")
 
 
+def test_fused_operators_differentiate_out_and_say_that_they_cannot_lse():
+    tensors = [t.requires_grad_() for t in peaked_inputs(**CALL | DOUBLE)]
+    ours, expected = (attend(*tensors, backend=backend) for backend in ("cpu_flash", "reference"))
+    torch.testing.assert_close(*(torch.autograd.grad(p.out.square().sum(), tensors) for p in (ours, expected)))
+    ours = attend(*tensors, backend="cpu_flash")
+    with pytest.raises(Unsupported, match="has no gradient of its log-sum-exp: use backend='reference'"):
+        torch.autograd.grad((ours.out / (1 + (-ours.lse).exp())[..., None]).sum(), tensors)
+
+
 def test_a_backend_is_refused_where_there_are_no_keys_too():
     q, k, v = peaked_inputs(**CALL)
     with pytest.raises(Unavailable, match="has no softcap"):
@@ -607,8 +663,11 @@ def bad_calls():
         "device of q": ({"q": q.to("meta")}, "q, k and v must be on one device, got meta, cpu and cpu"),
         "scale 0": ({"scale": 0.0}, "scale must be positive, got 0.0"),
         "scale nan": ({"scale": math.nan}, "scale must be positive, got nan"),
-        "softcap": ({"softcap": -1.0}, "softcap must be positive or None, got -1.0"),
-        "softcap 0": ({"softcap": 0.0}, "softcap must be positive or None, got 0.0"),
+        "softcap": ({"softcap": -1.0}, "softcap must be positive and finite, or None, got -1.0"),
+        "softcap 0": ({"softcap": 0.0}, "softcap must be positive and finite, or None, got 0.0"),
+        "softcap inf": ({"softcap": math.inf}, "softcap must be positive and finite, or None, got inf"),
+        "no dim": ({"q": q[..., :0], "k": k[..., :0]}, "head dims must be at least 1, got 0 of k and 16 of v"),
+        "no dim of v": ({"v": v[..., :0]}, "head dims must be at least 1, got 16 of k and 0 of v"),
         "negative": ({"local_seqlens": torch.tensor([-1, 3])}, "between 0 and S_local = 8, got -1 to 3"),
         "too large": ({"local_seqlens": torch.tensor([0, 9])}, "between 0 and S_local = 8, got 0 to 9"),
         "seqlens' shape": ({"local_seqlens": torch.tensor([1, 2, 3])}, f"{seqlens} torch.int64 [3]"),
@@ -644,6 +703,10 @@ def bad_calls():
         "pages alone": ({"page_table": table}, "page_table needs local_seqlens: how many keys of each row there are"),
         "longer than pages": (
             pages | {"local_seqlens": torch.tensor([25, 3])}, "between 0 and S_local = 24, got 3 to 25"
+        ),
+        "no such page": (
+            pages | {"page_table": torch.tensor([[0, 9, 9], [1, 2, 9]]), "local_seqlens": torch.tensor([8, 9])},
+            "page_table must name pages 0 to 1 within a row's length",
         ),
         "positions of pages": (positions | pages, "k_positions must be integers [24] or [2, 24], got torch.int64 [8]"),
         "mask of pages": (pages | {"mask": mask}, "mask must be bool [2 or 1, 4 or 1, 2, 24], got torch.bool [2, 4"),

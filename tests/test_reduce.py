@@ -18,6 +18,7 @@ from tree_attention import (
     TreeAttentionError,
     TwoLevel,
     Unavailable,
+    Unsupported,
     attend,
     merge,
     tree_decode,
@@ -36,8 +37,8 @@ def random_partial(rank, *, is_empty=False):
     generator = torch.Generator().manual_seed(rank)
     if is_empty:
         return empty((B, T, H, D_V), dtype=torch.float32, device=torch.device("cpu"))
-    out, lse = (torch.randn(*shape, generator=generator) for shape in ((B, T, H, D_V), (B, T, H)))
-    return Partial(out, 20 * lse)
+    out, lse = (torch.randn(*shape, generator=generator) for shape in ((B, T, H, D_V), (B, H, T)))
+    return Partial(out, 20 * lse.transpose(1, 2))  # in memory as `attend` leaves it, and `empty` does not
 
 
 def linked(group, algorithm):
@@ -277,6 +278,15 @@ def disagree(group, what):
                 how["algorithm"] = "all_gather"
             case "own fault":
                 how["local_seqlens"] = torch.tensor([-1, 3])
+            case "dims":
+                k = k[0, 0, 0]
+            case "a fault of another kind":
+                how["sinks"] = [0.0] * 8
+            case "gradient":
+                k.requires_grad_()
+    group = SharedMemoryLink(group) if what == "link" else group
+    if what == "link" and group.group.rank() == 1:
+        group = group.group
     try:
         tree_decode(q, k, v, group=group, verify=True, **how)
     except RuntimeError as error:
@@ -293,12 +303,45 @@ def disagree(group, what):
         ("dtype", "rank 1: [2, 1, 8, 32] torch.bfloat16"),
         ("algorithm", "algorithm must be the same on every rank, got rank 0: auto, rank 1: all_gather, rank 2: auto"),
         ("own fault", "rank 1: local_seqlens must be between 0 and S_local = 64, got -1 to 3"),
+        ("dims", "rank 1: k must be 4-D [B, tokens, heads, head_dim], got (32,)"),
+        ("a fault of another kind", "rank 1: AttributeError: 'list' object has no attribute 'shape'"),
+        ("gradient", "rank 1: the exchange between ranks has no gradient: call it under torch.no_grad()"),
+        ("link", "link must be the same on every rank, got rank 0: SharedMemoryLink, rank 1: None, rank 2: Shared"),
         (None, None),
     ],
 )
 def test_verify_raises_on_every_rank_alike(pool, what, text):
     for said in pool.run(disagree, what, ranks=3):
         assert (said is None) if text is None else (text in said)
+
+
+def ask_for_a_gradient(group):
+    q, k, v = peaked_inputs()
+    keys = 0 if group.rank() else k.shape[1]
+    try:
+        tree_decode(q.requires_grad_(), k[:, :keys], v[:, :keys], group=group)
+    except Unsupported as error:
+        return str(error)
+
+
+def test_a_gradient_is_refused_on_a_rank_without_keys_too(pool):
+    assert (
+        pool.run(ask_for_a_gradient, ranks=2)
+        == ["the exchange between ranks has no gradient: call it under torch.no_grad()"] * 2
+    )
+
+
+def nothing_to_reduce(group):
+    link, no_rows = SharedMemoryLink(group), Partial(torch.zeros(0, 1, 2, 8), torch.zeros(0, 1, 2))
+    with pytest.raises(
+        RanksDisagree, match="capacity_bytes must be the same on every rank, got rank 0: 64, rank 1: 72"
+    ):
+        SharedMemoryLink(group, capacity_bytes=64 + 8 * group.rank())
+    return tree_reduce(no_rows, link).out.shape
+
+
+def test_shared_memory_is_of_one_size_and_takes_no_rows(pool):
+    assert pool.run(nothing_to_reduce, ranks=2) == [(0, 1, 2, 8)] * 2
 
 
 def hammer(group, steps):

@@ -302,6 +302,12 @@ def test_fused_steps_between_ranks(size):
     assert torch.equal(first["even"], first["even again"])  # the same bits, whatever lies in the memory
 
 
+def test_a_sink_without_weight_where_no_rank_has_a_key():
+    (q, ks, vs, _, sinks, _), _, _ = step_of("sinks", 2)
+    nothing = [[t[:, :0] for t in ts] for ts in (ks, vs)]
+    assert (Ranks(2).decode(q, *nothing, sinks=torch.full_like(sinks, -math.inf))[0] == 0).all()
+
+
 @pytest.mark.parametrize("programs", [1, 6])
 def test_fused_steps_on_any_number_of_programs(programs):
     for name in ("even", "ragged scatter with sinks"):

@@ -12,7 +12,7 @@ from .group import Group, check_agreement, rank_and_size, resolve_group
 from .local import attend_selected, check
 from .local.visibility import Selection
 from .partial import Partial, merge, stack
-from .reduce import Link, SymmetricLink, check_reduction, check_scatter, tree_reduce
+from .reduce import Link, SymmetricLink, check_no_gradient, check_reduction, check_scatter, tree_reduce
 
 FUSED = ("fused", "fused_scatter")
 
@@ -62,6 +62,7 @@ def tree_decode(
 
     Raises:
         InputError, Unavailable: as in `attend` and `tree_reduce`.
+        Unsupported: q, k or v require a gradient, and there are several ranks.
         RanksDisagree: with `verify`, on every rank.
     """
     choices: dict[str, Any] = {"scale": scale, "softcap": softcap, "backend": backend}
@@ -71,11 +72,9 @@ def tree_decode(
     }  # fmt: skip
     if verify:
         _vote(q, k, v, keys, choices, sinks, algorithm, group)
-    _check_sinks(sinks, q)
-    _check_link(algorithm, group)
+    selection = _check(q, k, v, keys, choices, sinks, algorithm, group)
     if isinstance(group, SymmetricLink):
         group.check()
-    selection = check(q, k, v, **keys, scale=scale, softcap=softcap)
     if (
         isinstance(group, SymmetricLink)
         and algorithm in ("auto", *FUSED)
@@ -146,33 +145,42 @@ def _vote(
     group: Group | Link,
 ) -> None:
     """Try everything that needs no communication, then compare what all ranks found."""
-    error = None
+    error, described = None, {}
     try:
-        _check_sinks(sinks, q)
-        _check_link(algorithm, group)
-        selection = check(q, k, v, **keys, scale=choices["scale"], softcap=choices["softcap"])
+        selection = _check(q, k, v, keys, choices, sinks, algorithm, group)
+        described = {
+            "q": f"{list(q.shape)} {q.dtype} {q.device.type}",
+            "KV heads": k.shape[2],
+            "D_v": v.shape[3],
+            "sinks": sinks is not None,
+            "link": type(group).__name__ if isinstance(group, Link) else None,
+            "algorithm": algorithm,
+            **choices,
+        }
         if isinstance(group, SymmetricLink) and algorithm in FUSED:
             choose_path(q, k, v, selection, choices["softcap"], group, choices["backend"], algorithm)
         else:
             check_reduction(attend_selected(q, k, v, selection, **choices), group, algorithm)
-    except TreeAttentionError as fault:
-        error = str(fault)
-    described = {
-        "q": f"{list(q.shape)} {q.dtype} {q.device.type}",
-        "KV heads": k.shape[-2],
-        "D_v": v.shape[-1],
-        "sinks": sinks is not None,
-        "algorithm": algorithm,
-        **choices,
-    }
+    except Exception as fault:  # whatever it is: raised here alone it would leave the other ranks waiting
+        error = str(fault) if isinstance(fault, TreeAttentionError) else f"{type(fault).__name__}: {fault}"
     check_agreement(described, _process_group(group), error=error)
 
 
-def _check_link(algorithm: str, group: Group | Link) -> None:
-    if algorithm in FUSED and not isinstance(group, SymmetricLink):
-        raise InputError(f"{algorithm} needs a SymmetricLink as the group, got {type(group).__name__}")
-
-
-def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: dict[str, Any],
+    choices: dict[str, Any],
+    sinks: Tensor | None,
+    algorithm: str,
+    group: Group | Link,
+) -> Selection:
+    """All that is wrong by itself on one rank, before any communication."""
+    selection = check(q, k, v, **keys, scale=choices["scale"], softcap=choices["softcap"])
     if sinks is not None and (sinks.shape != q.shape[2:3] or sinks.device != q.device):
         raise InputError(f"sinks must be [{q.shape[2]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}")
+    if algorithm in FUSED and not isinstance(group, SymmetricLink):
+        raise InputError(f"{algorithm} needs a SymmetricLink as the group, got {type(group).__name__}")
+    check_no_gradient(_process_group(group), q, k, v)
+    return selection

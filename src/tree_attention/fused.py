@@ -49,7 +49,7 @@ def _fused_decode(
     selection = Selection(local_seqlens, q_positions, k_positions, window, mask, page_table)
     cut = plan(q, k, v, selection, programs, W)
     tensors, strides, sizes, factors = split_arguments(q, k, v, tensors_of(selection), scale, softcap, window)
-    out = _out(q, v, W, scatter)
+    out, sinks = _out(q, v, W, scatter), None if sinks is None else sinks.contiguous()
     with on_device(q.device):
         kernel[(cut.programs,)](
             tensors, strides, sizes, factors, parts, sinks, tuple(buffers), buffers[rank], epochs, fault, out,

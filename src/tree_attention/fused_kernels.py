@@ -62,7 +62,7 @@ def fused_kernel(
             )
             if sinks is not None:  # one more key of value 0
                 sink = tl.load(sinks + row % H, mask=live, other=0.0).to(tl.float32)
-                numbers /= 1 + tl.exp(sink[:, None] - lse)
+                numbers /= 1 + tl.exp(sink[:, None] - tl.where(lse == float("-inf"), 0.0, lse))
             at = out_place(row, H, WORLD, SCATTER)
             tl.store(
                 out + at[:, None] * DV + cols[None, :], numbers.to(out.dtype.element_ty),

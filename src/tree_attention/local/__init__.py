@@ -7,6 +7,7 @@ triton      our split-KV kernel for few queries and many keys: ragged, paged, ma
 cpu_flash, cuda_flash, cudnn, efficient   PyTorch's fused operators (torch_ops.py)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..errors import InputError, Unavailable
 from ..partial import Partial, empty
 from . import reference, torch_ops, triton_decode
-from .visibility import Selection, select
+from .visibility import Selection, keys_of, select
 
 __all__ = ["BACKENDS", "attend", "attend_selected", "check", "choose_backend"]
 
@@ -100,7 +101,7 @@ def attend_selected(
     """`attend` after its checks."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose_backend(q, k, v, selection=selection, softcap=softcap, backend=backend)
-    if k.shape[0] * k.shape[1] == 0 or q.numel() == 0:
+    if k.shape[0] * keys_of(k, selection.page_table) == 0 or q.numel() == 0:
         return empty((*q.shape[:-1], v.shape[-1]), dtype=partial_dtype(q.dtype), device=q.device)
     if chosen != "triton":
         k, v = _in_order(k, selection), _in_order(v, selection)
@@ -165,13 +166,14 @@ def _check(
         raise InputError(f"q and k must have one batch size, got {q.shape[0]} and {k.shape[0]}")
     if q.shape[3] != k.shape[3]:
         raise InputError(f"q and k must have one head_dim, got {q.shape[3]} and {k.shape[3]}")
+    if k.shape[3] == 0 or v.shape[3] == 0:
+        raise InputError(f"head dims must be at least 1, got {k.shape[3]} of k and {v.shape[3]} of v")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise InputError(f"query heads must be a multiple of KV heads, got {q.shape[2]} and {k.shape[2]}")
     if scale is not None and not scale > 0:
         raise InputError(f"scale must be positive, got {scale}")
-    if softcap is not None and not softcap > 0:
-        raise InputError(f"softcap must be positive or None, got {softcap}")
-    keys = k.shape[1]
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise InputError(f"softcap must be positive and finite, or None, got {softcap}")
     if page_table is not None:
         integers = page_table.dtype in (torch.int32, torch.int64)
         if page_table.ndim != 2 or page_table.shape[0] != q.shape[0] or not integers or page_table.device != q.device:
@@ -181,7 +183,6 @@ def _check(
             )
         if local_seqlens is None:
             raise InputError("page_table needs local_seqlens: how many keys of each row there are")
-        keys *= page_table.shape[1]
     if local_seqlens is not None:
         if local_seqlens.shape != q.shape[:1] or local_seqlens.dtype not in (torch.int32, torch.int64):
             raise InputError(
@@ -189,9 +190,14 @@ def _check(
                 f"got {local_seqlens.dtype} {list(local_seqlens.shape)}"
             )
         if local_seqlens.device.type == "cpu" and q.shape[0] and not torch.compiler.is_compiling():
-            low, high = int(local_seqlens.min()), int(local_seqlens.max())
+            low, high, keys = int(local_seqlens.min()), int(local_seqlens.max()), keys_of(k, page_table)
             if low < 0 or high > keys:
                 raise InputError(f"local_seqlens must be between 0 and S_local = {keys}, got {low} to {high}")
+            if page_table is not None and page_table.device.type == "cpu":
+                begins = torch.arange(page_table.shape[1]) * k.shape[1]
+                used = page_table[begins < local_seqlens[:, None]]
+                if ((used < 0) | (used >= k.shape[0])).any():
+                    raise InputError(f"page_table must name pages 0 to {k.shape[0] - 1} within a row's length")
 
 
 def _in_order(cache: Tensor, selection: Selection) -> Tensor:

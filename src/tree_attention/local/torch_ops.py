@@ -2,13 +2,17 @@
 
 They all take `[B, H, S, D]`, round `out` to the inputs' dtype before we widen it again (one rounding per Partial more
 than the reference has), and return a natural-log lse in float32. What differs is what they make of a row that sees no
-key (lse 0, NaN or +inf) and of no keys at all (the CPU operator divides by zero); both are settled here.
+key (lse 0, NaN or +inf) and of no keys at all (the CPU operator divides by zero); both are settled here. They
+differentiate `out` and take lse for a constant; here a gradient that passes through lse raises Unsupported.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..errors import Unsupported
 from ..partial import Partial
 from .visibility import Selection
 
@@ -140,7 +144,25 @@ def _partial(out: Tensor, lse: Tensor, visible: Tensor | None) -> Partial:
     """out `[B, H, T, D_v]`, lse `[B, H, T]` -> Partial; rows without a visible key become `(0, -inf)`."""
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     out, lse = out.to(dtype), lse.to(dtype)
+    if torch.is_grad_enabled() and out.requires_grad:
+        lse = _WithoutGradient.apply(lse, out)
     if visible is not None:
         blind = ~visible.any(-1)  # [B or 1, H or 1, T]
         out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))
     return Partial(out.transpose(1, 2), lse.transpose(1, 2))
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """lse, which depends on what `out` does, but PyTorch does not say how."""
+
+    @staticmethod
+    def forward(lse: Tensor, out: Tensor) -> Tensor:
+        return lse.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise Unsupported("PyTorch's fused attention has no gradient of its log-sum-exp: use backend='reference'")

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..partial import Partial
-from .visibility import Selection
+from .visibility import Selection, keys_of
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant: torch.compile traces what asks for it
 MAX_QUERY_ROWS = 64  # T H / H_kv
 MAX_HEAD_DIM = 256
 ROOMY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))  # compute capabilities
+MOST_STRIDE = 1 << 24  # between a key and the next: kernels count the numbers of a tile, up to 128 keys, in 32 bits
 UNIT_PACKETS = 1024  # that a program waits for at once
 PDL_BYTES = 3 << 29  # of keys and values; measured: below, an early start gains 1 to 4 us, above it costs (docs/log.md)
 
@@ -78,7 +79,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, selection: Selection, programs: int, r
     M, D_PAD, DV_PAD = T * G, max(_power_of_2(D), 16), max(_power_of_2(DV), 16)
     BM, widest = max(_power_of_2(M), 16), max(D_PAD, DV_PAD)
     BN, stages = _tile(BM, widest, paged=selection.page_table is not None, roomy=_is_roomy(q.device))
-    keys = k.shape[1] * (1 if selection.page_table is None else selection.page_table.shape[1])
+    keys = keys_of(k, selection.page_table)
     warps = 4 if groups * _ceil(keys, BN) <= 16 * programs else 8
     parts = min(_power_of_2(max(programs // groups, 2)), 64)
     UR, UD = unit_shape(M, DV, groups, programs, max(parts, _power_of_2(ranks)))
@@ -148,7 +149,11 @@ def split_arguments(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     lens, page_table, q_positions, k_positions, mask = chosen
     if lens is not None:
-        lens = lens.to(k.device)
+        lens = lens.to(k.device).contiguous()
+    if page_table is None:
+        k, v = (t.contiguous() if t.stride(1) > MOST_STRIDE else t for t in (k, v))
+    else:
+        page_table = page_table.contiguous()
     if mask is not None:
         mask = mask.view(torch.uint8)
     strides = (

@@ -150,8 +150,9 @@ def attend_tile(
         v_rows = v_base + b * v_strides[0] + begin.to(tl.int64) * v_strides[1] + offsets * v_strides[1]
     else:
         page = tl.load(page_table + b * table_stride + keys // page_size, mask=live, other=0).to(tl.int64)
-        k_rows = k_base + page * k_strides[0] + keys % page_size * k_strides[1]
-        v_rows = v_base + page * v_strides[0] + keys % page_size * v_strides[1]
+        place = (keys % page_size).to(tl.int64)
+        k_rows = k_base + page * k_strides[0] + place * k_strides[1]
+        v_rows = v_base + page * v_strides[0] + place * v_strides[1]
     scores = tl.dot(q_rows, tl.trans(_rows(k_rows, dims, live, D, D_PAD, EVEN))) * scale
     if softcap is not None:  # in base 2: cap' tanh(s / cap'), cap' = cap log2(e)
         cap = softcap * 1.4426950408889634

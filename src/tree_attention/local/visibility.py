@@ -60,6 +60,11 @@ class Selection:
         return visible.expand(-1, -1, q.shape[1], -1)
 
 
+def keys_of(k: Tensor, page_table: Tensor | None) -> int:
+    """S_local: the keys that a row can have in k `[B, S_local, H_kv, D]`, or in pages `[pages, page_size, H_kv, D]`."""
+    return k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
+
+
 def select(
     q: Tensor,
     k: Tensor,
@@ -73,7 +78,7 @@ def select(
     causal: bool = False,
 ) -> Selection:
     """The arguments of `attend`, checked; q `[B, T, H, D]`, k `[B, S_local, H_kv, D]` or pages of it."""
-    keys = k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
+    keys = keys_of(k, page_table)
     if (q_positions is None) != (k_positions is None):
         raise InputError("q_positions and k_positions must be given together, or neither")
     if q_positions is not None and k_positions is not None:
@@ -89,12 +94,12 @@ def select(
 
 
 def _rows(name: str, positions: Tensor, B: int, n: int, device: torch.device) -> Tensor:
-    """positions as `[B or 1, tokens]`."""
+    """positions as int64 `[B or 1, tokens]`: a window reaches below 0, where narrow types would begin again."""
     if positions.is_floating_point() or tuple(positions.shape) not in ((n,), (1, n), (B, n)):
         raise InputError(f"{name} must be integers [{n}] or [{B}, {n}], got {positions.dtype} {list(positions.shape)}")
     if positions.device != device:
         raise InputError(f"{name} must be on {device}, got {positions.device}")
-    return positions if positions.ndim == 2 else positions[None]
+    return (positions if positions.ndim == 2 else positions[None]).long()
 
 
 def _check_mask(mask: Tensor, q: Tensor, S: int) -> None:

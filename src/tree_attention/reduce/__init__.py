@@ -17,6 +17,7 @@ beside the paper's formulas. With P not a power of two, the last of tree's excha
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..errors import InputError, Unsupported
@@ -30,8 +31,8 @@ from .tree import tree
 from .two_level import level_bytes, two_level
 
 __all__ = [
-    "ALGORITHMS", "Link", "SharedMemoryLink", "SymmetricLink", "TwoLevel", "check_reduction", "choose_algorithm",
-    "level_bytes", "received_bytes", "tree_reduce",
+    "ALGORITHMS", "Link", "SharedMemoryLink", "SymmetricLink", "TwoLevel", "check_no_gradient", "check_reduction",
+    "choose_algorithm", "level_bytes", "received_bytes", "tree_reduce",
 ]  # fmt: skip
 
 Link = SharedMemoryLink | SymmetricLink | TwoLevel
@@ -70,8 +71,7 @@ def tree_reduce(partial: Partial, group: Group | Link = None, *, algorithm: str 
     process_group = check_reduction(partial, group, algorithm)
     if process_group is None or process_group.size() == 1:
         return partial
-    if torch.is_grad_enabled() and partial.out.requires_grad:
-        raise Unsupported("the exchange between ranks has no gradient: call it under torch.no_grad()")
+    check_no_gradient(process_group, *partial)
     nodes = len(group.nodes) if isinstance(group, TwoLevel) else 1
     if isinstance(group, TwoLevel) and nodes == 1 and algorithm in ("auto", "two_level"):
         return tree_reduce(partial, group.group if group.link is None else group.link)
@@ -109,6 +109,13 @@ def check_reduction(partial: Partial, group: Group | Link, algorithm: str) -> Pr
         if not isinstance(group, TwoLevel) and not group.fits(partial):
             raise InputError(f"{algorithm} {group.limit(partial)}")
     return process_group
+
+
+def check_no_gradient(process_group: ProcessGroup | None, *tensors: Tensor) -> None:
+    """Raise Unsupported if these ask for a gradient, which would have to pass from rank to rank."""
+    asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if asked and rank_and_size(process_group)[1] > 1:
+        raise Unsupported("the exchange between ranks has no gradient: call it under torch.no_grad()")
 
 
 def check_scatter(heads: int, process_group: ProcessGroup | None, algorithm: str) -> None:

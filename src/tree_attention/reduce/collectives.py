@@ -21,6 +21,7 @@ def all_gather(partial: Partial, group: ProcessGroup) -> Partial:
 
 def all_reduce(partial: Partial, group: ProcessGroup) -> Partial:
     """Algorithm 3 of arXiv 2408.04093 as printed: all-reduce the maximum, then the numerator, then the denominator."""
+    partial = Partial(partial.out.contiguous(), partial.lse.contiguous())  # gloo adds up memory, whatever the strides
     peak = partial.lse.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)
     shift = peak.masked_fill(peak == float("-inf"), 0.0)  # no rank has a key

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..errors import TreeAttentionError, Unavailable
-from ..group import gather_objects
+from ..group import check_agreement, gather_objects
 from ..partial import Partial
 
 CAPACITY_BYTES = 1 << 20
@@ -35,10 +35,12 @@ class SharedMemoryLink:
         capacity_bytes: the largest tensor that a rank can hand in. Memory: 4 x ranks x capacity, taken as it is used.
 
     Raises:
+        RanksDisagree: on every rank, about capacity_bytes.
         Unavailable: on every rank, if the ranks do not see the same memory (several hosts).
     """
 
     def __init__(self, group: ProcessGroup, *, capacity_bytes: int = CAPACITY_BYTES) -> None:
+        check_agreement({"capacity_bytes": capacity_bytes}, group)
         self.group, self.capacity_bytes = group, capacity_bytes
         self._epoch = 0
         size = group.size()
@@ -81,7 +83,7 @@ class SharedMemoryLink:
         packets[:, 0], packets[:, 1] = words, self._epoch
         slot[self.group.rank()] = packets.view(np.int64)[:, 0]
         received = np.ascontiguousarray(self._wait(slot)[:, 0::2])
-        return torch.from_numpy(received).view(tensor.dtype).view(-1, *tensor.shape)
+        return torch.from_numpy(received).view(tensor.dtype).view(self.group.size(), *tensor.shape)
 
     def _wait(self, slot: np.ndarray) -> np.ndarray:
         """A copy of `slot` `[P, n]` as int32 `[P, 2 n]`, in which every packet is of this epoch."""
