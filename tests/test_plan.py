@@ -98,9 +98,22 @@ def test_tensor_ranks_that_heads_do_not_divide_by_are_left_out_with_a_word():
     assert any("3, 6 tensor ranks are left out: 32 query heads" in note for note in made.notes)
 
 
-def test_without_peer_access_nothing_is_fused():
-    meshes = make_plan(LLAMA, machine("rtx4090"), context=1024, batch=1, gpus=2).meshes
+@pytest.mark.parametrize("gpu", ["rtx4090", "mi300x"])
+def test_without_peer_access_nothing_is_fused(gpu):
+    meshes = make_plan(LLAMA, machine(gpu), context=1024, batch=1, gpus=2).meshes
     assert [mesh.algorithm for mesh in meshes] == ["none", "all_gather", "none"]
+
+
+@pytest.mark.parametrize("context", [8192, M])
+def test_nothing_is_chosen_that_cannot_be_loaded(context):
+    """4 KV heads: 8 tensor ranks are shown, and would be the fastest on short contexts, but not here."""
+    made = make_plan(load_model("qwen3-30b-a3b"), H200, context=context, batch=4, gpus=8)
+    assert {mesh.tensor for mesh in made.meshes if not mesh.loads} == {8}
+    assert made.fewest is not None
+    assert made.fastest is not None
+    assert max(made.fewest.tensor, made.fastest.tensor) <= 4
+    assert "8 x 1" not in made.verdict
+    assert any("that is for other engines, and not chosen here" in note for note in made.notes)
 
 
 def test_fewest_and_fastest():
@@ -197,7 +210,7 @@ GOOD = {"--model": "llama-3.1-8b", "--context": "1M", "--gpu": "h200", "--gpus":
         ({"--gpu": None, "--machine": "nowhere.json"}, "machine nowhere.json cannot be read: No such file"),
         ({"--per-node": "0"}, "per-node must be at least 1, got 0"),
         ({"--across": "pigeon"}, "link must be one of"),
-        ({"--model": "llama-9"}, "model must be one of deepseek-v3, llama-3.1-70b, llama-3.1-8b, qwen3-32b"),
+        ({"--model": "llama-9"}, "model must be one of deepseek-v3, llama-3.1-70b, llama-3.1-8b, qwen3-30b"),
         ({"--plot": "nowhere/plan.png"}, "plot nowhere/plan.png cannot be written: No such file"),
     ],
 )

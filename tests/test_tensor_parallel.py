@@ -18,6 +18,7 @@ from test_session import TEXT, ask, tokenizer
 from test_smollm2 import smollm2
 from tree_attention import InputError, TreeAttentionError, Unsupported
 from tree_attention.cli.inputs import load_model
+from tree_attention.cost.model import model_of
 from tree_attention.hf import Session, TreeCache, load_tensor_parallel, prefill
 from tree_attention.hf.tensor import AXES, check_tensor_parallel
 
@@ -218,6 +219,19 @@ def test_wrong_ranks_are_refused(pool, folder):
 def test_models_that_cannot_be_split(name, ranks, error, text):
     with pytest.raises(error, match=text):
         check_tensor_parallel(tiny(name, "eager").config, ranks)
+
+
+@pytest.mark.parametrize(("name", "heads"), [("llama", (32, 8)), ("llama", (24, 8)), ("deepseek_v3", (12, 12))])
+def test_the_planner_knows_how_a_model_can_be_split(name, heads):
+    config = tiny(name, "eager").config
+    config.num_attention_heads, config.num_key_value_heads = heads
+    for ranks in range(1, 34):
+        try:
+            check_tensor_parallel(config, ranks)
+        except InputError:
+            assert not model_of(config.to_dict(), name).can_split(ranks)
+        else:
+            assert model_of(config.to_dict(), name).can_split(ranks)
 
 
 def talk(group, folder, shape, save, name="llama"):

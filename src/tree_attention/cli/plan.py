@@ -104,12 +104,13 @@ def _print(made: Plan, title: str) -> None:
     ):
         table.add_column(name, justify="right")
     for mesh in made.meshes:
-        style = "bold" if mesh is made.fastest else ("" if mesh.fits else "dim")
+        style = "bold" if mesh is made.fastest else ("" if mesh.fits and mesh.loads else "dim")
+        verdict = ("fits" if mesh.loads else "other engines") if mesh.fits else "too large"
         table.add_row(
             f"{mesh.tensor} x {mesh.sequence}", f"{mesh.weights_bytes / 1e9:.1f}", f"{mesh.kv_bytes / 1e9:.1f}",
-            f"{mesh.used_bytes / 1e9:.1f}", "fits" if mesh.fits else "too large", f"{1e3 * mesh.token_s:.2f}",
-            mesh.bound, "-" if mesh.sequence == 1 else mesh.algorithm, f"{mesh.first_token_s:.2f}",
-            f"{mesh.tokens_per_s:.1f}", style=style,
+            f"{mesh.used_bytes / 1e9:.1f}", verdict, f"{1e3 * mesh.token_s:.2f}", mesh.bound,
+            "-" if mesh.sequence == 1 else mesh.algorithm, f"{mesh.first_token_s:.2f}", f"{mesh.tokens_per_s:.1f}",
+            style=style,
         )  # fmt: skip
     console.print(table)
     if made.fewest is not None and made.fastest is not None:
@@ -120,7 +121,7 @@ def _print(made: Plan, title: str) -> None:
     console.print(f"[bold]{made.verdict}[/bold]")
     pays = made.pays_from_tokens
     console.print(
-        "At no context that fits is a mesh that shards the sequence the fastest."
+        "At every context that fits, a mesh without sequence sharding is fastest."
         if pays is None
         else f"From {pays} tokens a sequence on, the fastest mesh shards the sequence."
     )

@@ -27,7 +27,7 @@ class Gpu:
 class Link:
     """bytes_per_s: out of one GPU, one direction, to all its peers together. latency_s: a small message from one GPU's
     memory until the other sees it. collective_s: fixed cost of one small NCCL collective in a CUDA graph. peer_access:
-    whether a kernel can write into the other GPU's memory, as `symmetric` and `fused` do.
+    whether our kernels can write into the other GPU's memory, as `symmetric` and `fused` do.
     """
 
     name: str
@@ -138,7 +138,9 @@ LINKS = {
         ),
         Link(
             "infinity-fabric", 0.7 * 448e9, 3e-6, 20e-6,
-            "MI300X: data sheet 7 x 64 GB/s, x 0.7 assumed; latency, collective: assumed",
+            "MI300X: data sheet 7 x 64 GB/s, x 0.7 assumed; latency, collective: assumed; our kernels run on NVIDIA's "
+            "GPUs alone, so none writes into a peer's memory",
+            peer_access=False,
         ),
         Link(
             "pcie4", 0.8 * 32e9, 10e-6, 25e-6,

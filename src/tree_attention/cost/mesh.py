@@ -4,7 +4,7 @@ A step, in seconds, is the sum of
 
 weights     bytes that the step's tokens meet / tensor, at the read rate; or the arithmetic, if that takes longer
 KV          decode.py, a layer; layers with a window read it whole on every sequence rank
-exchange    decode.py, a layer that is sharded, by the algorithm that costs least there
+exchange    decode.py, a layer that is sharded, by the algorithm that `algorithm_of` says
 tensor      2 all-reduces a layer of tokens x hidden, by NCCL
 launches    STREAMING_KERNELS and SMALL_KERNELS a layer beside the attention, in one CUDA graph
 
@@ -28,13 +28,17 @@ RESERVED_BYTES = 1.5e9  # CUDA context, libraries and graphs: assumed
 
 @dataclass(frozen=True)
 class Outlook:
-    """One mesh. Bytes are those of a GPU; parts_s: what a decode step is made of; tokens_per_s: of all sequences."""
+    """One mesh. Bytes are those of a GPU; parts_s: what a decode step is made of; tokens_per_s: of all sequences.
+
+    loads: whether `load_tensor_parallel` takes so many tensor ranks; if not, the mesh is for other engines.
+    """
 
     tensor: int
     sequence: int
     weights_bytes: float
     kv_bytes: float
     workspace_bytes: float
+    loads: bool
     fits: bool
     algorithm: str
     parts_s: dict[str, float]
@@ -68,7 +72,7 @@ def outlook(model: Model, machine: Machine, context: int, batch: int, tensor: in
     tokens = sum(math.ceil(n / sequence) if whole else n for n, whole in zip(held, sharded, strict=True))
     group = sequence_ranks(machine, tensor, sequence)
     shape = shape_of(model, context / sequence, batch, tensor)
-    algorithm = cheapest(shape, machine, group)
+    algorithm = algorithm_of(shape, machine, group)
     workspace = RESERVED_BYTES + _activation_bytes(model, context, batch, tensor, sequence)
     if algorithm == "fused":
         workspace += 2 * sequence * shape.rows * shape.value_dim * 17 / 16 * 8 + 33.6e6  # SymmetricLink
@@ -77,8 +81,8 @@ def outlook(model: Model, machine: Machine, context: int, batch: int, tensor: in
     kv_bytes = batch * tokens * _key_bytes(model, tensor)
     fits = weights_bytes + kv_bytes + workspace <= machine.gpu.memory_bytes
     return Outlook(
-        tensor, sequence, weights_bytes, kv_bytes, workspace, fits, algorithm, parts_s, 0.0,
-        batch / sum(parts_s.values()),
+        tensor, sequence, weights_bytes, kv_bytes, workspace, model.can_split(tensor), fits, algorithm, parts_s,
+        0.0, batch / sum(parts_s.values()),
     )  # fmt: skip
 
 
@@ -95,14 +99,15 @@ def shape_of(model: Model, keys: float, batch: int, tensor: int) -> Shape:
     )  # fmt: skip
 
 
-def cheapest(shape: Shape, machine: Machine, group: Ranks) -> str:
-    """How ranks that share a sequence exchange."""
+def algorithm_of(shape: Shape, machine: Machine, group: Ranks) -> str:
+    """How ranks that share a sequence exchange, as `TreeCache` does; over nodes it can do both: the quicker."""
     if group.size == 1:
         return "none"
-    names = ("fused", "all_gather") if group.nodes == 1 else ("two_level", "all_gather", "tree")
     if not machine.inside.peer_access:
-        names = ("all_gather", "tree")
-    return min(names, key=lambda name: exchange(shape, machine, group, name)[0])
+        return "all_gather"
+    if group.nodes == 1:
+        return "fused"
+    return min("two_level", "all_gather", key=lambda name: exchange(shape, machine, group, name)[0])
 
 
 def _parts_s(

@@ -57,6 +57,10 @@ class Model:
         """Of all of them."""
         return self.weights * self.weight_bytes
 
+    def can_split(self, tensor: int) -> bool:
+        """Whether `load_tensor_parallel` splits it over so many ranks, each with whole KV heads of its own."""
+        return self.heads % tensor == 0 and (self.latent or self.kv_heads % tensor == 0)
+
     @property
     def key_bytes(self) -> float:
         """Of one token's key and value in one layer, all KV heads."""
@@ -121,7 +125,10 @@ def model_of(config: Mapping[str, Any], name: str) -> Model:
     hidden, layers, heads = (_count(fields, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     attention, kv_heads, head_dim, head_dim_v, prefill_dims, latent = _attention(fields, hidden, heads)
     if latent:
-        notes.append("MLA: the cache holds the latent, which all heads share")
+        notes.append(
+            "MLA: counted for an engine that attends to the latents as they are; transformers, and so TreeCache, "
+            "expands them to all heads' keys and values in each layer and step, which takes many times as long"
+        )
     windows = _windows(fields, layers)
     if 0 in windows:
         notes.append(

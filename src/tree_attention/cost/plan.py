@@ -13,8 +13,8 @@ ALIKE = 1.03  # meshes within 3 % of the fastest count as equally fast: then few
 
 @dataclass(frozen=True)
 class Plan:
-    """Every mesh of at most the GPUs there are, fewest first; of those that fit `fewest` GPUs, the quickest of these,
-    and `fastest`: the fewest GPUs among those within 3 % of the fastest step.
+    """Every mesh of at most the GPUs there are, fewest first. Of those that fit and that `load_tensor_parallel` takes:
+    `fewest` GPUs, the quickest of these; and `fastest`, the fewest GPUs among those within 3 % of the fastest step.
 
     pays_from_tokens: the shortest context from which on the fastest mesh is one that shards the sequence; None: none.
     """
@@ -47,8 +47,7 @@ def make_plan(model: Model, machine: Machine, *, context: int, batch: int, gpus:
         raise ValueError(f"gpus must fill nodes of {machine.per_node}, or fit one, got {gpus}: see --per-node")
     meshes = _outlooks(model, machine, context, batch, gpus)
     meshes = [replace(mesh, first_token_s=first_token_s(model, machine, context, batch, mesh)) for mesh in meshes]
-    fitting = [mesh for mesh in meshes if mesh.fits]
-    fewest = min(fitting, key=lambda mesh: (mesh.gpus, mesh.token_s), default=None)
+    fewest = min(_choices(meshes), key=lambda mesh: (mesh.gpus, mesh.token_s), default=None)
     pays_from = _pays_from(model, machine, batch, gpus)
     notes = [*model.notes, *_tensor_notes(model, meshes, gpus)]
     if model.most_positions is not None and context > model.most_positions:
@@ -63,6 +62,7 @@ def _tensor_notes(model: Model, meshes: list[Outlook], gpus: int) -> list[str]:
         notes.append(
             f"more tensor ranks than the {model.kv_heads} KV head(s) each hold a copy of one: they divide the weights, "
             "and the keys and values no further"
+            + ("" if model.latent else "; that is for other engines, and not chosen here")
         )
     uneven = [n for n in range(1, gpus + 1) if gpus % n == 0 and model.heads % n]
     if uneven:
@@ -79,7 +79,7 @@ def over_contexts(
     """
     rows, context = [], 1024
     while context <= LONGEST_TOKENS:
-        fitting = [mesh for mesh in _outlooks(model, machine, context, batch, gpus) if mesh.fits]
+        fitting = _choices(_outlooks(model, machine, context, batch, gpus))
         if not fitting:
             break
         best_s = [
@@ -107,8 +107,12 @@ def _fills(tensor: int, gpus: int, per_node: int) -> bool:
     return gpus <= per_node or per_node % tensor == 0 or tensor % per_node == 0
 
 
+def _choices(meshes: list[Outlook]) -> list[Outlook]:
+    return [mesh for mesh in meshes if mesh.fits and mesh.loads]
+
+
 def _fastest(meshes: list[Outlook]) -> Outlook | None:
-    fitting = [mesh for mesh in meshes if mesh.fits]
+    fitting = _choices(meshes)
     limit_s = ALIKE * min((mesh.token_s for mesh in fitting), default=0.0)
     alike = [mesh for mesh in fitting if mesh.token_s <= limit_s]
     return min(alike, key=lambda mesh: (mesh.gpus, mesh.token_s), default=None)
@@ -136,7 +140,7 @@ def _pays_from(model: Model, machine: Machine, batch: int, gpus: int) -> int | N
 def _verdict(meshes: list[Outlook], machine: Machine) -> str:
     fastest = _fastest(meshes)
     if fastest is None:
-        least = min(meshes, key=lambda mesh: mesh.used_bytes)
+        least = min((mesh for mesh in meshes if mesh.loads), key=lambda mesh: mesh.used_bytes)
         return (
             f"Nothing fits: {least.tensor} x {least.sequence} still needs {least.used_bytes / 1e9:.1f} GB a GPU "
             f"of {machine.gpu.memory_bytes / 1e9:.0f} GB. Take more GPUs, a smaller batch or a shorter context."
@@ -145,7 +149,7 @@ def _verdict(meshes: list[Outlook], machine: Machine) -> str:
         return "One GPU is enough, and as fast as more."
     if fastest.sequence == 1:
         return f"Use tensor parallelism alone ({fastest.tensor} GPUs): sharding the sequence makes no step faster here."
-    alone = min((mesh for mesh in meshes if mesh.fits and mesh.sequence == 1), key=lambda m: m.token_s, default=None)
+    alone = min((m for m in _choices(meshes) if m.sequence == 1), key=lambda m: m.token_s, default=None)
     if alone is None:
         return "Shard the sequence: no mesh without that has the memory."
     return (
