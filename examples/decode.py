@@ -30,7 +30,8 @@ def main(keys: int) -> None:
     plain = scaled_dot_product_attention(*heads_first, enable_gqa=True).transpose(1, 2)  # all keys, this process alone
     exact = oracle(q, k, v).out  # float64
     errors = [float((x - exact).abs().max()) for x in (out, plain)]
-    print(f"rank {rank}: {len(mine)} of {keys} keys, error {errors[0]:.1e}; one process {errors[1]:.1e}", flush=True)
+    line = f"rank {rank}: {len(mine)} of {keys} keys, error {errors[0]:.1e}; one process {errors[1]:.1e}\n"
+    sys.stdout.write(line)  # in one piece: torchrun's ranks write at the same time, and print writes the end by itself
     dist.destroy_process_group()
     assert_within_rounding(out, exact, plain)
 

@@ -1,9 +1,12 @@
 """The command as a user runs it: answers, figures, mistakes, a rank that dies, Ctrl-C."""
 
 import atexit
+import contextlib
+import io
 import json
 import math
 import os
+import queue
 import re
 import select
 import signal
@@ -11,9 +14,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -27,8 +32,9 @@ from transformers import (
 import tree_attention.cli
 from tree_attention import InputError, Unsupported
 from tree_attention.bench.steps import measure
+from tree_attention.cli.chat import _hand_over, typed
 from tree_attention.cli.inputs import check_positions, prompt_ids, step_of
-from tree_attention.cli.launch import run_on_ranks
+from tree_attention.cli.launch import run_on_ranks, say
 from tree_attention.hf import Session
 from tree_attention.local import BACKENDS
 from tree_attention.reduce import ALGORITHMS
@@ -181,6 +187,31 @@ def test_a_chat_survives_a_question_that_does_not_fit(folder):
     assert ended.stdout == f"\n{answer}\n"
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_chat_reads_what_is_no_text_too(monkeypatch, errors):
+    pipe = io.TextIOWrapper(io.BytesIO(b"What?\n\xff\xfe\nWho?"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", pipe)
+    assert list(typed()) == ["What?\n", "\ufffd\ufffd\n", "Who?"]
+
+
+@pytest.mark.parametrize("stdin", [None, mock.Mock(readline=mock.Mock(side_effect=OSError))], ids=["closed", "broken"])
+def test_a_chat_ends_where_stdin_does(monkeypatch, stdin):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    lines = queue.SimpleQueue()
+    with contextlib.suppress(OSError):
+        _hand_over(lines)
+    assert lines.get_nowait() is None
+
+
+def test_to_say_something_to_nobody_is_no_error(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        say("What?")
+        say("Who?")
+
+
 @pytest.mark.slow
 def test_bench_steps_times_every_way(folder, tmp_path):
     output = tmp_path / "records.jsonl"
@@ -262,7 +293,7 @@ def test_mistakes_in_bench_steps(capfd, monkeypatch, folder, options, text):
     ],
 )
 def test_mistakes_in_chat(capfd, monkeypatch, tmp_path, folder, options, text):
-    monkeypatch.setattr(sys, "stdin", [])
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     options = [str(option).replace("{tmp}", str(tmp_path)) for option in options]
     code, out, err = call(capfd, monkeypatch, "chat", "--model", folder, *options)
     assert (code, out, err) == (2, "", f"tree-attention: {text.replace('{tmp}', str(tmp_path))}\n")
@@ -314,6 +345,8 @@ def call(capfd, monkeypatch, *arguments):
         ),
         ({"--max-new-tokens": 0}, "max-new-tokens, chunk-tokens and block-tokens must be at least 1"),
         ({"--chunk-tokens": 0}, "max-new-tokens, chunk-tokens and block-tokens must be at least 1"),
+        ({"--sample": True, "--temperature": 0}, "temperature must be positive, got 0.0: without --sample the likel"),
+        ({"--temperature": 0.5}, "temperature is of the draw: add --sample, or leave it out"),
         ({"--block-tokens": 0}, "max-new-tokens, chunk-tokens and block-tokens must be at least 1"),
     ],
 )
@@ -435,6 +468,18 @@ def interrupted(device):
 def test_ctrl_c_may_reach_a_rank_first():
     with pytest.raises(KeyboardInterrupt):
         run_on_ranks(interrupted, 1, "cpu")
+
+
+def mistaken(device):
+    if dist.get_rank() == 1:
+        raise InputError("this rank does not see the file")
+    dist.barrier()
+
+
+@pytest.mark.slow
+def test_what_one_rank_alone_finds_wrong_is_said_too(capfd):
+    assert run_on_ranks(mistaken, 2, "cpu") == 2
+    assert "tree-attention: this rank does not see the file\n" in capfd.readouterr().err
 
 
 def done_with_trouble_ahead(device):

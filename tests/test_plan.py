@@ -271,6 +271,12 @@ def test_calibrate_refuses(arguments, text):
     assert text in ended.stderr
 
 
+def test_calibrate_writes_a_file(tmp_path):
+    ended = run("calibrate", "--device", "cpu", "--output", str(tmp_path))
+    assert ended.exit_code == 2
+    assert "output must be a file in a folder that exists" in ended.stderr
+
+
 def test_calibrate_does_not_take_the_cpu_for_a_lonely_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     ended = run("calibrate")

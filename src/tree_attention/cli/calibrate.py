@@ -26,7 +26,7 @@ def calibrate(output: Path, nproc: int | None, device: str) -> int:
         nproc = max(gpus, 2)
     if nproc is not None and nproc < 2:
         raise InputError(f"calibrate measures a link, and needs 2 ranks at least, got {nproc}")
-    if not output.parent.is_dir():
+    if not output.parent.is_dir() or output.is_dir():
         raise InputError(f"output must be a file in a folder that exists, got {output}")
     os.environ.update(PLAIN_MEMORY)  # inherited by the ranks
     return run_on_ranks(_on_rank, nproc, device, output)

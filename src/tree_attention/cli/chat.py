@@ -1,9 +1,11 @@
 """`tree-attention chat`: questions about a document, line by line, the cache spread over ranks, kept if asked for."""
 
+import io
 import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +56,19 @@ def chat_on_ranks(request: Request, nproc: int | None) -> int:
 
 
 def _hand_over(lines: Any) -> None:
-    for line in sys.stdin:
-        lines.put(line)
-    lines.put(None)
+    try:
+        for line in typed():
+            lines.put(line)
+    finally:
+        lines.put(None)
+
+
+def typed() -> Iterator[str]:
+    """The lines of stdin, if it is open; what is no text in its encoding comes as replacement characters."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if sys.stdin is not None:
+        yield from iter(sys.stdin.readline, "")
 
 
 def _on_rank(request: Request, document: str, lines: Any, device: torch.device) -> int:

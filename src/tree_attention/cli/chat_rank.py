@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 from ..errors import TreeAttentionError
 from ..hf import Session
 from ..hf.save import read_manifest
-from .chat import Request
+from .chat import Request, typed
 from .inputs import check_positions, load_model, reading_bar, sequence_ranks, step_of
+from .launch import say
 
 ROOM = 8192  # tokens of talk after the document, by default
 PATIENCE = timedelta(days=365)  # for whoever thinks about the next question
@@ -41,17 +42,16 @@ def chat(request: Request, document: str, lines: Any, device: torch.device) -> i
     for question in _questions(lines if first else None, first, talk):
         try:
             if not request.extrapolate:
-                check_positions(model.config, session.tokens.shape[1] + len(question), request.max_new_tokens)
+                asked = len(tokenizer(question).input_ids)
+                check_positions(model.config, session.tokens.shape[1] + asked, request.max_new_tokens)
             for piece in session.ask(question, **how):
                 if first:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                    say(piece)
         except TreeAttentionError as error:  # on every rank alike, and the session is as it was
             if first:
-                sys.stderr.write(f"tree-attention: {error}")
+                sys.stderr.write(f"tree-attention: {error}\n")
         if first:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            say("\n")
     if request.save is not None:
         session.save(request.save)
     return 0
@@ -77,7 +77,7 @@ def _session(request: Request, model: Any, tokenizer: Any, document: str, device
 
 def _questions(lines: Any, first: bool, talk: Any) -> Iterator[str]:
     """Lines that are not empty, the same on every rank, until there are no more."""
-    source = iter(sys.stdin.readline, "") if lines is None else iter(lines.get, None)
+    source = typed() if lines is None else iter(lines.get, None)
     while True:
         line: list[str | None] = [None]
         if first:

@@ -50,6 +50,10 @@ def generate_on_ranks(request: Request, nproc: int | None) -> int:
             )
     elif request.model is None or not request.prompt or request.config is not None:
         raise InputError("give --model and --prompt, or --random-weights with --config and --max-prompt-tokens")
+    if request.sample and not request.temperature > 0:
+        raise InputError(f"temperature must be positive, got {request.temperature}: without --sample the likeliest win")
+    if not request.sample and request.temperature != 1:
+        raise InputError("temperature is of the draw: add --sample, or leave it out")
     check_options(
         request.model, request.dtype, max_prompt_tokens=request.max_prompt_tokens,
         max_new_tokens=request.max_new_tokens, chunk_tokens=request.chunk_tokens, block_tokens=request.block_tokens,

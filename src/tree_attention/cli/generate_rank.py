@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from ..hf import TreeCache, can_prefill, prefill
 from ..hf.prefill import CHUNK_TOKENS
 from .generate import Request
 from .inputs import check_positions, load_model, prompt_ids, random_ids, reading_bar, sequence_ranks, step_of
+from .launch import say
 
 
 def generate(request: Request, document: str, device: torch.device) -> int:
@@ -68,8 +68,7 @@ def generate(request: Request, document: str, device: torch.device) -> int:
         figures["verify"] = _verify(request, model, tokenizer, input_ids, run.tokens)
     _report(figures)
     if request.as_json:
-        sys.stdout.write(json.dumps(figures) + "\n")
-        sys.stdout.flush()
+        say(json.dumps(figures) + "\n")
     return 0 if figures.get("verify", {}).get("identical", True) else 1
 
 
@@ -105,8 +104,7 @@ class _Clock(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if self.prints:
-            sys.stdout.write(text + ("\n" if stream_end else ""))
-            sys.stdout.flush()
+            say(text + ("\n" if stream_end else ""))
 
 
 def _generate(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, cache: TreeCache) -> _Run:

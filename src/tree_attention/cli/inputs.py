@@ -117,5 +117,6 @@ def check_positions(config: Any, tokens: int, new_tokens: int) -> None:
     if positions is not None and tokens + new_tokens > positions:
         raise InputError(
             f"the model has {positions} positions, and {tokens} prompt tokens with {new_tokens} new ones "
-            "do not fit: use --max-prompt-tokens to cut the document, or --extrapolate to go beyond its training"
+            "do not fit: give it less text (generate cuts it with --max-prompt-tokens), or --extrapolate to go beyond "
+            "its training"
         )

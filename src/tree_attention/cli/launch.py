@@ -1,11 +1,13 @@
 """Start ranks on this machine, and end them all when one dies or the user stops; under torchrun, join instead."""
 
+import contextlib
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,17 +55,26 @@ def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device:
     return 0
 
 
+def say(text: str) -> None:
+    """To stdout; to nowhere once nobody reads it any more: what is computed may still be saved."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _start(rank: int, size: int, meeting: str, devices: list[torch.device], function: Any, args: tuple) -> None:
     """What a new process runs."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, and the parent's death: end at once and without a word
     try:
         code = _rank(rank, size, meeting, devices[rank], function, args)
-    except TreeAttentionError as error:  # raised on all ranks alike; one of them says it
-        if rank == 0:
+    except TreeAttentionError as error:  # as a rule raised on all ranks alike: one of them says it
+        with contextlib.suppress(FileExistsError):
+            Path(meeting.removeprefix("file://")).with_name("said").touch(exist_ok=False)
             os.write(2, f"tree-attention: {error}\n".encode())
         code = 2
-    sys.stdout.flush()
-    sys.stderr.flush()
+    say("")  # flushed
     os._exit(code or 0)  # not through the interpreter's end, in which a thread of gloo's may abort: the work is done
 
 
