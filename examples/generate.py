@@ -25,7 +25,8 @@ def main(name: str, prompt_file: str, new_tokens: int) -> None:
     model = model.to(device).eval()
     inputs = tokenizer(Path(prompt_file).read_text(encoding="utf-8"), return_tensors="pt").to(device)
 
-    cache = TreeCache(model.config)
+    most = inputs.input_ids.shape[1] + new_tokens  # makes the cache static: on GPUs each token is then one CUDA graph
+    cache = TreeCache(model.config, max_tokens=most if device.type == "cuda" else None)
     prefill(model, inputs.input_ids, cache)  # each rank computes its share of the prompt
     out = model.generate(**inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
 
