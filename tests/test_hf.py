@@ -1,8 +1,10 @@
 """transformers with a cache that is spread over ranks: one process's tokens, equal bits everywhere, bytes as stated."""
 
+import copy
 import functools
 import itertools
 import math
+import pickle
 from unittest import mock
 
 import pytest
@@ -392,6 +394,27 @@ def test_a_static_cache_counts_what_it_receives(pool):
     dynamic, static = (pool.run(received, max_tokens, ranks=2) for max_tokens in (None, 80))
     assert static == dynamic
     assert static[0] > 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copied_model_steps_with_its_own_weights(copied):
+    model, ids = tiny("llama", "tree_attention"), prompt(False)[0]
+    out = model.generate(ids, past_key_values=TreeCache(model.config, max_tokens=80), **GREEDY)
+    other, cache = copied(model), TreeCache(model.config, max_tokens=80)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    again = other.generate(ids, past_key_values=cache, **GREEDY)
+    assert bool(cache.steps)
+    assert_like_one_process([(again.sequences, torch.stack(again.logits))], out.sequences, torch.stack(out.logits))
+
+
+def test_a_forward_that_was_wrapped_before_is_called_in_steps():
+    """As by accelerate, which puts a function on the model."""
+    model, calls = tiny("llama", "tree_attention"), []
+    original = model.forward
+    model.forward = functools.wraps(original)(lambda **kwargs: calls.append(1) or original(**kwargs))
+    model.generate(prompt(False)[0], past_key_values=TreeCache(model.config, max_tokens=80), **GREEDY)
+    assert len(calls) == NEW_TOKENS
 
 
 def graphs_before_their_group(group):

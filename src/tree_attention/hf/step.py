@@ -52,26 +52,36 @@ class Captured:
 def install_step(model: Any) -> None:
     """Wrap `model.forward`, once; and torch's end of a group, once for all."""
     _release_with_groups()
-    original = model.forward
-    if hasattr(original, "_tree_attention"):
-        return
-    compiled = torch.compile(original, options=ALIKE)  # nothing happens before it is called
+    if not hasattr(model.forward, "_tree_attention"):
+        model.forward = SteppingForward(model.forward)
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+
+class SteppingForward:
+    """The wrapped `forward`. An object, not a function, so that a copied or unpickled model has one of its own."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.original = original
+        self._tree_attention = True  # an attribute of the object: who wraps it again copies these
+
+    def __reduce__(self) -> Any:
+        return SteppingForward, (self.original,)  # a method is copied together with the model that it belongs to
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Any]:
+        return torch.compile(self.original, options=ALIKE)  # loads the compiler, which takes seconds
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args or not is_step(kwargs):
-            return original(*args, **kwargs)
+            return self.original(*args, **kwargs)
         cache = kwargs["past_key_values"]
         ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
         if positions is None:
             positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
         how = "eager" if cache.disable_compile else cache.step
-        ways = [original, compiled] if how == "compiled" else [original]
+        ways = [self.original, self.compiled] if how == "compiled" else [self.original]
         logits = decode_step(ways, cache, ids, positions, kwargs.get("attention_mask"), capture=how != "eager")
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-
-    forward._tree_attention = True  # type: ignore[attr-defined]
-    model.forward = forward
 
 
 def _release_with_groups() -> None:
