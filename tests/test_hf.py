@@ -396,6 +396,62 @@ def test_a_static_cache_counts_what_it_receives(pool):
     assert static[0] > 0
 
 
+@pytest.mark.parametrize("way", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_assisted_decoding_refuses_a_filled_cache(llama, way):
+    """transformers would feed it the whole text again, its own caches too, and write other tokens."""
+    ids, cache = prompt(False)[0][:1], TreeCache(llama.config)
+    prefill(llama, ids, cache)
+    held, how = cache.get_seq_length(), {way: llama if way == "assistant_model" else 3}
+    with pytest.raises(Unsupported, match=r"feeds a filled cache again in assisted decoding \(prompt_lookup"):
+        llama.generate(ids, past_key_values=cache, **GREEDY | how)
+    assert cache.get_seq_length() == held > 0
+
+
+def test_prompt_lookup_has_room_for_its_guesses_or_is_refused(llama):
+    ids, how = prompt(False)[0][:1, :20].repeat(1, 4), {"prompt_lookup_num_tokens": 10}
+    most = ids.shape[1] + NEW_TOKENS - 2 + 10
+    small, large = (TreeCache(llama.config, max_tokens=room) for room in (most - 1, most))
+    with pytest.raises(InputError, match=f"has room for {most - 1} tokens over all ranks, {most} are needed"):
+        llama.generate(ids, past_key_values=small, **GREEDY | how)
+    assert small.get_seq_length() == 0
+    texts = [llama.generate(ids, past_key_values=large, **GREEDY | how), llama.generate(ids, **GREEDY)]
+    assert torch.equal(texts[0].sequences, texts[1].sequences)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 120])
+def test_windows_are_cut_again_after_prompt_lookup(max_tokens):
+    model, ids = tiny("gemma2", "tree_attention"), prompt(False)[0][:1, :20].repeat(1, 4)
+    cache = TreeCache(model.config, max_tokens=max_tokens)
+    ids = model.generate(ids, past_key_values=cache, **GREEDY | {"prompt_lookup_num_tokens": 3}).sequences
+    out, expected = (model.generate(ids, past_key_values=its_cache, **GREEDY) for its_cache in (cache, None))
+    assert_like_one_process(
+        [(out.sequences, torch.stack(out.logits))], expected.sequences, torch.stack(expected.logits)
+    )
+    assert bool(cache.steps) == (max_tokens is not None)
+    cache.layers[0].from_ring()
+    assert cache.layers[0].keys.shape[2] == cache.layers[0].sliding_window - 1
+
+
+@pytest.mark.slow
+def test_windows_of_an_assistant_are_rolled_back():
+    model, ids = tiny("gemma2", "tree_attention"), prompt(False)[0][:1]
+    texts = [model.generate(ids, **GREEDY | how).sequences for how in ({}, {"assistant_model": model})]
+    assert torch.equal(*texts)
+
+
+def test_a_static_cache_reads_another_mask(llama):
+    """As of a row that ended early, whose last tokens are hidden while the other row goes on."""
+    results = []
+    for max_tokens in (None, 80):
+        cache = TreeCache(llama.config, max_tokens=max_tokens)
+        ids = llama.generate(prompt(False)[0][:, :30], past_key_values=cache, **GREEDY).sequences
+        mask = torch.ones_like(ids)
+        mask[0, 31:39] = 0
+        out = llama.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        results.append((out.sequences, torch.stack(out.logits)))
+    assert_like_one_process(results[1:], *results[0])
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copied_model_steps_with_its_own_weights(copied):
     model, ids = tiny("llama", "tree_attention"), prompt(False)[0]

@@ -31,16 +31,18 @@ def install_generation_hook() -> None:
         return
 
     @functools.wraps(original)
-    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prepare(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: str, *args: Any, **kwargs: Any
+    ) -> Any:
         if self.config.get_text_config(decoder=True)._attn_implementation == "tree_attention":
-            _prepare(self, generation_config, model_kwargs)
-        return original(self, generation_config, model_kwargs, *args, **kwargs)
+            _prepare(self, generation_config, model_kwargs, is_assisted=generation_mode == "assisted_generation")
+        return original(self, generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     prepare._tree_attention = True  # type: ignore[attr-defined]
     mixin._prepare_cache_for_generation = prepare
 
 
-def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *, is_assisted: bool) -> None:
     if generation_config.max_time is not None:
         raise Unsupported("max_time would stop the ranks at different tokens: use max_new_tokens")
     if generation_config.cache_implementation is not None:
@@ -51,12 +53,13 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -
     cache = model_kwargs.get("past_key_values")
     if cache is None and generation_config.use_cache is not False:
         cache = model_kwargs["past_key_values"] = TreeCache(model.config, sequence_axis(model))
+    if is_assisted and cache is not None and cache.get_seq_length():
+        raise Unsupported(
+            "transformers feeds a filled cache again in assisted decoding (prompt_lookup_num_tokens, assistant_model): "
+            "leave that out, or pass a new TreeCache, without prefill"
+        )
     if isinstance(cache, TreeCache):
-        check_axes(model, cache.placement.group)
-    if isinstance(cache, TreeCache) and cache.placement.max_tokens is not None:
-        cache.placement.check_room(generation_config.max_length - 1)  # the last token is not fed
-        cache.disable_compile = bool(generation_config.disable_compile)
-        install_step(model)
+        _prepare_cache(cache, model, generation_config, is_assisted=is_assisted)
     sequence = cache.placement.group if isinstance(cache, TreeCache) else resolve_group()
     for group in (sequence, tensor_group(model)):
         if generation_config.do_sample and group is not None:
@@ -71,6 +74,22 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -
             f"transformers {transformers.__version__} feeds a filled cache again when prefill_chunk_size is set: "
             "leave it out, or use tree_attention.hf.prefill"
         )
+
+
+def _prepare_cache(cache: TreeCache, model: Any, generation_config: Any, *, is_assisted: bool) -> None:
+    check_axes(model, cache.placement.group)
+    layer: Any
+    for layer in cache.layers:
+        if hasattr(layer, "record_past"):  # transformers would leave it on, and windows grow without end
+            layer.record_past = is_assisted or bool(generation_config.is_assistant)
+    if cache.placement.max_tokens is None:
+        return
+    lookup = generation_config.prompt_lookup_num_tokens if is_assisted else None
+    # The last token is not fed. The one before may be, with as many guesses behind it.
+    cache.placement.check_room(generation_config.max_length - 2 + (lookup or 1))
+    cache.placement.moved = True  # the mask may hide other tokens than the last one did
+    cache.disable_compile = bool(generation_config.disable_compile)
+    install_step(model)
 
 
 def share_random_state(group: ProcessGroup, device: torch.device) -> None:
