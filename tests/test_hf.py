@@ -473,6 +473,99 @@ def test_a_forward_that_was_wrapped_before_is_called_in_steps():
     assert len(calls) == NEW_TOKENS
 
 
+def break_off(model, layer, turn):
+    """Let pass number `turn` end as by Ctrl-C in a layer, behind its attention."""
+
+    def interrupt(*_):
+        if next(turns) == turn:
+            hook.remove()
+            raise KeyboardInterrupt
+
+    turns = itertools.count(1)
+    hook = model.model.layers[layer].mlp.register_forward_pre_hook(interrupt)
+
+
+def read_again(group, name):
+    """A second prefill ends within its second chunk, and is called again; what the cache held between."""
+    ids, mask = prompt(False)
+    model = tiny(name, "tree_attention")
+    cache = TreeCache(model.config, group, block_tokens=BLOCK)
+    prefill(model, ids[:, :20], cache)
+    break_off(model, 2, 2)
+    with pytest.raises(KeyboardInterrupt):
+        prefill(model, ids, cache, chunk_tokens=16)
+    held = [layer.length for layer in cache.layers]
+    prefill(model, ids, cache, chunk_tokens=24)
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    return out.sequences, torch.stack(out.logits), held
+
+
+@pytest.mark.parametrize(("name", "held"), [("llama", 16), ("gemma2", 0)])  # windows that moved on cannot go back
+def test_prefill_that_broke_off_leaves_what_there_was(pool, name, held):
+    results = pool.run(read_again, name, ranks=2)
+    assert_like_one_process([result[:2] for result in results], *one_process(name, False))
+    assert [result[2] for result in results] == [[held] * 4] * 2
+
+
+def test_a_cache_that_a_pass_broke_off_in_is_refused():
+    model, ids = tiny("llama", "tree_attention"), prompt(False)[0]
+    cache = TreeCache(model.config)
+    break_off(model, 2, 4)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, past_key_values=cache, **GREEDY)
+    again = [
+        lambda: model.generate(ids, past_key_values=cache, **GREEDY),
+        lambda: prefill(model, torch.cat([ids, ids], 1), cache),
+        lambda: model(ids[:, :1], past_key_values=cache),
+    ]
+    for use in again:
+        with pytest.raises(InputError, match=r"a forward pass broke off.* make a new one on every rank"):
+            use()
+        assert [layer.length for layer in cache.layers] == [TOKENS + 3] * 3 + [TOKENS + 2]
+    cache.reset()
+    out = again[0]()
+    assert_like_one_process([(out.sequences, torch.stack(out.logits))], *one_process("llama", False))
+
+
+def test_a_layer_without_memory_has_read_nothing(llama):
+    """Else its tokens would be missing, and every length say that they are there."""
+    ids, cache = prompt(False)[0], TreeCache(llama.config)
+    with mock.patch.object(cache.layers[-1], "grow", side_effect=MemoryError), pytest.raises(MemoryError):
+        llama(ids, past_key_values=cache)
+    with pytest.raises(InputError, match="a forward pass broke off"):
+        llama(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_step_that_broke_off_is_run_again(name):
+    """In place, where keys are written over; the cursor must not stay a token ahead."""
+    tokens, logits = one_process(name, False)
+    model = tiny(name, "tree_attention")
+    cache = TreeCache(model.config, max_tokens=80)
+    break_off(model, 2, 5)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(tokens[:, :TOKENS], past_key_values=cache, **GREEDY)
+    assert cache.get_seq_length() == TOKENS + 3
+    feed = functools.partial(model, past_key_values=cache)
+    with torch.no_grad():
+        rest = [feed(input_ids=column[:, None]).logits[:, 0] for column in tokens[:, TOKENS + 3 : -1].T]
+    assert_like_one_process([(tokens, torch.stack(rest))], tokens, logits[4:])
+
+
+@pytest.mark.slow
+def test_a_step_of_linear_attention_that_broke_off_is_refused():
+    model, ids = tiny("qwen3_next", "tree_attention"), prompt(False)[0]
+    cache = TreeCache(model.config, max_tokens=80)
+    break_off(model, 0, 5)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, past_key_values=cache, **GREEDY)
+    with pytest.raises(InputError, match="a forward pass broke off"):
+        model.generate(torch.cat([ids, ids], 1)[:, : TOKENS + 4], past_key_values=cache, **GREEDY)
+    cache.reset()
+    out = model.generate(ids, past_key_values=cache, **GREEDY)
+    assert_like_one_process([(out.sequences, torch.stack(out.logits))], *one_process("qwen3_next", False))
+
+
 def graphs_before_their_group(group):
     """NCCL ends no group while a graph that holds one of its collectives is alive; test_gpu.py has such graphs."""
     model, (ids, _) = tiny("llama", "tree_attention"), prompt(False)

@@ -24,6 +24,7 @@ from .placement import Placement
 from .tensor import tensor_ranks
 
 BLOCK_TOKENS = 16
+WITH_KEYS = (ShardedLayer, ReplicatedWindowLayer)
 
 # The layer that was updated last in this thread, for models that rebuild their keys from what `update` returns (MLA).
 _updated: ContextVar[tuple[int, "ShardedLayer | ReplicatedWindowLayer"] | None] = ContextVar("_updated", default=None)
@@ -39,7 +40,9 @@ class TreeCache(Cache):
             several hosts. Of a model split over ranks (tensor.py), those with the same heads: `mesh["sequence"]`.
         block_tokens: neighbouring tokens that one rank keeps together.
         max_tokens: makes it static: room for that many tokens over all ranks, allocated once. `generate` then runs one
-            CUDA graph a token (step.py). Without it buffers grow, and every step is launched kernel by kernel.
+            CUDA graph a token (step.py). Without it buffers grow, and every step is launched kernel by kernel. A loop
+            of your own over single tokens must pass the same `attention_mask` each time, longer by ones: for another
+            one it looks only at the start of `generate`, and after several tokens at once.
         step: how the steps of a static cache are run on GPUs: "captured"; "compiled", by torch.compile first, which
             takes about a minute once; or "eager".
 
@@ -78,6 +81,8 @@ class TreeCache(Cache):
         described = {"model config": digest[:12], "block_tokens": block_tokens, "max_tokens": max_tokens, "step": step}
         check_agreement(described, self.placement.group)
         super().__init__(layers=[self._place(layer) for layer in DynamicCache(config=text_config).layers])
+        self.first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, WITH_KEYS)), None)
+        self.in_step = False  # a step has begun, and not ended
 
     def _place(self, layer: Any) -> Any:
         """Our layer for the kinds that hold keys; every other kind (linear, conv, shared) as transformers made it."""
@@ -93,14 +98,34 @@ class TreeCache(Cache):
                 "TreeCache needs a model with attn_implementation='tree_attention', which sees the other ranks' keys; "
                 f"got {self.config._attn_implementation!r}"
             )
+        if layer_idx == self.first and not self.placement.is_stepping:
+            self.check_whole()
         keys: Any
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
-        if isinstance(layer, ShardedLayer | ReplicatedWindowLayer):
+        if isinstance(layer, WITH_KEYS):
             keys._tree_layer = layer
             if not torch.compiler.is_compiling():
                 _updated.set((layer_idx, layer))
         return keys, values
+
+    def check_whole(self) -> None:
+        """Raise InputError if a forward pass ended in the middle, and left layers that do not hold the same tokens."""
+        lengths = {layer.length for layer in self.layers if isinstance(layer, WITH_KEYS)}
+        # A step writes its keys once more; what it has done to a state stays.
+        has_state = any(type(layer).__name__ == "LinearAttentionLayer" for layer in self.layers)
+        if len(lengths) > 1 or (self.in_step and has_state):
+            raise InputError(
+                "a forward pass broke off, and layers of this TreeCache hold different tokens: make a new one on every "
+                "rank, and pass the whole text again"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(int(tokens_to_remove))  # transformers 5.17 passes a tensor, and lengths are the host's
+
+    def reset(self) -> None:
+        super().reset()
+        self.in_step = False
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens over all ranks when a layer next grows, so that it grows once."""
@@ -117,26 +142,30 @@ class TreeCache(Cache):
 
     def can_step(self) -> bool:
         """Whether the next token can be fed without the host: a static cache that was read into, of layers that can."""
-        known = (ShardedLayer, ReplicatedWindowLayer)
         return (
             self.placement.max_tokens is not None
             and self.get_seq_length() > 0
             and all(
                 layer.is_initialized and not getattr(layer, "record_past", False)
-                if isinstance(layer, known)
+                if isinstance(layer, WITH_KEYS)
                 else type(layer).__name__ in ("DummyLayer", "LinearAttentionLayer")
                 for layer in self.layers
             )
         )
 
     def begin_step(self, batch: int, device: torch.device, attention_mask: Tensor | None) -> Cursor:
-        """The cursor, where the host says that the cache ends; attention_mask as `generate` passes it."""
+        """The cursor, where the host says that the cache ends.
+
+        attention_mask: as `generate` passes it; looked at where the cache has changed since the last step, or a
+        `generate` begun, since a look at each step would wait for the device.
+        """
+        self.check_whole()
         placement, length = self.placement, self.get_seq_length()
         placement.check_room(length + 1)
         if placement.cursor is None or len(placement.cursor.held) != batch:
             placement.cursor = Cursor(placement.layout, placement.rank, placement.capacity, batch, device)
             placement.moved = True
-        if placement.moved:
+        if placement.moved or self.in_step:  # a step that broke off may have moved the cursor on
             if attention_mask is not None:
                 attention_mask = None if bool(attention_mask.all()) else attention_mask.bool()
             placement.cursor.start(length, attention_mask, placement.most_tokens)
@@ -146,6 +175,7 @@ class TreeCache(Cache):
                 elif isinstance(layer, ReplicatedWindowLayer):
                     layer.to_ring()
             placement.moved = False
+        self.in_step = True
         return placement.cursor
 
     @contextlib.contextmanager
@@ -153,8 +183,8 @@ class TreeCache(Cache):
         """Within it layers and attention go by the cursor, which moves on by one token."""
         self.placement.is_stepping = True
         _steps_of.append(self)
-        self.placement.stepping_cursor.advance()
         try:
+            self.placement.stepping_cursor.advance()
             yield
         finally:
             _steps_of.remove(self)
@@ -163,8 +193,9 @@ class TreeCache(Cache):
     def end_step(self) -> None:
         """Let the host count the token that the device has counted."""
         for layer in self.layers:
-            if isinstance(layer, ShardedLayer | ReplicatedWindowLayer):
+            if isinstance(layer, WITH_KEYS):
                 layer.count(1)
+        self.in_step = False
 
     @property
     def kv_bytes(self) -> int:

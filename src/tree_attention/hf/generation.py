@@ -78,6 +78,7 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *
 
 def _prepare_cache(cache: TreeCache, model: Any, generation_config: Any, *, is_assisted: bool) -> None:
     check_axes(model, cache.placement.group)
+    cache.check_whole()
     layer: Any
     for layer in cache.layers:
         if hasattr(layer, "record_past"):  # transformers would leave it on, and windows grow without end

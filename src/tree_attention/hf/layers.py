@@ -52,15 +52,15 @@ class ShardedLayer(CacheLayerMixin):
         fed = key_states.shape[2] if chunk is None else chunk[1] - chunk[0]
         placement.check_room(before + fed)
         placement.moved = True
-        self.count(fed)
-        new = self.held - old
-        if new:
-            self.grow(self.held)
-            if new < key_states.shape[2]:
-                mine = placement.layout.slots(before, self.length, placement.rank, device=key_states.device) - before
+        held = placement.layout.local_length(before + fed, placement.rank)
+        if held > old:
+            self.grow(held)
+            if held - old < key_states.shape[2]:
+                mine = placement.layout.slots(before, before + fed, placement.rank, device=key_states.device) - before
                 key_states, value_states = key_states[:, :, mine], value_states[:, :, mine]
-            self.keys[:, :, old : self.held] = key_states
-            self.values[:, :, old : self.held] = value_states
+            self.keys[:, :, old:held] = key_states
+            self.values[:, :, old:held] = value_states
+        self.count(fed)  # last: a layer that finds no memory has read nothing
         shown = max(self.held, 1)
         return self.keys[:, :, :shown], self.values[:, :, :shown]
 
@@ -161,6 +161,7 @@ class ReplicatedWindowLayer(DynamicSlidingWindowLayer):
             self.placement.received_bytes += gathered.nbytes - mine.nbytes
         self.fed = key_states.shape[2]
         self.placement.moved = True
+        self.cumulative_length = self.length  # its base counts before it finds memory
         result = super().update(key_states, value_states, *args, **kwargs)
         self.length = self.cumulative_length
         return result

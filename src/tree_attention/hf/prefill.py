@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..errors import InputError, Unsupported
-from .cache import TreeCache
-from .layers import ReplicatedWindowLayer, ShardedLayer
+from .cache import WITH_KEYS, TreeCache
+from .layers import ReplicatedWindowLayer
 from .tensor import check_axes
 
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 32768}  # where chunks cost time only by their number
@@ -29,7 +29,8 @@ def prefill(
     """Read a prompt into `cache`, all but its last tokens, for `model.generate(input_ids, past_key_values=cache)`.
 
     Projections, MLP and attention are divided by the number of ranks. Left for `generate` are 1 to `cycle =
-    ranks * block_tokens` tokens, which it reads on every rank alike.
+    ranks * block_tokens` tokens, which it reads on every rank alike. If an error ends it, the cache holds what it held
+    before; or nothing, where windows have moved on, which cannot go back.
 
     Args:
         model: loaded with attn_implementation="tree_attention".
@@ -67,12 +68,26 @@ def prefill(
 
     positions = _positions(input_ids, attention_mask)
     aligned = -(-done // cycle) * cycle
-    if aligned > done:  # an earlier turn ended within a cycle: fill that up on every rank alike
-        read(slice(done, aligned), aligned)
-    for start in range(aligned, last, max(chunk_tokens // cycle, 1) * cycle):
-        stop = min(start + max(chunk_tokens // cycle, 1) * cycle, last)
-        with cache.parallel_chunk(start, stop) as slots:
-            read(slots.to(input_ids.device), stop)
+    try:
+        if aligned > done:  # an earlier turn ended within a cycle: fill that up on every rank alike
+            read(slice(done, aligned), aligned)
+        for start in range(aligned, last, max(chunk_tokens // cycle, 1) * cycle):
+            stop = min(start + max(chunk_tokens // cycle, 1) * cycle, last)
+            with cache.parallel_chunk(start, stop) as slots:
+                read(slots.to(input_ids.device), stop)
+    except BaseException:
+        _take_back(cache, done, last)
+        raise
+
+
+def _take_back(cache: TreeCache, done: int, last: int) -> None:
+    """Leave the first `done` tokens; or none, where windows move on before `last`. Decided on every rank alike."""
+    layers = [layer for layer in cache.layers if isinstance(layer, WITH_KEYS)]
+    if any(isinstance(layer, ReplicatedWindowLayer) and last >= layer.sliding_window for layer in layers):
+        cache.reset()
+    for layer in layers:
+        if layer.length > done:
+            layer.crop(done - layer.length)
 
 
 def _chunk_tokens(input_ids: Tensor, cache: TreeCache, attention_mask: Tensor | None) -> int:
@@ -103,6 +118,7 @@ def _check(model: Any, input_ids: Tensor, cache: Cache, chunk_tokens: int | None
     if implementation != "tree_attention":
         raise InputError(f"model must be loaded with attn_implementation='tree_attention', got {implementation!r}")
     check_axes(model, cache.placement.group)
+    cache.check_whole()
     if chunk_tokens is not None and chunk_tokens < 1:
         raise InputError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     if input_ids.ndim != 2 or input_ids.shape[1] <= cache.get_seq_length():
@@ -120,4 +136,4 @@ def _check(model: Any, input_ids: Tensor, cache: Cache, chunk_tokens: int | None
 
 
 def _is_parallel(layer: Any) -> bool:
-    return isinstance(layer, ShardedLayer | ReplicatedWindowLayer) or type(layer).__name__ == "DummyLayer"
+    return isinstance(layer, WITH_KEYS) or type(layer).__name__ == "DummyLayer"
