@@ -159,13 +159,13 @@ class TreeCache(Cache):
         attention_mask: as `generate` passes it; looked at where the cache has changed since the last step, or a
         `generate` begun, since a look at each step would wait for the device.
         """
-        self.check_whole()
         placement, length = self.placement, self.get_seq_length()
         placement.check_room(length + 1)
         if placement.cursor is None or len(placement.cursor.held) != batch:
             placement.cursor = Cursor(placement.layout, placement.rank, placement.capacity, batch, device)
             placement.moved = True
         if placement.moved or self.in_step:  # a step that broke off may have moved the cursor on
+            self.check_whole()
             if attention_mask is not None:
                 attention_mask = None if bool(attention_mask.all()) else attention_mask.bool()
             placement.cursor.start(length, attention_mask, placement.most_tokens)
