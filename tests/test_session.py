@@ -1,5 +1,6 @@
 """A conversation: the tokens of one process whatever is saved, loaded, forked or taken back; and damaged saves."""
 
+import copy
 import json
 import os
 import shutil
@@ -13,14 +14,16 @@ from unittest import mock
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from architectures import BLOCK, tiny
 from tree_attention import InputError, TreeAttentionError, Unsupported
-from tree_attention.hf import Session
+from tree_attention.hf import Session, load_tensor_parallel
 from tree_attention.hf import save as saving
 from tree_attention.hf.layers import ReplicatedWindowLayer, ShardedLayer
 from tree_attention.hf.session import Frame, frame_of
+from tree_attention.hf.tensor import AXES
 
 TEXT = "".join(f"{i} times {i} is {i * i}. " for i in range(12))
 TEMPLATE = """{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}
@@ -247,13 +250,96 @@ def test_a_folder_that_one_rank_does_not_see_is_refused_on_all(pool, tmp_path):
     assert found == [f"FOLDER{place} holds no save: there is no current.json" for place in ("/elsewhere", "")]
 
 
+def loads_over_other_weights(group, folder):
+    model = tiny("llama", "tree_attention")
+    if group.rank() == 1:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+    try:
+        Session.load(folder, model, tokenizer(), group)
+    except InputError as error:
+        return str(error).replace(folder, "FOLDER")
+
+
+def test_what_one_rank_finds_wrong_is_refused_on_all(pool, tmp_path):
+    pool.run(talk, "llama", one_folder(tmp_path), None, ranks=1)
+    said, other = pool.run(loads_over_other_weights, one_folder(tmp_path), ranks=2)
+    assert said == other
+    assert said.startswith("the save in FOLDER is of another model: weights ")
+
+
+def loads_split_where_it_is_not(group, name, folder):
+    """The model over two ranks, the sequence over two; the last rank sees another folder."""
+    model = load_tensor_parallel(name, init_device_mesh("cpu", (2, 2), mesh_dim_names=AXES))
+    session = Session.open(model, tokenizer())
+    session.read(TEXT)
+    session.save(folder)
+    try:
+        Session.load(folder if group.rank() < 3 else folder + "/elsewhere", model, tokenizer())
+    except InputError as error:
+        return str(error).replace(folder, "FOLDER")
+
+
+def test_ranks_of_both_axes_refuse_a_folder_together(pool, tmp_path):
+    tiny("llama", "eager").save_pretrained(tmp_path / "model")
+    found = pool.run(loads_split_where_it_is_not, str(tmp_path / "model"), one_folder(tmp_path))
+    assert found == ["FOLDER/elsewhere holds no save: there is no current.json"] * 4
+
+
+def rotated(model):
+    """The same weights, other angles."""
+    config = copy.deepcopy(model.config)
+    config.rope_parameters["rope_theta"] = 500000.0
+    other = type(model)(config).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def tuned(model):
+    """Other weights, but for the first numbers of each."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.view(-1)[8:] *= 0.5
+    return other
+
+
+def in_16_bits(model):
+    return copy.deepcopy(model).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (rotated, r"rope_parameters \{.*10000.0.*\}, not \{.*500000.0.*\}$"),
+        (tuned, r"weights \w+, not \w+$"),
+        (in_16_bits, r"dtype float32, not bfloat16; weights \w+, not \w+$"),
+    ],
+)
+def test_a_save_of_another_model_is_refused(tmp_path, change, difference):
+    """The message says what is different, and nothing else."""
+    model = tiny("llama", "tree_attention")
+    Session.open(model, tokenizer()).save(tmp_path)
+    with pytest.raises(InputError, match=f"is of another model: {difference}"):
+        Session.load(tmp_path, change(model), tokenizer())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "qwen3_next"])
+def test_a_model_from_a_folder_is_the_same_model(tmp_path, name):
+    model = tiny(name, "tree_attention")
+    Session.open(model, tokenizer()).save(tmp_path / "save")
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="tree_attention")
+    Session.load(tmp_path / "save", again, tokenizer())
+
+
 DAMAGE = {
     "a byte": (r"layer-2-rank-1.safetensors is cut off or was changed since it was written", "shard"),
     "cut off": (r"layer-2-rank-1.safetensors is cut off or was changed since it was written", "shard"),
     "gone": (r"No such file or directory", "shard"),
     "manifest": (r"current.json was changed since it was written", "manifest"),
     "cut manifest": (r"current.json is damaged", "manifest"),
-    "version": (r"is of version 2, this library reads 1", "manifest"),
+    "version": (r"is of version 1, this library reads 2", "manifest"),
 }
 
 
@@ -277,14 +363,33 @@ def test_damage_is_found_on_every_rank(pool, tmp_path, how):
             manifest.write_text(manifest.read_text()[:-3])
         case "version":
             document = json.loads(manifest.read_text())
-            document["manifest"]["version"] = 2
+            document["manifest"]["version"] = 1
             document["sha256"] = saving._digest(saving._as_json(document["manifest"]))
             manifest.write_text(json.dumps(document))
     for said in pool.run(loads, one_folder(tmp_path), ranks=2):
         assert DAMAGE[how][0] in said
 
 
-def full_disk(group, folder):
+def test_a_save_deletes_nothing_but_saves(tmp_path):
+    """What the user keeps in the folder stays, in a sub-folder that is named like ours too; a killed save goes."""
+    session = Session.open(tiny("llama", "tree_attention"), tokenizer())
+    session.save(tmp_path)
+    [old] = tmp_path.glob("*/")
+    kept = ["photos/a.jpg", "notes.txt", f"{'a' * 32}/layer-0.txt", f"{'b' * 32}/inner/layer-0.safetensors"]
+    for name in [*kept, f"{'c' * 32}/layer-3-rank-1-tensor-0.safetensors", f"{'d' * 32}/layer-12.safetensors"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / ("e" * 32)).symlink_to(tmp_path / "photos")
+    session.save(tmp_path)
+    assert all((tmp_path / name).exists() for name in kept)
+    [new] = {path.name for path in tmp_path.iterdir()} - {
+        "photos", "notes.txt", "a" * 32, "b" * 32, "e" * 32, saving.CURRENT,
+    }  # fmt: skip
+    assert new != old.name
+    assert Session.load(tmp_path, session.model, session.tokenizer).tokens.shape == (1, 0)
+
+
+def full_disk(group, folder, error):
     """The second save fails on the last rank, half way."""
     session = opened(group, "llama")
     session.save(folder)
@@ -294,24 +399,28 @@ def full_disk(group, folder):
     def fails(file, data):
         written.append(file)
         if group.rank() == 1 and len(written) == 3:
-            raise OSError(28, os.strerror(28))
+            raise error
         return write(file, data)
 
     with mock.patch.object(saving, "_write", fails):
         try:
             session.save(folder)
-        except TreeAttentionError as error:
-            return str(error).replace(folder, "FOLDER"), ask(session, "And now?")
+        except TreeAttentionError as raised:
+            return str(raised).replace(folder, "FOLDER"), ask(session, "And now?")
 
 
-def test_a_full_disk_costs_nothing(pool, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, os.strerror(28)), "No space left on device"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_a_full_disk_or_memory_costs_nothing(pool, tmp_path, error, reason):
     """The last save stays, the half one is gone, every rank says so and goes on."""
-    (said, answer), other = pool.run(full_disk, one_folder(tmp_path), ranks=2)
+    (said, answer), other = pool.run(full_disk, one_folder(tmp_path), error, ranks=2)
     assert (said, answer) == other
-    text = (
-        "not saved, rank 1 cannot write to FOLDER: No space left on device; a save that was there before is as it was"
-    )
-    assert said == text
+    assert said == f"not saved, rank 1 cannot write to FOLDER: {reason}; a save that was there before is as it was"
     assert len([path for path in (tmp_path / "save").iterdir() if path.is_dir()]) == 1
     assert pool.run(loads, one_folder(tmp_path), ranks=3) == [answer] * 3
 

@@ -6,13 +6,15 @@
     ... -tensor-1.safetensors                   either, of a model split by tensor parallelism: the heads of its rank 1
 
 A save is a new sub-folder. current.json is replaced, in one step of the file system, when every rank has written its
-files and they are on the disk; whatever happens before, the last save is as it was. Older sub-folders go last. The
-folder must be one that all ranks see.
+files and they are on the disk; whatever happens before, the last save is as it was. Older saves go last, and nothing
+else does: what lies in the folder besides is the user's. The folder must be one that all ranks see.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -24,21 +26,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from transformers import PreTrainedConfig
 
 from ..errors import InputError, TreeAttentionError
 from ..group import gather_objects, rank_and_size
 from ..layout import Layout
 from .cache import TreeCache
-from .layers import ReplicatedWindowLayer, ShardedLayer
+from .layers import ShardedLayer
+from .state import set_state, state_of
 from .tensor import tensor_group
 
-VERSION = 1
+VERSION = 2
 CURRENT = "current.json"
-SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+NAME = re.compile(r"[0-9a-f]{32}")
+FILE = re.compile(r"layer-\d+(-rank-\d+)?(-tensor-\d+)?\.safetensors")
+SAMPLES = 64  # of each weight
+# What a configuration says besides what the model computes, with what every configuration has.
+NO_MATTER = {
+    "attention_dropout", "bos_token_id", "distributed_config", "eos_token_id", "initializer_range", "pad_token_id",
+    "pretraining_tp", "quantization_config", "router_aux_loss_coef", "output_router_logits", "tie_word_embeddings",
+    "use_cache", *PreTrainedConfig().to_dict(),
+}  # fmt: skip
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """What a save must agree in with the model that reads it: the shape, the dtype, and a digest of some weights.
+    """What a save must agree in with the model that reads it: the configuration, the dtype, a digest of some weights.
 
     Of a model that is split over ranks (all call together), the first one's weights.
     """
@@ -46,11 +58,22 @@ def describe(model: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())
-        here = weight.to_local() if hasattr(weight, "to_local") else weight
-        digest.update(here.detach().flatten()[:8].float().cpu().numpy().tobytes())
-    shape = {name: getattr(config, name, None) for name in SHAPE}
-    [weights] = _from_first([digest.hexdigest()], [tensor_group(model)])
-    return shape | {"dtype": str(model.dtype).removeprefix("torch."), "weights": weights}
+        here = (weight.to_local() if hasattr(weight, "to_local") else weight).detach().flatten()
+        count = min(here.numel(), SAMPLES)  # from the first to the last, and not all of one column
+        places = torch.arange(count, device=here.device) * (here.numel() - 1) // max(count - 1, 1)
+        digest.update(here[places].float().cpu().numpy().tobytes())
+    [weights] = _from_first([digest.hexdigest()[:16]], [tensor_group(model)])
+    known = json.loads(config.to_json_string(use_diff=False))
+    fields = {name: value for name, value in known.items() if name not in NO_MATTER and not name.startswith("_")}
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"model_type": config.model_type, "dtype": dtype, "weights": weights} | fields
+
+
+def check_model(saved: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
+    """Raise InputError unless both describe one model; what only one version of transformers knows is passed over."""
+    other = [f"{name} {saved[name]}, not {value}" for name, value in here.items() if saved.get(name, value) != value]
+    if other:
+        raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
 
 
 def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor: ProcessGroup | None = None) -> None:
@@ -64,12 +87,12 @@ def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor:
     tensor_rank, tensor_ranks = rank_and_size(tensor)
     first = placement.rank == 0 and tensor_rank == 0
     [name] = _from_first([uuid.uuid4().hex], groups)
-    here, digests, states = folder / name, {}, {}
+    here, digests, states, cause = folder / name, {}, {}, None
     fault = _make_folder(here) if first else None
     _vote(fault, groups)
     try:
         for index, layer in enumerate(cache.layers):
-            tensors, states[str(index)] = _state_of(layer)
+            tensors, states[str(index)] = state_of(layer)
             if isinstance(layer, ShardedLayer):
                 file = _file(index, placement.rank, tensor)
             elif tensors and placement.rank == 0:
@@ -77,8 +100,8 @@ def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor:
             else:
                 continue
             digests[file] = _write(here / file, save({key: t.contiguous().cpu() for key, t in tensors.items()}))
-    except OSError as error:
-        fault = f"rank {placement.rank} cannot write to {folder}: {error.strerror or error}"
+    except Exception as error:  # the other ranks must not wait, whatever it is: memory is short as well as disks
+        fault, cause = _cannot_write(placement.rank, folder, error), error
     gathered = _gathered((fault, digests), groups)
     fault = next((said for said, _ in gathered if said), None)
     if fault is None and first:
@@ -90,15 +113,16 @@ def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor:
         }  # fmt: skip
         try:
             _replace_manifest(folder, manifest)
-        except OSError as error:
-            fault = f"rank 0 cannot write to {folder}: {error.strerror or error}"
+        except Exception as error:
+            fault, cause = _cannot_write(0, folder, error), error
     [fault] = _from_first([fault], groups)
     if first:
-        old = [here] if fault else [path for path in folder.iterdir() if path.is_dir() and path.name != name]
-        for path in old:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what cannot be looked at stays
+            for path in [here] if fault else [path for path in folder.iterdir() if path.name != name]:
+                if _is_ours(path):
+                    shutil.rmtree(path, ignore_errors=True)
     if fault:
-        raise TreeAttentionError(f"not saved, {fault}; a save that was there before is as it was")
+        raise TreeAttentionError(f"not saved, {fault}; a save that was there before is as it was") from cause
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -137,21 +161,6 @@ def load_cache(
     _vote(fault, [placement.group, tensor])
 
 
-def copy_cache(source: TreeCache, target: TreeCache) -> None:
-    """Into a new cache of the same model, ranks and block size; no communication."""
-    for old, new in zip(source.layers, target.layers, strict=True):
-        tensors, plain = _state_of(old)
-        if not isinstance(new, ShardedLayer):
-            _set_state(new, {name: tensor.clone() for name, tensor in tensors.items()}, plain)
-        elif tensors and isinstance(old, ShardedLayer):
-            new.lazy_initialization(*(tensors[name][:, :, :0] for name in ("keys", "values")))
-            new.length = old.length
-            new.grow(new.held)
-            for name, buffer in (("keys", new.keys), ("values", new.values)):
-                buffer[:, :, : new.held] = tensors[name]
-    target.placement.moved = True
-
-
 def _fill(
     layer: Any, index: int, here: Path, manifest: dict[str, Any], device: torch.device, tensor: ProcessGroup | None
 ) -> None:
@@ -159,7 +168,7 @@ def _fill(
     if not isinstance(layer, ShardedLayer):
         file, state = _file(index, None, tensor), manifest["states"][str(index)]
         tensors = _read(here / file, files[file]) if file in files else {}
-        _set_state(layer, {name: tensor.to(device) for name, tensor in tensors.items()}, state)
+        set_state(layer, {name: tensor.to(device) for name, tensor in tensors.items()}, state)
         return
     saved, mine, rank = Layout(manifest["world_size"], manifest["block"]), layer.placement.layout, layer.placement.rank
     layer.length, layer.fed = length, 0
@@ -179,51 +188,22 @@ def _fill(
             buffer.index_copy_(2, places, tensors[name][:, :, kept].to(device))
 
 
-def _state_of(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A layer's tensors, and its numbers and flags."""
-    if isinstance(layer, ShardedLayer):
-        held = layer.held
-        if not layer.is_initialized:
-            return {}, {}
-        return {"keys": layer.keys[:, :, :held], "values": layer.values[:, :, :held]}, {}
-    if isinstance(layer, ReplicatedWindowLayer):
-        layer.from_ring()
-        whole = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
-        return {name: tensor for name, tensor in whole.items() if tensor is not None}, {"length": layer.length}
-    tensors, plain = {}, {}
-    for name, value in vars(layer).items():
-        for key, item in value.items() if isinstance(value, dict) else [(None, value)]:
-            path = name if key is None else f"{name}.{key}"
-            if isinstance(item, Tensor):
-                tensors[path] = item
-            elif item is None or isinstance(item, bool | int | float | str):
-                plain[path] = item
-    return tensors, plain
-
-
-def _set_state(layer: Any, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """The inverse, on a new layer."""
-    if isinstance(layer, ReplicatedWindowLayer):
-        if tensors:
-            layer.lazy_initialization(tensors["keys"], tensors["values"])
-            layer.keys, layer.values = tensors["keys"], tensors["values"]
-        layer.count(plain["length"])
-        return
-    for path, value in (plain | tensors).items():
-        name, _, key = path.partition(".")
-        if key:
-            getattr(layer, name)[int(key)] = value
-        else:
-            setattr(layer, name, value)
-    for tensor in tensors.values():
-        layer.dtype, layer.device = tensor.dtype, tensor.device
-
-
 def _file(index: int, rank: int | None, tensor: ProcessGroup | None) -> str:
     """The name for a layer's shard of a rank, or for a whole layer."""
     of_rank = "" if rank is None else f"-rank-{rank}"
     of_heads = "" if tensor is None else f"-tensor-{tensor.rank()}"
     return f"layer-{index}{of_rank}{of_heads}.safetensors"
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a save made it, and nobody has put anything into it since."""
+    is_named_so = NAME.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
+    return bool(is_named_so) and all(FILE.fullmatch(file.name) and file.is_file() for file in folder.iterdir())
+
+
+def _cannot_write(rank: int, folder: Path, error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return f"rank {rank} cannot write to {folder}: {reason or error}"
 
 
 def _make_folder(folder: Path) -> str | None:

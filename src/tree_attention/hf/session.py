@@ -18,7 +18,8 @@ from .cache import TreeCache
 from .generation import FEEDS_AGAIN
 from .layers import ReplicatedWindowLayer, ShardedLayer
 from .prefill import MASKED_CHUNK_TOKENS, can_prefill, prefill
-from .save import copy_cache, describe, load_cache, read_manifest, save_cache
+from .save import check_model, describe, load_cache, read_manifest, save_cache
+from .state import copy_cache
 from .tensor import sequence_axis, tensor_group, tensor_ranks
 
 MARKS = ("\x02a\x03", "\x02b\x03", "\x02c\x03")  # stand for messages while the chat template is taken apart
@@ -164,23 +165,11 @@ class Session:
         another number of ranks by tensor parallelism.
         """
         group = sequence_axis(model) if group is None else group
-        manifest = _manifest(Path(folder), group.group if isinstance(group, TwoLevel) else resolve_group(group))
-        split, here = manifest.get("tensor_ranks", 1), tensor_ranks(model.config)
-        if split != here:
-            raise InputError(
-                f"the save in {folder} is of a model split over {split} ranks by tensor parallelism, and holds their "
-                f"heads apart; this one is split over {here}: load the model over {split}"
-            )
-        about, here = manifest["about"], describe(model)
-        other = [
-            f"{name} {about['model'].get(name)}, not {value}"
-            for name, value in here.items()
-            if about["model"].get(name) != value
-        ]
-        if other:
-            raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
+        sequence = group.group if isinstance(group, TwoLevel) else resolve_group(group)
+        manifest = _manifest(Path(folder), model, [sequence, tensor_group(model)])
         cache = TreeCache(model.config, group, max_tokens=max_tokens, **options)
         load_cache(cache, Path(folder), manifest, model.device, tensor=tensor_group(model))
+        about = manifest["about"]
         tokens = torch.tensor([about["tokens"]], dtype=torch.long, device=model.device)
         return cls(model, tokenizer, cache, tokens, in_question=about["in_question"])
 
@@ -197,14 +186,22 @@ class Session:
         return text.to(self.tokens)[None]
 
 
-def _manifest(folder: Path, group: ProcessGroup | None) -> dict[str, Any]:
-    """`read_manifest` by all ranks together, which raise together: a folder may be there on some hosts only."""
-    manifest, fault = {}, None
+def _manifest(folder: Path, model: Any, groups: list[ProcessGroup | None]) -> dict[str, Any]:
+    """Of a save of this model, read by all ranks of both axes together, which raise together: one may see no folder."""
+    here, manifest, fault = describe(model), {}, None
     try:
         manifest = read_manifest(folder)
+        saved, split = manifest["tensor_ranks"], tensor_ranks(model.config)
+        if saved != split:
+            raise InputError(
+                f"the save in {folder} is of a model split over {saved} ranks by tensor parallelism, and holds their "
+                f"heads apart; this one is split over {split}: load the model over {saved}"
+            )
+        check_model(manifest["about"]["model"], here, folder)
     except InputError as error:
         fault = str(error)
-    fault = first_fault(fault, group)
+    for group in groups:
+        fault = first_fault(fault, group)
     if fault:
         raise InputError(fault)
     return manifest
