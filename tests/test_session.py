@@ -15,7 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from architectures import BLOCK, tiny
 from tree_attention import InputError, TreeAttentionError, Unsupported
@@ -155,6 +155,186 @@ def test_an_answer_ends_with_any_of_the_models_ends():
     before = session.tokens.shape[1]
     list(session.ask("", max_new_tokens=1, eos_token_id=None))
     assert session.tokenizer.decode(session.tokens[0, before:-1]) == "</><user></><assistant>"
+
+
+def test_an_answer_goes_by_a_generation_config():
+    session = Session.open(tiny("llama", "tree_attention"), tokenizer(TEMPLATE), None)
+    every = list(range(session.model.config.vocab_size))
+    list(session.ask("What?", generation_config=GenerationConfig(max_new_tokens=4, eos_token_id=every)))
+    assert session.tokenizer.decode(session.tokens[0]) == "<user>What?</><assistant>"
+    for how, count in (({}, 4), ({"max_new_tokens": 3}, 3), ({"return_dict_in_generate": True}, 4)):
+        before = session.tokens.shape[1] + len("</><user></><assistant>")
+        list(session.ask("", generation_config=GenerationConfig(max_new_tokens=4), eos_token_id=None, **how))
+        assert session.tokens.shape[1] == before + count
+        assert session.cache.get_seq_length() == before + count - 1
+
+
+def test_nothing_taken_back_changes_nothing():
+    session = Session.open(tiny("llama", "tree_attention"), tokenizer(TEMPLATE), None)
+    session.read("One.")
+    session.rewind(0)
+    list(session.ask("What?", max_new_tokens=1, eos_token_id=None))
+    assert session.tokenizer.decode(session.tokens[0, :-1]) == "<user>One.\n\nWhat?</><assistant>"
+
+
+@pytest.mark.slow
+def test_linear_attention_is_read_in_chunks():
+    session = Session.open(tiny("qwen3_next", "tree_attention"), tokenizer())
+    seen = []
+    session.read(TEXT, chunk_tokens=100, on_progress=seen.append)
+    last = len(TEXT) - 1
+    assert seen == [100, 200, last]
+    assert session.cache.get_seq_length() == last
+    assert ask(session, "What?") == ask(opened(None, "qwen3_next"), "What?")
+
+
+def talk_in(model, folder, inference):
+    """`inference`: in which calls inference mode is on."""
+    with torch.inference_mode("read" in inference):
+        session = Session.open(model, tokenizer())
+        session.read(TEXT)
+    with torch.inference_mode("ask" in inference):
+        answers = [ask(session, "What?")]
+    with torch.inference_mode("load" in inference):
+        other = session.fork()
+        session.save(folder)
+        session = Session.load(folder, model, tokenizer())
+    return [*answers, ask(other, "And now?"), ask(session, "And now?")]
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3_next", marks=pytest.mark.slow)])
+def test_inference_mode_may_be_on_or_off(tmp_path, name):
+    model = tiny(name, "tree_attention")
+    expected = talk_in(model, tmp_path, ())
+    for inference in (("read",), ("ask",), ("load",), ("read", "ask", "load")):
+        assert talk_in(model, tmp_path, inference) == expected
+
+
+SAMPLED = {"max_new_tokens": 20, "do_sample": True, "temperature": 2.0, "eos_token_id": None}
+
+
+def stopped_early(group, how):
+    """The first rank stops, the others read on; then a question at once."""
+    session = opened(group, "llama")
+    torch.manual_seed(0)
+    answer = session.ask("What is this?", **SAMPLED)
+    if group is not None and group.rank() == 0:
+        next(answer)
+        if how == "closed":
+            answer.close()
+            assert session.tokens.shape[1] == session.cache.get_seq_length() + 1
+    else:
+        list(answer)
+    list(session.ask("And now?", max_new_tokens=NEW, do_sample=False, eos_token_id=None))
+    return session.tokens[0].tolist()
+
+
+@pytest.mark.parametrize("how", ["closed", "left"])
+def test_who_stops_early_keeps_the_answer(pool, how):
+    assert pool.run(stopped_early, how, ranks=2) == [stopped_early(None, how)] * 2
+
+
+@pytest.mark.parametrize("call", ["read", "save", "fork", "rewind"])
+def test_an_answer_that_was_left_is_ended_first(tmp_path, call):
+    session, expected = opened(None, "llama"), opened(None, "llama")
+    arguments = {"read": ["More."], "save": [tmp_path], "fork": [], "rewind": [3]}[call]
+    torch.manual_seed(0)
+    left = session.ask("What?", **SAMPLED)
+    next(left)
+    getattr(session, call)(*arguments)
+    torch.manual_seed(0)
+    list(expected.ask("What?", **SAMPLED))
+    getattr(expected, call)(*arguments)
+    assert torch.equal(session.tokens, expected.tokens)
+    assert session.cache.get_seq_length() == expected.cache.get_seq_length()
+
+
+def test_an_iterator_that_its_own_writer_collects_waits_for_nobody():
+    """Python's garbage collection runs in whatever thread is at hand."""
+    session = opened(None, "llama")
+    answers = []
+
+    def close(*_):
+        answers.pop().close() if answers else None
+
+    answers.append(session.ask("What?", **SAMPLED))
+    next(answers[0])
+    hook = session.model.register_forward_pre_hook(close)
+    session.read("More.")
+    hook.remove()
+    assert not answers
+    assert session.tokenizer.decode(session.tokens[0]).endswith("More.")
+
+
+class Stop(Exception):
+    pass
+
+
+def fails_at(model, forward):
+    """In the third layer, in the forward pass of that number."""
+    calls = []
+
+    def fail(*_):
+        calls.append(0)
+        if len(calls) == forward:
+            raise Stop
+
+    return model.base_model.layers[2].register_forward_pre_hook(fail)
+
+
+def stop(*_):
+    raise Stop
+
+
+FAILURES = [
+    (lambda session: list(session.ask("x" * 40, temprature=1.0)), None),
+    (lambda session: list(session.ask("x" * 40, num_beams=2)), None),
+    (lambda session: list(session.ask("x" * 40, num_return_sequences=2, do_sample=True)), None),
+    (lambda session: list(session.ask("x" * 40, max_new_tokens=0)), None),
+    (lambda session: list(session.ask("x" * 40, max_new_tokens=NEW)), 1),
+    (lambda session: list(session.ask("x" * 40, max_new_tokens=NEW)), 6),
+    (lambda session: session.read("x" * 40, chunk_tokens=0), None),
+    (lambda session: session.read("x" * 40, chunk_tokens=16, on_progress=stop), None),
+    (lambda session: session.read("x" * 40, chunk_tokens=16), 2),
+]
+
+
+def failing(group, name, max_tokens, failures):
+    """After each failure the session is as before."""
+    session = opened(group, name, max_tokens)
+    ask(session, "What is this?")
+    session.read("Once more.")
+    for call, forward in failures:
+        before, held = session.tokens, contents(session)
+        hook = None if forward is None else fails_at(session.model, forward)
+        with pytest.raises((Stop, ValueError)):
+            call(session)
+        if hook is not None:
+            hook.remove()
+        assert torch.equal(session.tokens, before)
+        for (slots, keys), (now, found) in zip(held, contents(session), strict=True):
+            assert slots is None or torch.equal(slots, now)
+            assert torch.equal(keys, found)
+    return ask(session, "And now?")
+
+
+STATEFUL = pytest.param("qwen3_next", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", STATEFUL])
+def test_what_fails_is_undone(name):
+    assert failing(None, name, None, FAILURES) == failing(None, name, None, [])
+
+
+def failing_on_ranks(group, name):
+    return failing(group, name, 400, FAILURES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_next"])
+def test_what_fails_on_all_ranks_is_undone(pool, name):
+    """In a static cache, whose decode steps come after it."""
+    assert pool.run(failing_on_ranks, name, ranks=2) == [failing(None, name, None, [])] * 2
 
 
 @pytest.mark.slow

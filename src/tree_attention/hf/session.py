@@ -15,13 +15,14 @@ from ..errors import InputError, Unsupported
 from ..group import Group, first_fault, resolve_group
 from ..reduce import TwoLevel
 from .cache import TreeCache
-from .generation import FEEDS_AGAIN
 from .layers import ReplicatedWindowLayer, ShardedLayer
-from .prefill import MASKED_CHUNK_TOKENS, can_prefill, prefill
+from .prefill import can_prefill, prefill
 from .save import check_model, describe, load_cache, read_manifest, save_cache
-from .state import copy_cache
-from .tensor import sequence_axis, tensor_group, tensor_ranks
+from .state import copy_cache, undone_on_error
+from .tensor import check_axes, sequence_axis, tensor_group, tensor_ranks
 
+MAX_NEW_TOKENS = 512
+STATE_CHUNK_TOKENS = 4096  # of one forward pass that every rank makes alike
 MARKS = ("\x02a\x03", "\x02b\x03", "\x02c\x03")  # stand for messages while the chat template is taken apart
 
 
@@ -37,13 +38,15 @@ class Frame:
 class Session:
     """A text in a cache that is spread over ranks, and a conversation about it. All ranks make the same calls.
 
-    Made by `open` or `load`. `tokens` is int64 `[1, n]` on the model's device: everything that was read and written.
+    Made by `open` or `load`. `tokens` is int64 `[1, n]` on the model's device: everything that was read and written. A
+    call that raises leaves the session as it was.
     """
 
     def __init__(self, model: Any, tokenizer: Any, cache: TreeCache, tokens: Tensor, *, in_question: bool) -> None:
         self.model, self.tokenizer, self.cache, self.tokens = model, tokenizer, cache, tokens
         self.in_question = in_question  # the last word is the reader's, and no answer was asked for yet
         self.frame = frame_of(tokenizer)
+        self.answer: tuple[threading.Thread, dict[str, Any]] | None = None  # being written, and what comes of it
 
     @classmethod
     def open(
@@ -73,55 +76,57 @@ class Session:
         """Take in a text, or tokens `[n]`, as (part of) the next message of the reader's.
 
         chunk_tokens, on_progress: of `prefill`. The last tokens may stay unread until the next call: `ask` reads them.
+        Layers that carry a state along the sequence (linear attention) are read on every rank alike.
         """
+        self._finish()
         parts = [self._encoded(self._before()), self._encoded(text)]
         tokens = torch.cat([self.tokens, *parts], 1)
         self.cache.placement.check_room(tokens.shape[1])
+        with undone_on_error(self.cache):
+            self._feed(tokens, chunk_tokens, on_progress)
         self.tokens, self.in_question = tokens, True
-        if can_prefill(self.cache):
-            prefill(self.model, self.tokens, self.cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
 
-    def ask(self, prompt: str, *, max_new_tokens: int = 512, **how: Any) -> Iterator[str]:
-        """Ask, and yield the answer piece by piece; how: as in `model.generate`. Run it to its end on every rank."""
+    def ask(self, prompt: str, *, max_new_tokens: int | None = None, **how: Any) -> Iterator[str]:
+        """Ask, and yield the answer piece by piece; how: as in `model.generate`.
+
+        Whoever stops early waits until the answer is written, and it is kept whole: ranks need not stop together. Where
+        the iterator is neither run to its end nor closed, the session's next call waits. `tokens` has question and
+        answer from then on.
+
+        max_new_tokens: by default what generation_config= says, or 512.
+        """
+        self._finish()
+        configured: int | None = getattr(how.get("generation_config"), "max_new_tokens", None)
+        if max_new_tokens is None:
+            max_new_tokens = configured or MAX_NEW_TOKENS
+        if max_new_tokens != configured:
+            how["max_new_tokens"] = max_new_tokens
         before = "\n\n" if self.in_question else self._before()
-        question = self._encoded(before + prompt + self.frame.answer)
-        self.cache.placement.check_room(self.tokens.shape[1] + question.shape[1] + max_new_tokens - 1)
-        self.tokens, self.in_question = torch.cat([self.tokens, question], 1), False
-        if can_prefill(self.cache):
-            prefill(self.model, self.tokens, self.cache)
-        elif not (FEEDS_AGAIN and self.cache.get_seq_length()):
-            how = {"prefill_chunk_size": MASKED_CHUNK_TOKENS} | how
-        asked = self.tokens.shape[1]
+        tokens = torch.cat([self.tokens, self._encoded(before + prompt + self.frame.answer)], 1)
+        self.cache.placement.check_room(tokens.shape[1] + max_new_tokens - 1)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         outcome: dict[str, Any] = {}
-        device = self.model.device
 
         def write() -> None:
             try:
-                if device.type == "cuda":
-                    torch.cuda.set_device(device)  # the current device is a thread's own
-                outcome["tokens"] = self.model.generate(
-                    self.tokens, attention_mask=torch.ones_like(self.tokens), past_key_values=self.cache,
-                    max_new_tokens=max_new_tokens, streamer=streamer, **how,
-                )  # fmt: skip
+                outcome["tokens"] = self._answered(tokens, streamer, how)
             except BaseException as error:
                 outcome["error"] = error
-                streamer.end()
+                streamer.on_finalized_text("", stream_end=True)
 
         writer = threading.Thread(target=write)
         writer.start()
-        yield from streamer
-        writer.join()
-        if "error" in outcome:
-            raise outcome["error"]
-        written = outcome["tokens"]
-        ends = how.get("eos_token_id", self.model.generation_config.eos_token_id)
-        ends = [ends] if isinstance(ends, int) else ends or []
-        ended = int(written[0, -1]) in ends and written.shape[1] > asked
-        self.tokens = written[:, : written.shape[1] - ended]  # the template ends an answer itself
+        self.answer = mine = writer, outcome
+        try:
+            yield from streamer
+        finally:
+            if self.answer is mine:
+                self._finish()
 
+    @torch.inference_mode(False)
     def fork(self) -> "Session":
         """A second session that goes on from here by itself; its cache is a copy."""
+        self._finish()
         placement = self.cache.placement
         cache = TreeCache(
             self.model.config, placement.given, block_tokens=placement.layout.block, max_tokens=placement.max_tokens,
@@ -131,11 +136,12 @@ class Session:
         return Session(self.model, self.tokenizer, cache, self.tokens.clone(), in_question=self.in_question)
 
     def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens; what comes next is a new message.
+        """Forget the last `count` tokens; what comes next is a new message, unless there were none to forget.
 
         Raises InputError for more tokens than there are, Unsupported for a model that cannot forget (linear attention;
         a window that has moved on).
         """
+        self._finish()
         if not 0 <= count <= self.tokens.shape[1]:
             raise InputError(f"rewind takes 0 to {self.tokens.shape[1]} tokens, got {count}")
         length = self.tokens.shape[1] - count
@@ -147,14 +153,16 @@ class Session:
                     raise Unsupported(f"{type(layer).__name__} cannot forget tokens: load a save, or read again")
             self.cache.crop(-surplus)
         self.tokens = self.tokens[:, :length]
-        self.in_question = False
+        self.in_question = self.in_question and count == 0
 
     def save(self, folder: str | Path) -> None:
         """Write everything to a folder that all ranks see; what `load` needs besides is the model. See save.py."""
+        self._finish()
         about = {"model": describe(self.model), "tokens": self.tokens[0].tolist(), "in_question": self.in_question}
         save_cache(self.cache, Path(folder), about, tensor=tensor_group(self.model))
 
     @classmethod
+    @torch.inference_mode(False)
     def load(
         cls, folder: str | Path, model: Any, tokenizer: Any, group: Group | TwoLevel = None, *,
         max_tokens: int | None = None, **options: Any,
@@ -172,6 +180,60 @@ class Session:
         about = manifest["about"]
         tokens = torch.tensor([about["tokens"]], dtype=torch.long, device=model.device)
         return cls(model, tokenizer, cache, tokens, in_question=about["in_question"])
+
+    # Not in inference mode, whatever the caller's: what is kept then could only be written to in that mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _feed(
+        self, tokens: Tensor, chunk_tokens: int | None = None, on_progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Read all but the last tokens."""
+        if can_prefill(self.cache):
+            prefill(self.model, tokens, self.cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
+            return
+        check_axes(self.model, self.cache.placement.group)
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise InputError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+        done, last, chunk_tokens = self.cache.get_seq_length(), tokens.shape[1] - 1, chunk_tokens or STATE_CHUNK_TOKENS
+        self.cache.reserve(max(last, self.cache.placement.reserved))
+        for start in range(done, last, chunk_tokens):
+            stop = min(start + chunk_tokens, last)
+            positions = torch.arange(start, stop, device=tokens.device)[None]
+            self.model.base_model(
+                input_ids=tokens[:, start:stop], position_ids=positions, past_key_values=self.cache, use_cache=True
+            )
+            if on_progress is not None:
+                on_progress(stop)
+
+    def _answered(self, tokens: Tensor, streamer: TextIteratorStreamer, how: dict[str, Any]) -> Tensor:
+        """The text with its answer, which the streamer is given as it is written; in a thread of its own."""
+        if tokens.is_cuda:
+            torch.cuda.set_device(tokens.device)  # the current device is a thread's own
+        with undone_on_error(self.cache):
+            self._feed(tokens)
+            written = self.model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), past_key_values=self.cache, streamer=streamer, **how
+            )
+        written = getattr(written, "sequences", written)  # with return_dict_in_generate
+        configured = getattr(how.get("generation_config"), "eos_token_id", None)
+        ends = self.model.generation_config.eos_token_id if configured is None else configured
+        ends = how.get("eos_token_id", ends)
+        ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+        ended = int(written[0, -1]) in ends and written.shape[1] > tokens.shape[1]
+        return written[:, : written.shape[1] - ended]  # the template ends an answer itself
+
+    def _finish(self) -> None:
+        """Wait for the answer that is being written, if any, and keep it; raises what it raised."""
+        if self.answer is None:
+            return
+        writer, outcome = self.answer
+        if writer is threading.current_thread():  # where an `ask` that nobody runs any more may be collected
+            return
+        writer.join()
+        self.answer = None
+        if "error" in outcome:
+            raise outcome["error"]
+        self.tokens, self.in_question = outcome["tokens"], False
 
     def _before(self) -> str:
         """What stands before a message of the reader's."""
