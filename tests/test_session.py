@@ -1,5 +1,6 @@
 """A conversation: the tokens of one process whatever is saved, loaded, forked or taken back; and damaged saves."""
 
+import contextlib
 import copy
 import json
 import os
@@ -446,6 +447,18 @@ def test_what_one_rank_finds_wrong_is_refused_on_all(pool, tmp_path):
     said, other = pool.run(loads_over_other_weights, one_folder(tmp_path), ranks=2)
     assert said == other
     assert said.startswith("the save in FOLDER is of another model: weights ")
+
+
+def loads_with_little_memory(group, folder):
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with mock.patch.object(saving, "_fill", side_effect=error) if group.rank() == 1 else contextlib.nullcontext():
+        return loads(group, folder)
+
+
+def test_memory_that_one_rank_lacks_is_said_on_all(pool, tmp_path):
+    pool.run(talk, "llama", one_folder(tmp_path), None, ranks=1)
+    found = pool.run(loads_with_little_memory, one_folder(tmp_path), ranks=2)
+    assert found == ["rank 1: OutOfMemoryError: CUDA out of memory"] * 2
 
 
 def loads_split_where_it_is_not(group, name, folder):

@@ -43,9 +43,9 @@ FILE = re.compile(r"layer-\d+(-rank-\d+)?(-tensor-\d+)?\.safetensors")
 SAMPLES = 64  # of each weight
 # What a configuration says besides what the model computes, with what every configuration has.
 NO_MATTER = {
-    "attention_dropout", "bos_token_id", "distributed_config", "eos_token_id", "initializer_range", "pad_token_id",
-    "pretraining_tp", "quantization_config", "router_aux_loss_coef", "output_router_logits", "tie_word_embeddings",
-    "use_cache", *PreTrainedConfig().to_dict(),
+    "attention_dropout", "bos_token_id", "distributed_config", "eos_token_id", "initializer_range",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "quantization_config", "router_aux_loss_coef",
+    "tie_word_embeddings", "use_cache", *PreTrainedConfig().to_dict(),
 }  # fmt: skip
 
 
@@ -147,7 +147,8 @@ def load_cache(
 ) -> None:  # fmt: skip
     """Fill a new cache, of any number of ranks and block size; all ranks together. tensor: as when it was saved.
 
-    Raises InputError if it has no room, TreeAttentionError on every rank if a file is missing or was changed.
+    Raises InputError if it has no room, TreeAttentionError on every rank if one cannot read: a file is missing or was
+    changed, memory is short.
     """
     placement = cache.placement
     placement.check_room(manifest["tokens"])
@@ -157,6 +158,8 @@ def load_cache(
             _fill(layer, index, folder / manifest["name"], manifest, device, tensor)
     except (OSError, SafetensorError, InputError) as error:
         fault = f"rank {placement.rank}: {error}"
+    except Exception as error:  # as when saving
+        fault = f"rank {placement.rank}: {type(error).__name__}: {error}"
     placement.moved = True
     _vote(fault, [placement.group, tensor])
 
