@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from ..errors import InputError, Unsupported
 from .cache import WITH_KEYS, TreeCache
 from .layers import ReplicatedWindowLayer
+from .state import undone_on_error
 from .tensor import check_axes
 
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 32768}  # where chunks cost time only by their number
@@ -30,7 +31,7 @@ def prefill(
 
     Projections, MLP and attention are divided by the number of ranks. Left for `generate` are 1 to `cycle =
     ranks * block_tokens` tokens, which it reads on every rank alike. If an error ends it, the cache holds what it held
-    before; or nothing, where windows have moved on, which cannot go back.
+    before.
 
     Args:
         model: loaded with attn_implementation="tree_attention".
@@ -68,26 +69,13 @@ def prefill(
 
     positions = _positions(input_ids, attention_mask)
     aligned = -(-done // cycle) * cycle
-    try:
+    with undone_on_error(cache):
         if aligned > done:  # an earlier turn ended within a cycle: fill that up on every rank alike
             read(slice(done, aligned), aligned)
         for start in range(aligned, last, max(chunk_tokens // cycle, 1) * cycle):
             stop = min(start + max(chunk_tokens // cycle, 1) * cycle, last)
             with cache.parallel_chunk(start, stop) as slots:
                 read(slots.to(input_ids.device), stop)
-    except BaseException:
-        _take_back(cache, done, last)
-        raise
-
-
-def _take_back(cache: TreeCache, done: int, last: int) -> None:
-    """Leave the first `done` tokens; or none, where windows move on before `last`. Decided on every rank alike."""
-    layers = [layer for layer in cache.layers if isinstance(layer, WITH_KEYS)]
-    if any(isinstance(layer, ReplicatedWindowLayer) and last >= layer.sliding_window for layer in layers):
-        cache.reset()
-    for layer in layers:
-        if layer.length > done:
-            layer.crop(done - layer.length)
 
 
 def _chunk_tokens(input_ids: Tensor, cache: TreeCache, attention_mask: Tensor | None) -> int:

@@ -47,7 +47,7 @@ def undone_on_error(cache: TreeCache) -> Iterator[None]:
             if isinstance(layer, ReplicatedWindowLayer):
                 layer.reset()
             set_state(layer, *before)
-        cache.placement.moved = True
+        cache.in_step, cache.placement.moved = False, True
         cache.placement.version += 1  # a captured step reads the states' memory
         raise
 
