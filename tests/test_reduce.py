@@ -364,7 +364,7 @@ def hammer(group, steps):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_shared_memory_over_many_steps(pool, ranks):
-    assert pool.run(hammer, 3000, ranks=ranks) == [([], set())] * ranks
+    assert pool.run(hammer, 1000, ranks=ranks) == [([], set())] * ranks
 
 
 def late(group):
