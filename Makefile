@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := $(VENV)/oldest-transformers
+TWO := --numprocesses 2 --dist loadfile  # for tests whose ranks mostly wait; slow ones take both cores by themselves
 
 .PHONY: demo test check install lint clean
 
@@ -13,11 +14,11 @@ demo: install  ## answer a question on a long text, the cache over 2 processes, 
 
 test: check $(OLDEST)/installed  ## everything: what `check` does, the slow tests, and the oldest transformers we support
 	$(BIN)/python -m pytest -m "slow or model"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_hf.py tests/test_session.py tests/test_tensor_parallel.py \
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(TWO) tests/test_hf.py tests/test_session.py tests/test_tensor_parallel.py \
 		-m "not model" -k "not slow or every_architecture"
 
 check: install lint  ## format, lint, types, fast tests
-	$(BIN)/python -m pytest -m "not slow and not model"
+	$(BIN)/python -m pytest $(TWO) -m "not slow and not model"
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -33,8 +33,9 @@ import tree_attention.cli
 from tree_attention import InputError, Unsupported
 from tree_attention.bench.steps import measure
 from tree_attention.cli.chat import _hand_over, typed
+from tree_attention.cli.exits import say
 from tree_attention.cli.inputs import check_positions, prompt_ids, step_of
-from tree_attention.cli.launch import run_on_ranks, say
+from tree_attention.cli.launch import run_on_ranks
 from tree_attention.hf import Session
 from tree_attention.local import BACKENDS
 from tree_attention.reduce import ALGORITHMS

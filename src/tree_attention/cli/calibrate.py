@@ -14,12 +14,13 @@ from ..bench.calibration import calibrate as measure
 from ..cost.calibration import Calibration, save_calibration
 from ..errors import InputError
 from .bench_decode import PLAIN_MEMORY
+from .exits import under_torchrun
 from .launch import run_on_ranks
 
 
 def calibrate(output: Path, nproc: int | None, device: str) -> int:
     """Measure on `nproc` ranks of this host, print and write what was found; returns the exit code."""
-    if nproc is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if nproc is None and not under_torchrun():
         gpus = torch.cuda.device_count() if device != "cpu" else 0
         if gpus == 1:
             raise InputError("calibrate measures a link between GPUs, and one is here: --device cpu measures the CPU")

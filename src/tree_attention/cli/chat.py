@@ -2,7 +2,6 @@
 
 import io
 import multiprocessing
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from .checks import check_options, read_document
+from .exits import under_torchrun
 from .launch import run_on_ranks
 
 
@@ -49,7 +49,7 @@ def chat_on_ranks(request: Request, nproc: int | None) -> int:
 
         read_manifest(request.load)
     lines = None
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # ranks that we start do not have our stdin
+    if not under_torchrun():  # ranks that we start do not have our stdin
         lines = multiprocessing.get_context("spawn").SimpleQueue()
         threading.Thread(target=_hand_over, args=(lines,), daemon=True).start()
     return run_on_ranks(_on_rank, nproc, request.device, request, document, lines)

@@ -14,8 +14,8 @@ from ..errors import TreeAttentionError
 from ..hf import Session
 from ..hf.save import read_manifest
 from .chat import Request, typed
+from .exits import say
 from .inputs import check_positions, load_model, reading_bar, sequence_ranks, step_of
-from .launch import say
 
 ROOM = 8192  # tokens of talk after the document, by default
 PATIENCE = timedelta(days=365)  # for whoever thinks about the next question

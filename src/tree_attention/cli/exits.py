@@ -1,7 +1,9 @@
-"""How a command ends: what we raise on purpose is one line on stderr and an exit code."""
+"""How a command speaks and ends: what we raise on purpose is one line on stderr and an exit code."""
 
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import typer
 
@@ -25,4 +27,26 @@ def run(command: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("tree-attention: stopped\n")
         raise typer.Exit(130) from None
+    if under_torchrun():
+        leave(code)
     raise typer.Exit(code)
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of torchrun's ranks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def say(text: str) -> None:
+    """To stdout; to nowhere once nobody reads it any more: what is computed may still be saved."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def leave(code: int) -> NoReturn:
+    """End a rank; not through the interpreter's own end, in which a thread of gloo's may abort though all is done."""
+    say("")  # flushed
+    os._exit(code)

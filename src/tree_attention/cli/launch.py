@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from ..errors import InputError, TreeAttentionError
-from .exits import RankDied
+from .exits import RankDied, leave, under_torchrun
 
 GRACE_S = 2.0  # between a rank's death and the end of the others
 PEER_TIMEOUT = timedelta(minutes=10)  # for a peer that is slow; a dead one is noticed by whoever started it
@@ -28,11 +27,10 @@ def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device:
     torchrun's environment this process is one of the ranks. Raises InputError for an impossible `nproc`, RankDied
     when a rank ends with an error or a signal, after the others were ended.
     """
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    size = int(os.environ["WORLD_SIZE"]) if under_torchrun else (1 if nproc is None else nproc)
+    size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else (1 if nproc is None else nproc)
     if size < 1:
         raise InputError(f"nproc must be at least 1, got {size}")
-    if under_torchrun:
+    if under_torchrun():
         if nproc not in (None, size):
             raise InputError(f"nproc must be torchrun's {size} or left out, got {nproc}")
         rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -55,15 +53,6 @@ def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device:
     return 0
 
 
-def say(text: str) -> None:
-    """To stdout; to nowhere once nobody reads it any more: what is computed may still be saved."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _start(rank: int, size: int, meeting: str, devices: list[torch.device], function: Any, args: tuple) -> None:
     """What a new process runs."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, and the parent's death: end at once and without a word
@@ -74,8 +63,7 @@ def _start(rank: int, size: int, meeting: str, devices: list[torch.device], func
             Path(meeting.removeprefix("file://")).with_name("said").touch(exist_ok=False)
             os.write(2, f"tree-attention: {error}\n".encode())
         code = 2
-    say("")  # flushed
-    os._exit(code or 0)  # not through the interpreter's end, in which a thread of gloo's may abort: the work is done
+    leave(code or 0)
 
 
 def _rank(rank: int, size: int, meeting: str | None, device: torch.device, function: Any, args: tuple) -> int | None:
