@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from architectures import ARCHITECTURES, BLOCK, GREEDY, NEW_TOKENS, TOKENS, one_process, prompt, readings, sharded, tiny
 from tree_attention import InputError, RanksDisagree, TreeAttentionError, Unsupported
 from tree_attention.hf import TreeCache, can_prefill, chunk, placement, prefill
+from tree_attention.hf.state import undone_on_error
 from tree_attention.layout import Layout
 from tree_attention.reduce import SharedMemoryLink
 from tree_attention.testing import record_traffic
@@ -562,6 +563,9 @@ def test_a_step_of_linear_attention_that_broke_off_is_refused():
         model.generate(ids, past_key_values=cache, **GREEDY)
     with pytest.raises(InputError, match="a forward pass broke off"):
         model.generate(torch.cat([ids, ids], 1)[:, : TOKENS + 4], past_key_values=cache, **GREEDY)
+    for _ in range(2):  # to undo what failed since does not make it whole
+        with pytest.raises(InputError, match="a forward pass broke off"), undone_on_error(cache):
+            cache.check_whole()
     cache.reset()
     out = model.generate(ids, past_key_values=cache, **GREEDY)
     assert_like_one_process([(out.sequences, torch.stack(out.logits))], *one_process("qwen3_next", False))

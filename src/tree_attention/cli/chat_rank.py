@@ -67,8 +67,7 @@ def _session(request: Request, model: Any, tokenizer: Any, document: str, device
     if room is None and device.type == "cuda":
         room = tokens + ROOM
     how: dict[str, Any] = {
-        "group": sequence_ranks(model), "max_tokens": room, "block_tokens": request.block_tokens,
-        "step": step,
+        "group": sequence_ranks(model), "max_tokens": room, "block_tokens": request.block_tokens, "step": step,
     }  # fmt: skip
     if request.load is None:
         return Session.open(model, tokenizer, **how)

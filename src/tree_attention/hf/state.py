@@ -29,6 +29,7 @@ def copy_cache(source: TreeCache, target: TreeCache) -> None:
 def undone_on_error(cache: TreeCache) -> Iterator[None]:
     """If what is within raises, the cache holds afterwards what it held before."""
     kept: list[Any] = []
+    in_step = cache.in_step
     for layer in cache.layers:
         if isinstance(layer, ShardedLayer):
             kept.append(layer.length)
@@ -47,7 +48,7 @@ def undone_on_error(cache: TreeCache) -> Iterator[None]:
             if isinstance(layer, ReplicatedWindowLayer):
                 layer.reset()
             set_state(layer, *before)
-        cache.in_step, cache.placement.moved = False, True
+        cache.in_step, cache.placement.moved = in_step, True
         cache.placement.version += 1  # a captured step reads the states' memory
         raise
 
