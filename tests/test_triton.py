@@ -23,6 +23,8 @@ from tree_attention import InputError, Partial, SymmetricLink, Unavailable, atte
 from tree_attention.decode import choose_path
 from tree_attention.fused import ranks_padded
 from tree_attention.fused_kernels import fused_kernel
+from tree_attention.hf.inductor import COLS, WARPS
+from tree_attention.hf.product_kernels import products_kernel
 from tree_attention.local import triton_decode
 from tree_attention.local.triton_decode import _launched, plan, split_arguments, tensors_of
 from tree_attention.local.triton_kernels import (
@@ -511,7 +513,7 @@ def meta_call(dtype="bfloat16", W=2, B=1, T=1, S=4096, H=32, H_kv=8, D=128, D_v=
 
 
 def compile_case(name, case):
-    """One of split, merge, fused, exchange, for the shape that `case` says."""
+    """One of split, merge, fused, exchange, products, for the shape that `case` says."""
     if name == "exchange":
         W = case.get("W", 2)
         out = torch.empty(case.get("B", 1), 1, 32, case.get("D", 128), device="meta")
@@ -523,6 +525,11 @@ def compile_case(name, case):
             programs=132, scatter=case.get("scatter", False), timeout_ns=30 * 10**9, PDL=True,
         )  # fmt: skip
         return compile_for_hopper(exchange_kernel, arguments, num_warps=4)
+    if name == "products":
+        x, q, k = (torch.empty(N, case["K"], dtype=torch.bfloat16, device="meta") for N in (1, 4096, 1024))
+        arguments = {"x": x, "weights": (q, k), "sizes": (4096, 1024), "out": torch.empty(5120, device="meta")}
+        arguments |= {"K": case["K"], "COUNT": 2, "COLS": COLS}
+        return compile_for_hopper(products_kernel, arguments, num_warps=WARPS)
     scatter, sinks = case.pop("scatter", False), case.pop("sinks", False)
     q, k, v, cut, split = meta_call(**case)
     parts = torch.empty(1, dtype=torch.int64, device="meta")
@@ -552,6 +559,7 @@ FEW = [
     ("split", {"keys": ["ragged"]}),  # B = 1, which Triton makes a constant
     ("split", {"keys": ["paged", "causal"], "B": 2, "T": 2, "D": 64}),
     ("merge", {"D": 64}),
+    ("products", {"K": 4096}),
 ]
 HIDING = (["ragged"], ["paged"], ["causal", "window"], ["mask"])
 MANY = [
@@ -564,6 +572,7 @@ MANY = [
     *[("exchange", {"W": W, "B": B, "D": D, "scatter": B > 1}) for W in (2, 3, 8) for B in (1, 64) for D in (64, 256)],
     *[("split", {"D": D, "keys": keys}) for D in (64, 128, 256) for keys in ([], ["paged"], ["causal", "mask"])],
     *[("merge", {"D": D, "keys": keys}) for D in (64, 128, 256) for keys in ([], ["ragged"])],
+    *[("products", {"K": K}) for K in (7168, 14336, 2047)],
 ]
 
 
@@ -580,7 +589,7 @@ def assert_compiles(cases):
         assert found["shared"] <= SHARED_MEMORY_BYTES, what
         assert not found["multimem"], what
         assert found["waits"] == (name in ("fused", "exchange")), what
-        assert found["past L1"] == (name != "merge"), what
+        assert found["past L1"] == (name not in ("merge", "products")), what
 
 
 def test_kernels_compile_for_hopper():

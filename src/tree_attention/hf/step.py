@@ -28,6 +28,8 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import TreeCache
+from .sums import close_links, linked_name
+from .tensor import tensor_group
 
 TAKEN = (  # arguments of `forward` that a step takes, or that say nothing new for one token
     "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
@@ -69,7 +71,11 @@ class SteppingForward:
 
     @functools.cached_property
     def compiled(self) -> Callable[..., Any]:
-        return torch.compile(self.original, options=ALIKE)  # loads the compiler, which takes seconds
+        from .inductor import StepPass  # loads the compiler, which takes seconds
+
+        group = tensor_group(getattr(self.original, "__self__", None))
+        options: Any = ALIKE | {"post_grad_custom_pre_pass": StepPass(linked_name(group))}
+        return torch.compile(self.original, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args or not is_step(kwargs):
@@ -90,10 +96,11 @@ def _release_with_groups() -> None:
         return
 
     @functools.wraps(original)
-    def destroy(*args: Any, **kwargs: Any) -> None:
+    def destroy(group: Any = None) -> None:
         for cache in _with_steps:
             cache.steps.clear()  # a cache that is used again captures again
-        original(*args, **kwargs)
+        close_links(group)
+        original(group)
 
     destroy._tree_attention = True  # type: ignore[attr-defined]
     dist.destroy_process_group = destroy

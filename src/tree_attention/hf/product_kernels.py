@@ -1,0 +1,23 @@
+"""Products of one vector with several matrices, in one launch: their bytes are read once, in long runs."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def products_kernel(x, weights, sizes, out, K: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr):
+    """x `[K]`, COUNT weights: matrices `[N_i, K]`, row after row, sizes: their N_i -> out float32 `[sum of N_i]`.
+
+    A program has one row, and adds up in float32, in an order that depends on K and COLS only.
+    """
+    program, first = tl.program_id(0), 0
+    for i in tl.static_range(COUNT):
+        if (program >= first) & (program < first + sizes[i]):
+            row = weights[i] + (program - first).to(tl.int64) * K
+            total = tl.zeros((COLS,), tl.float32)
+            for start in range(0, K, COLS):
+                col = start + tl.arange(0, COLS)
+                numbers = tl.load(row + col, mask=col < K, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                total += numbers * tl.load(x + col, mask=col < K, other=0.0).to(tl.float32)
+            tl.store(out + program, tl.sum(total, 0))
+        first += sizes[i]

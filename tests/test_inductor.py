@@ -1,0 +1,140 @@
+"""The pass over a compiled step: products of one vector by our kernel, sums over ranks through a link."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.functional import linear
+
+from tree_attention import Partial
+from tree_attention.hf import sums
+from tree_attention.hf.inductor import COLS, StepPass, products
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Watched(StepPass):
+    """Keeps how many products each launch has, and how many products and sums are left to the library."""
+
+    def __call__(self, graph):
+        super().__call__(graph)
+        aten, named = torch.ops.aten, {"op": "call_function"}
+        ours = graph.find_nodes(target=torch.ops.tree_attention.products.default, **named)
+        self.together = [len(node.args[1]) for node in ours]
+        self.left = sum(len(graph.find_nodes(target=t, **named)) for t in (aten.mm.default, aten.addmm.default))
+        self.sums = len(graph.find_nodes(target=torch.ops._c10d_functional.all_reduce.default, **named))
+
+    def uuid(self):
+        """Always run, never from inductor's cache."""
+
+
+def compiled(function, *arguments, sums_over=None):
+    """Its result as torch.compile has it with the pass, and the pass."""
+    torch._dynamo.reset()
+    watched = Watched(sums_over, DEVICE)
+    options = {"deterministic": True, "post_grad_custom_pre_pass": watched}
+    with torch.no_grad():
+        return torch.compile(function, options=options)(*arguments), watched
+
+
+def assert_close(found, expected):
+    """Of half precision, rounded here and there in another order."""
+    assert found.dtype == torch.float16
+    assert (found - expected).abs().max() <= 4e-3 * expected.abs().max()
+
+
+def drawn(*shapes, dtype=torch.float16):
+    torch.manual_seed(0)
+    return [torch.randn(shape).to(DEVICE, dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("K", [1, 40, COLS, COLS + 9])
+def test_every_row_of_every_weight(K, dtype):
+    x, *weights = drawn((1, K), (1, K), (5, K), (3, K), dtype=dtype)
+    found = products(x, weights)
+    expected = x.double() @ torch.cat(weights).double().T
+    assert found.dtype == torch.float32
+    scale = (x.double().abs() @ torch.cat(weights).double().abs().T).max()
+    assert (found - expected).abs().max() <= 1e-6 * scale
+
+
+def layer(x, q, k, v, bias, down):
+    """Two products that share a vector, one with a bias, one of what comes of them."""
+    together = torch.cat([linear(x, q), linear(x, k), linear(x, v, bias)], -1)
+    return linear(together.sin(), down)
+
+
+def test_products_that_share_a_vector_are_one_launch():
+    x, *weights = drawn((1, 1, 24), (6, 24), (10, 24), (3, 24), (3,), (7, 19))
+    found, watched = compiled(layer, x, *weights)
+    assert watched.together == [2, 1]
+    assert watched.left == 1
+    assert_close(found, layer(x, *weights))
+
+
+def test_what_is_not_one_vector_stays_with_the_library():
+    x, *weights = drawn((2, 1, 24), (6, 24), (10, 24), (3, 24), (3,), (7, 19))
+    found, watched = compiled(layer, x, *weights)
+    assert (watched.together, watched.left) == ([], 4)
+    assert_close(found, layer(x, *weights))
+
+
+def test_weights_that_are_not_rows_stay_with_the_library():
+    x, w, across = drawn((1, 24), (6, 24), (24, 6))
+    found, watched = compiled(lambda x, w, across: (linear(x, 2 * w), linear(x, across.T)), x, w, across)
+    assert (watched.together, watched.left) == ([], 2)
+    assert_close(found[0], linear(x, 2 * w))
+    assert_close(found[1], linear(x, across.T))
+
+
+@dataclass
+class Mirror:
+    """Stands for a link between ranks that all have the same numbers; test_gpu.py has real ones."""
+
+    world_size: int
+    calls: int = 0
+
+    def reduce(self, partial):
+        self.calls += 1
+        assert partial.out.dtype == torch.float32
+        assert (partial.lse == 0).all()
+        return Partial(partial.out.clone(), partial.lse)
+
+
+def split_layer(x, w, small):
+    total = linear(x, w)
+    dist.all_reduce(total)
+    dist.all_reduce(small)
+    return total, small + 1
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_small_sums_go_through_the_link(group, monkeypatch):
+    x, w, small = drawn((1, 1, 24), (40, 24), (2, 1, 24))
+    mirror = Mirror(3)
+    monkeypatch.setitem(sums._links, group.group_name, (mirror, torch.zeros(sums.ROWS, device=DEVICE)))
+    (total, more), watched = compiled(split_layer, x, w, small.clone(), sums_over=group.group_name)
+    assert (watched.together, watched.sums, mirror.calls) == ([1], 0, 2)
+    assert_close(total, 3 * linear(x, w))
+    assert_close(more, 3 * small + 1)
+
+
+def test_other_sums_stay_with_the_library(group, monkeypatch):
+    monkeypatch.setattr(sums, "ROWS", 1)  # of gcd(24, 128) = 8 numbers
+    x, w, small = drawn((1, 1, 24), (8, 24), (2, 1, 24))
+    mirror = Mirror(3)
+    monkeypatch.setitem(sums._links, group.group_name, (mirror, torch.zeros(8, device=DEVICE)))
+    (_, more), watched = compiled(split_layer, x, w, small.clone(), sums_over=group.group_name)
+    assert (watched.sums, mirror.calls) == (1, 1)
+    assert_close(more, small + 1)
+    _, watched = compiled(split_layer, x, w, small.clone(), sums_over=None)
+    assert (watched.sums, mirror.calls) == (2, 1)
