@@ -25,6 +25,8 @@ LOCAL = "fastest local peer"
 OF_STEPS = {
     "ours compiled": ("ours, {} GPUs, compiled and captured", "#d1495b", "-", "o"),
     "ours captured": ("ours, {} GPUs, captured", "#d1495b", "-.", "^"),
+    "split compiled": ("ours, {} GPUs, weights split, compiled and captured", "#edae49", "-", "o"),
+    "split captured": ("ours, {} GPUs, weights split, captured", "#edae49", "-.", "^"),
     "stock compiled": ("transformers, one GPU, compiled static cache", "#30638e", "-", "s"),
     "stock eager": ("transformers, one GPU, eager", "#30638e", "-.", "v"),
 }
@@ -82,6 +84,13 @@ def draw(times_s, title, out):
     figure.savefig(out, dpi=160)
 
 
+def _named(record):
+    """With another name where weights are split."""
+    return (
+        record | {"what": record["what"].replace("ours", "split")} if record.get("tensor_parallel", 1) > 1 else record
+    )
+
+
 def draw_steps(records, out):
     import matplotlib as mpl
 
@@ -92,22 +101,26 @@ def draw_steps(records, out):
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    rate = machine(records[0]["device"].split()[-1].lower()).gpu.read_bytes_per_s
-    timed = sorted((record for record in records if record["tpot_s"]), key=lambda record: record["context_tokens"])
+    rate = machine(records[0]["device"].split()[1].lower()).gpu.read_bytes_per_s
+    timed = sorted((_named(record) for record in records if record["tpot_s"]), key=lambda r: r["context_tokens"])
     for what, (label, colour, style, marker) in OF_STEPS.items():
         line = [record for record in timed if record["what"] == what]
         if line:
             how = {"color": colour, "linestyle": style, "marker": marker, "label": label.format(line[0]["ranks"])}
             axes.plot([r["context_tokens"] for r in line], [1e3 * r["tpot_s"] for r in line], **how)
-    for ranks, colour in ((1, "#30638e"), (max(record["ranks"] for record in timed), "#d1495b")):
-        read = {r["context_tokens"]: 1e3 * r["bytes"] / rate for r in timed if r["ranks"] == ranks}
-        label = f"every byte read once at {rate / 1e12:.2f} TB/s, {ranks} GPU{'s' if ranks > 1 else ''}"
-        axes.plot(list(read), list(read.values()), color=colour, linestyle=":", linewidth=1.2, label=label)
+    for which, colour, where in (
+        ("stock", "#30638e", "1 GPU"), ("ours", "#d1495b", "{} GPUs"), ("split", "#edae49", "{} GPUs, weights split")
+    ):  # fmt: skip
+        line = [record for record in timed if record["what"].startswith(which)]
+        if line:
+            read = {r["context_tokens"]: 1e3 * r["bytes"] / rate for r in line}
+            label = f"every byte once at {rate / 1e12:.2f} TB/s, {where.format(line[0]['ranks'])}"
+            axes.plot(list(read), list(read.values()), color=colour, linestyle=":", linewidth=1.2, label=label)
     contexts = sorted({record["context_tokens"] for record in timed})
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [f"{count // 1024}k" for count in contexts])
     axes.set_yscale("log")
-    axes.set_yticks([4, 5, 10, 20, 50], ["4", "5", "10", "20", "50"])
+    axes.set_yticks([3, 5, 10, 20, 50], ["3", "5", "10", "20", "50"])
     axes.minorticks_off()
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("a token, ms")

@@ -32,9 +32,9 @@ def predict(record):
 
 
 def predict_token(record):
-    """Seconds of a whole model's step in one graph, or None, likewise."""
+    """Seconds of a whole model's step, compiled by us, or None, likewise."""
     name = preset_of(record["device"])
-    if name is None or record["model"] not in preset_names() or record["what"].endswith("eager"):
+    if name is None or record["model"] not in preset_names() or record["what"] != "ours compiled":
         return None
     tensor = record.get("tensor_parallel", 1)
     sequence = record["ranks"] // tensor

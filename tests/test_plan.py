@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from tree_attention.cli.app import app
 from tree_attention.cost.calibration import Calibration, load_calibration, save_calibration
-from tree_attention.cost.decode import Shape, decode_cost
-from tree_attention.cost.machine import machine
-from tree_attention.cost.mesh import RESERVED_BYTES, first_token_s, outlook
+from tree_attention.cost.decode import Ranks, Shape, all_reduce, decode_cost
+from tree_attention.cost.machine import changed, machine
+from tree_attention.cost.mesh import HOST_S, RESERVED_BYTES, first_token_s, outlook
 from tree_attention.cost.model import load_model, model_of
 from tree_attention.cost.plan import make_plan, over_contexts
 
@@ -50,7 +50,26 @@ def test_a_token_is_weights_keys_and_launches():
     assert parts["exchange"] == pytest.approx(32 * layer.exchange_s)
     assert parts["weights"] == pytest.approx(7.505e9 * 2 / 4.57e12, rel=1e-3)
     assert parts["tensor"] == 0
+    assert parts["launches"] == pytest.approx(32 * (8e-6 + (4 + 5) * 3e-6) + 3e-6)
+    assert parts["host"] == HOST_S
+
+
+def test_a_batch_has_a_launch_for_each_product():
+    parts = outlook(LLAMA, H200, M, 2, 1, 2).parts_s
     assert parts["launches"] == pytest.approx(32 * (8 * 8e-6 + 5 * 3e-6) + 8e-6)
+
+
+def test_sums_go_through_peer_memory_where_it_is_and_they_fit():
+    def tensor_s(batch=1, ranks=2, **links):
+        return outlook(LLAMA, changed(H200, **links), 1024, batch, ranks, 1).parts_s["tensor"] / 64
+
+    assert tensor_s() == pytest.approx(3e-6 + 1.5e-6 + 8 * 4096 / 321e9)
+    assert tensor_s(ranks=4) == pytest.approx(3e-6 + 1.5e-6 + 3 * 8 * 4096 / 321e9)
+    assert tensor_s(batch=128) < 2 * all_reduce(2 * 128 * 4096, H200, Ranks(2, 8))[0]
+    for kept in ({"batch": 129}, {"inside": "infinity-fabric"}, {"per_node": 1}):
+        numbers, where = kept.pop("batch", 1) * 4096, changed(H200, **kept)
+        expected = all_reduce(2 * numbers, where, Ranks(2, where.per_node))[0]
+        assert tensor_s(numbers // 4096, **kept) == pytest.approx(expected), kept
 
 
 def test_keys_are_divided_by_tensor_ranks_up_to_the_kv_heads_only():

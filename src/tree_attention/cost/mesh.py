@@ -5,11 +5,13 @@ A step, in seconds, is the sum of
 weights     bytes that the step's tokens meet / tensor, at the read rate; or the arithmetic, if that takes longer
 KV          decode.py, a layer; layers with a window read it whole on every sequence rank
 exchange    decode.py, a layer that is sharded, by the algorithm that `algorithm_of` says
-tensor      2 all-reduces a layer of tokens x hidden, by NCCL
-launches    STREAMING_KERNELS and SMALL_KERNELS a layer beside the attention, in one CUDA graph
+tensor      2 sums a layer of tokens x hidden: through peer memory inside a node (hf/sums.py), otherwise by NCCL
+launches    of the attention, the products and SMALL_KERNELS a layer, in one CUDA graph; for a batch of one, products
+            that share a vector are one launch (hf/inductor.py)
+host        what `generate` does between two graphs
 
 Tensor ranks are neighbours. Weights are divided by the tensor ranks and repeated on the sequence ranks, as `TreeCache`
-has them. Left out: sampling and the host, ranks that wait for each other, fragmentation.
+has them. Left out: sampling, ranks that wait for each other, fragmentation.
 """
 
 import math
@@ -20,7 +22,10 @@ from .decode import Ranks, Shape, all_reduce, decode_cost, exchange
 from .machine import Machine
 from .model import Model
 
-STREAMING_KERNELS, SMALL_KERNELS = 7, 5  # weight matrices; norms, rotation, cache, activation
+PRODUCTS, PRODUCTS_OF_ONE_VECTOR = 7, 4  # q, k, v, out, gate, up, down; q-k-v, out, gate-up, down
+SMALL_KERNELS = 5  # norms, rotation, cache, activation
+SUMMED_NUMBERS = 4096 * 128  # most of a sum through peer memory
+HOST_S = 0.5e-3  # measured: 0.35 to 0.56 ms (benchmarks/results/2026-11-25_2xH100.md)
 CHUNK_TOKENS, MASKED_CHUNK_TOKENS = 32768, 4096  # of prefill on GPUs, over all ranks; with windows (hf/prefill.py)
 SAMPLES = 64
 RESERVED_BYTES = 1.5e9  # CUDA context, libraries and graphs: assumed
@@ -125,12 +130,20 @@ def _parts_s(
         model.read_bytes(batch) / tensor / gpu.read_bytes_per_s,
         batch * model.flops_per_token / tensor / gpu.matmul_flops_per_s,
     )
-    reduced_s = all_reduce(batch * model.hidden * 2, machine, Ranks(tensor, machine.per_node))[0]
-    launches = model.layers * (1 + STREAMING_KERNELS) + 1  # and the output head
+    products, product_s = (PRODUCTS_OF_ONE_VECTOR, gpu.kernel_s) if batch == 1 else (PRODUCTS, gpu.launch_s)
+    products_s = (model.layers * products + 1) * product_s  # and the output head's
     return {
-        "weights": weights_s, "KV": kv_s, "exchange": exchange_s, "tensor": 2 * model.layers * reduced_s,
-        "launches": launches * gpu.launch_s + model.layers * SMALL_KERNELS * gpu.kernel_s,
+        "weights": weights_s, "KV": kv_s, "exchange": exchange_s,
+        "tensor": 2 * model.layers * _sum_s(batch * model.hidden, machine, Ranks(tensor, machine.per_node)),
+        "launches": model.layers * (gpu.launch_s + SMALL_KERNELS * gpu.kernel_s) + products_s, "host": HOST_S,
     }  # fmt: skip
+
+
+def _sum_s(numbers: int, machine: Machine, group: Ranks) -> float:
+    """Of 16 bits each, over the tensor ranks; through peer memory they are float32, and travel with an epoch."""
+    if group.size == 1 or group.nodes > 1 or not machine.inside.peer_access or numbers > SUMMED_NUMBERS:
+        return all_reduce(2 * numbers, machine, group)[0]
+    return machine.gpu.kernel_s + machine.inside.latency_s + 8 * (group.size - 1) * numbers / machine.inside.bytes_per_s
 
 
 def first_token_s(model: Model, machine: Machine, context: int, batch: int, mesh: Outlook) -> float:
