@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 
 from tree_attention import Partial
 from tree_attention.hf import sums
-from tree_attention.hf.inductor import COLS, StepPass, products
+from tree_attention.hf.inductor import COLS, TOGETHER, StepPass, products
+from tree_attention.hf.step import install_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,8 +71,7 @@ def layer(x, q, k, v, bias, down):
 def test_products_that_share_a_vector_are_one_launch():
     x, *weights = drawn((1, 1, 24), (6, 24), (10, 24), (3, 24), (3,), (7, 19))
     found, watched = compiled(layer, x, *weights)
-    assert watched.together == [2, 1]
-    assert watched.left == 1
+    assert (watched.together, watched.left) == ([3, 1], 0)
     assert_close(found, layer(x, *weights))
 
 
@@ -82,12 +82,34 @@ def test_what_is_not_one_vector_stays_with_the_library():
     assert_close(found, layer(x, *weights))
 
 
-def test_weights_that_are_not_rows_stay_with_the_library():
-    x, w, across = drawn((1, 24), (6, 24), (24, 6))
-    found, watched = compiled(lambda x, w, across: (linear(x, 2 * w), linear(x, across.T)), x, w, across)
-    assert (watched.together, watched.left) == ([], 2)
-    assert_close(found[0], linear(x, 2 * w))
-    assert_close(found[1], linear(x, across.T))
+def test_many_products_are_several_launches():
+    x, *weights = drawn((1, 24), *[(2, 24)] * (TOGETHER + 1))
+    found, watched = compiled(lambda x, *weights: torch.cat([linear(x, w) for w in weights]), x, *weights)
+    assert (watched.together, watched.left) == ([TOGETHER, 1], 0)
+    assert_close(found, torch.cat([linear(x, w) for w in weights]))
+
+
+OTHERS = {  # name -> a product of x [1, 24] and w [24, 24]
+    "a weight that is computed": lambda x, w: linear(x, 2 * w),
+    "columns": lambda x, w: linear(x, w.T),
+    "not transposed": lambda x, w: torch.mm(x, w.permute(0, 1)),
+    "a factor": lambda x, w: torch.addmm(x, x, w.T, alpha=0.5),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_products_stay_with_the_library(name):
+    x, w = drawn((1, 24), (24, 24))
+    found, watched = compiled(OTHERS[name], x, w)
+    assert (watched.together, watched.left) == ([], 1)
+    assert_close(found, OTHERS[name](x, w))
+
+
+def test_a_double_weight_stays_with_the_library():
+    x, w = drawn((1, 24), (6, 24), dtype=torch.float64)
+    found, watched = compiled(linear, x, w)
+    assert (watched.together, watched.left) == ([], 1)
+    assert torch.equal(found, linear(x, w))
 
 
 @dataclass
@@ -129,7 +151,7 @@ def test_small_sums_go_through_the_link(group, monkeypatch):
 
 
 def test_other_sums_stay_with_the_library(group, monkeypatch):
-    monkeypatch.setattr(sums, "ROWS", 1)  # of gcd(24, 128) = 8 numbers
+    monkeypatch.setattr(sums, "ROWS", 2)  # of gcd(24, 128) = 8 numbers, over 3 - 1
     x, w, small = drawn((1, 1, 24), (8, 24), (2, 1, 24))
     mirror = Mirror(3)
     monkeypatch.setitem(sums._links, group.group_name, (mirror, torch.zeros(8, device=DEVICE)))
@@ -138,3 +160,25 @@ def test_other_sums_stay_with_the_library(group, monkeypatch):
     assert_close(more, small + 1)
     _, watched = compiled(split_layer, x, w, small.clone(), sums_over=None)
     assert (watched.sums, mirror.calls) == (2, 1)
+
+
+def odd_sums(x):
+    across, whole, exact = (2 * x).transpose(0, 1), x.sum(), x.double()
+    for total in (across, whole, exact):
+        dist.all_reduce(total)
+    return across, whole, exact
+
+
+def test_sums_of_odd_tensors(group, monkeypatch):
+    (x,) = drawn((4, 6, 8))
+    monkeypatch.setitem(sums._links, group.group_name, (Mirror(2), torch.zeros(sums.ROWS, device=DEVICE)))
+    (across, whole, exact), watched = compiled(odd_sums, x, sums_over=group.group_name)
+    assert watched.sums == 2  # a scalar and float64 are the library's, one rank's own
+    assert_close(across, 4 * x.transpose(0, 1))
+    assert_close(whole, x.sum())
+    assert torch.equal(exact, x.double())
+
+
+def test_the_end_of_a_group_that_this_rank_is_not_in():
+    install_step(torch.nn.Linear(1, 1))
+    dist.destroy_process_group(dist.GroupMember.NON_GROUP_MEMBER)

@@ -24,7 +24,7 @@ from .model import Model
 
 PRODUCTS, PRODUCTS_OF_ONE_VECTOR = 7, 4  # q, k, v, out, gate, up, down; q-k-v, out, gate-up, down
 SMALL_KERNELS = 5  # norms, rotation, cache, activation
-SUMMED_NUMBERS = 4096 * 128  # most of a sum through peer memory
+SUMMED_NUMBERS = 2048 * 128  # over (ranks - 1): most of a sum through peer memory (hf/sums.py)
 HOST_S = 0.5e-3  # measured: 0.35 to 0.56 ms (benchmarks/results/2026-11-25_2xH100.md)
 CHUNK_TOKENS, MASKED_CHUNK_TOKENS = 32768, 4096  # of prefill on GPUs, over all ranks; with windows (hf/prefill.py)
 SAMPLES = 64
@@ -141,7 +141,8 @@ def _parts_s(
 
 def _sum_s(numbers: int, machine: Machine, group: Ranks) -> float:
     """Of 16 bits each, over the tensor ranks; through peer memory they are float32, and travel with an epoch."""
-    if group.size == 1 or group.nodes > 1 or not machine.inside.peer_access or numbers > SUMMED_NUMBERS:
+    small = numbers * (group.size - 1) <= SUMMED_NUMBERS
+    if group.size == 1 or group.nodes > 1 or not machine.inside.peer_access or not small:
         return all_reduce(2 * numbers, machine, group)[0]
     return machine.gpu.kernel_s + machine.inside.latency_s + 8 * (group.size - 1) * numbers / machine.inside.bytes_per_s
 

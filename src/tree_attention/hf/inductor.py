@@ -12,61 +12,72 @@ import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node, map_arg
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import sums
 
 ops: Any = torch.ops
 aten, collectives, rounding = ops.aten, ops._c10d_functional, ops.prims.convert_element_type.default
+PRODUCTS = (aten.mm.default, aten.addmm.default)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 COLS, WARPS = 2048, 4
+TOGETHER = 16  # products of one launch at most
 
 
 class StepPass(CustomGraphPass):
-    """Replaces `mm(x [1, K], w.T)`, w `[N, K]` a contiguous input of the graph, and small sums over linked ranks.
+    """Replaces `x @ w.T`, with a bias or without, and small sums over linked ranks.
 
-    sums_over: the name of the group of linked ranks; None: sums stay as they are.
+    x: `[1, K]`. w: `[N, K]`, a contiguous input of the graph on a device of this type. sums_over: the name of the group
+    of linked ranks; None: sums stay as they are.
     """
 
     def __init__(self, sums_over: str | None = None, device_type: str = "cuda") -> None:
         self.sums_over, self.device_type = sums_over, device_type
+        self.ranks = 1 if sums_over is None else sums.ranks_of(sums_over)
 
     def __call__(self, graph: Graph) -> None:
         sharing: dict[Node, list[Node]] = {}
-        for product in graph.find_nodes(op="call_function", target=aten.mm.default):
-            if self._takes(product):
-                sharing.setdefault(_source(product.args[0]), []).append(product)
+        for node in list(graph.nodes):
+            if node.target in PRODUCTS and self._takes(node):
+                sharing.setdefault(_source(_vector(node)), []).append(node)
         for products in sharing.values():
-            _multiply(graph, products)
+            for first in range(0, len(products), TOGETHER):
+                _multiply(graph, products[first : first + TOGETHER])
         for node in graph.find_nodes(op="call_function", target=collectives.all_reduce.default):
             x, what, group_name = cast("tuple[Node, str, str]", node.args)
-            if what == "sum" and group_name == self.sums_over and sums.fits(x.meta["val"]):
-                _add_up(graph, node, x, group_name)
+            if what == "sum" and group_name == self.sums_over and sums.fits(x.meta["val"], self.ranks):
+                _sum_over_link(graph, node, x, group_name, self.ranks)
 
     def uuid(self) -> Any:
         """What, beside the graph, decides what is compiled: inductor keeps that on disk."""
-        ranks = None if self.sums_over is None else sums.ranks_of(self.sums_over)
-        return get_hash_for_files((__file__, sums.__file__), f"{self.sums_over} {ranks} {self.device_type}")
+        return get_hash_for_files((__file__, sums.__file__), f"{self.sums_over} {self.ranks} {self.device_type}")
 
     def _takes(self, product: Node) -> bool:
-        x, transposed = cast("tuple[Node, Node]", product.args)
-        if transposed.target is not aten.permute.default:
+        transposed: Any = product.args[-1]
+        if transposed.target is not aten.permute.default or [dim % 2 for dim in transposed.args[1]] != [1, 0]:
             return False
-        weight = _weight(product)
+        if product.kwargs or _weight(product).op != "placeholder":  # alpha and beta
+            return False
+        x, w = _vector(product).meta["val"], _weight(product).meta["val"]
         return (
-            weight.op == "placeholder"
-            and weight.meta["val"].is_contiguous()
-            and weight.meta["val"].device.type == self.device_type
-            and x.meta["val"].shape[0] == 1
-            and x.meta["val"].is_contiguous()
+            w.device.type == self.device_type
+            and w.dtype in sums.DTYPES
+            and w.is_contiguous()
+            and statically_known_true(x.shape[0] == 1)
+            and x.is_contiguous()
         )
 
 
+def _vector(product: Node) -> Node:
+    return cast(Any, product.args[-2])
+
+
 def _weight(product: Node) -> Node:
-    return cast(Any, product.args[1]).args[0]
+    return cast(Any, product.args[-1]).args[0]
 
 
 def _source(x: Any) -> Any:
-    """The node that this is a view of: one for all products of one vector."""
+    """What this is a view of, its numbers in the same order: one node for all products of one vector."""
     while x.target in VIEWS:
         x = x.args[0]
     return x
@@ -76,20 +87,22 @@ def _multiply(graph: Graph, together: list[Node]) -> None:
     """One launch for all of these products."""
     weights = [_weight(product) for product in together]
     with graph.inserting_before(together[0]):
-        all_rows = _call(graph, ops.tree_attention.products.default, together[0].args[0], weights)
+        all_rows = _call(graph, ops.tree_attention.products.default, _vector(together[0]), weights)
     first = 0
     for product, weight in zip(together, weights, strict=True):
         last = first + weight.meta["val"].shape[0]
         with graph.inserting_before(product):
-            rows = _call(graph, aten.slice.Tensor, all_rows, 1, first, last)
-            rounded = _call(graph, rounding, rows, product.meta["val"].dtype)
+            exact = _call(graph, aten.slice.Tensor, all_rows, 1, first, last)
+            if product.target is aten.addmm.default:
+                exact = _call(graph, aten.add.Tensor, exact, product.args[0])
+            rounded = _call(graph, rounding, exact, product.meta["val"].dtype)
         product.replace_all_uses_with(rounded)
         graph.erase_node(product)
         first = last
 
 
-def _add_up(graph: Graph, node: Node, x: Node, group_name: str) -> None:
-    """By one exchange of float32; what a product of ours gave is taken as it was before its rounding."""
+def _sum_over_link(graph: Graph, node: Node, x: Node, group_name: str, ranks: int) -> None:
+    """By one exchange of float32; what was float32 before its last rounding is taken as it was then."""
     source, like = _source(x), x.meta["val"]
     with graph.inserting_before(node):
         if source.target is rounding and source.args[0].meta["val"].dtype == torch.float32:
@@ -97,8 +110,7 @@ def _add_up(graph: Graph, node: Node, x: Node, group_name: str) -> None:
         else:
             exact = _call(graph, rounding, x, torch.float32)
         mean = _call(graph, ops.tree_attention.mean_over_ranks.default, exact, group_name)
-        total = _call(graph, aten.mul.Tensor, mean, sums.ranks_of(group_name))
-        rounded = _call(graph, rounding, total, like.dtype)
+        rounded = _call(graph, rounding, _call(graph, aten.mul.Tensor, mean, ranks), like.dtype)
     for wait in [user for user in node.users if user.target is collectives.wait_tensor.default]:
         wait.replace_all_uses_with(rounded)
         graph.erase_node(wait)
@@ -120,9 +132,10 @@ def products(x: Tensor, weights: list[Tensor]) -> Tensor:
 
     sizes = tuple(len(weight) for weight in weights)
     out = x.new_empty((1, sum(sizes)), dtype=torch.float32)
-    cast(Any, products_kernel)[(sum(sizes),)](
-        x, tuple(weights), sizes, out, K=x.shape[1], COUNT=len(sizes), COLS=COLS, num_warps=WARPS
-    )
+    with torch.cuda.device_of(x):
+        cast(Any, products_kernel)[(sum(sizes),)](
+            x, tuple(weights), sizes, out, K=x.shape[1], COUNT=len(sizes), COLS=COLS, num_warps=WARPS
+        )
     return out
 
 
@@ -131,10 +144,9 @@ def _(x: Tensor, weights: list[Tensor]) -> Tensor:
     return x.new_empty((1, sum(len(weight) for weight in weights)), dtype=torch.float32)
 
 
+# It counts epochs in the link's own memory. All ranks run the same graph, so whatever order that has is theirs alike.
 mean_over_ranks = torch.library.custom_op(
-    "tree_attention::mean_over_ranks",
-    sums.mean_over_ranks,
-    mutates_args=(),
+    "tree_attention::mean_over_ranks", sums.mean_over_ranks, mutates_args=(),
     schema="(Tensor x, str group_name) -> Tensor",
-)
-mean_over_ranks.register_fake(lambda x, group_name: torch.empty_like(x))
+)  # fmt: skip
+mean_over_ranks.register_fake(lambda x, group_name: x.new_empty(x.shape))

@@ -28,8 +28,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import TreeCache
-from .sums import close_links, linked_name
-from .tensor import tensor_group
+from .sums import close_links, open_link
 
 TAKEN = (  # arguments of `forward` that a step takes, or that say nothing new for one token
     "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
@@ -73,8 +72,8 @@ class SteppingForward:
     def compiled(self) -> Callable[..., Any]:
         from .inductor import StepPass  # loads the compiler, which takes seconds
 
-        group = tensor_group(getattr(self.original, "__self__", None))
-        options: Any = ALIKE | {"post_grad_custom_pre_pass": StepPass(linked_name(group))}
+        step_pass = StepPass(open_link(getattr(self.original, "__self__", None)))
+        options: Any = ALIKE | {"post_grad_custom_pre_pass": step_pass}
         return torch.compile(self.original, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -27,7 +27,6 @@ from transformers.initialization import no_tie_weights
 
 from ..errors import InputError, Unsupported
 from ..group import Group, resolve_group
-from .sums import open_link
 
 AXES = ("sequence", "tensor")
 
@@ -66,8 +65,6 @@ def load_tensor_parallel(model: str | Path | PreTrainedConfig, mesh: DeviceMesh,
             loaded = AutoModelForCausalLM.from_pretrained(model, distributed_config=_config(ranks), **how)
     loaded = loaded.to(device).eval()
     loaded.tree_attention_mesh = mesh
-    if ranks > 1 and device.type == "cuda":
-        open_link(tensor.get_group())
     if mesh.size(0) > 1 and ranks > 1:
         _equal_bits(loaded, mesh["sequence"].get_group())
     return loaded

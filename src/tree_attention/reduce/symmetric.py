@@ -171,7 +171,7 @@ def _agree(group: ProcessGroup | None, wanted: int | None) -> int:
 
 def link_obstacle() -> str | None:
     """Why this process cannot take part in a SymmetricLink, whatever the others say; turns NVLink multicast off."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or torch.version.hip:
         return "needs CUDA"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
