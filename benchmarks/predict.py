@@ -1,12 +1,16 @@
 """Predicted over measured times, for records of `tree-attention bench decode`, `steps` and `prefill`, as Markdown.
 
 python benchmarks/predict.py benchmarks/results/*_2xH*.jsonl
+python benchmarks/predict.py --machine machine.json benchmarks/results/2026-11-25_2xH100*.jsonl
+
+By the preset of the GPU that a record names, or by one calibration for all.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+from tree_attention.cost.calibration import load_calibration
 from tree_attention.cost.decode import Shape, decode_cost
 from tree_attention.cost.machine import MACHINES
 from tree_attention.cost.mesh import first_token_s, outlook
@@ -19,50 +23,50 @@ ALGORITHMS = {  # what a record names -> how it exchanges; None: one rank's keys
 OURS = ("fused", "apart", "fused_alone", "attend")
 
 
-def predict(record):
+def predict(record, given=None):
     """Seconds of a record's step by the preset of its GPU, or None: no such preset, or nothing that is modelled."""
-    name = preset_of(record["gpus"][0])
-    if name is None or record["what"] not in ALGORITHMS:
+    machine = given or preset_of(record["gpus"][0])
+    if machine is None or record["what"] not in ALGORITHMS:
         return None
     keys = record["bytes"] / (4 * record["batch"] * record["kv_heads"] * record["head_dim"])  # of ragged rows, the mean
     shape = Shape(record["batch"], record["heads"], record["kv_heads"], record["head_dim"], keys)
     algorithm = ALGORITHMS[record["what"]]
     ranks = 1 if algorithm is None else record["ranks"]
-    return decode_cost(shape, MACHINES[name], ranks, algorithm or "fused").total_s
+    return decode_cost(shape, machine, ranks, algorithm or "fused").total_s
 
 
-def predict_token(record):
+def predict_token(record, given=None):
     """Seconds of a whole model's step, compiled by us, or None, likewise."""
-    name = preset_of(record["device"])
-    if name is None or record["model"] not in preset_names() or record["what"] != "ours compiled":
+    machine = given or preset_of(record["device"])
+    if machine is None or record["model"] not in preset_names() or record["what"] != "ours compiled":
         return None
     tensor = record.get("tensor_parallel", 1)
     sequence = record["ranks"] // tensor
-    return outlook(load_model(record["model"]), MACHINES[name], record["context_tokens"], 1, tensor, sequence).token_s
+    return outlook(load_model(record["model"]), machine, record["context_tokens"], 1, tensor, sequence).token_s
 
 
-def predict_prefill(record):
+def predict_prefill(record, given=None):
     """Seconds in which a whole model reads a text, or None, likewise. Stock's is one GPU's, in one piece."""
-    name = preset_of(record["device"])
-    if name is None or record["model"] not in preset_names():
+    machine = given or preset_of(record["device"])
+    if machine is None or record["model"] not in preset_names():
         return None
     model, tokens = load_model(record["model"]), record["context_tokens"]
-    mesh = outlook(model, MACHINES[name], tokens, 1, 1, record["ranks"])
-    return first_token_s(model, MACHINES[name], tokens, 1, mesh) - mesh.token_s
+    mesh = outlook(model, machine, tokens, 1, 1, record["ranks"])
+    return first_token_s(model, machine, tokens, 1, mesh) - mesh.token_s
 
 
 def preset_of(gpu):
-    """The preset whose name is in the GPU's."""
-    return next((name for name in MACHINES if name in gpu.lower().replace(" ", "")), None)
+    """That whose name is in the GPU's."""
+    return next((machine for name, machine in MACHINES.items() if name in gpu.lower().replace(" ", "")), None)
 
 
-def read(files):
+def read(files, given=None):
     """Records that were timed and can be predicted, the last one of equal ones, each with `predicted_s`."""
     found = {}
     for file in files:
         for line in file.read_text().splitlines():
             record = json.loads(line)
-            predicted_s = predict(record) if record.get("graph_s") and "kv_heads" in record else None
+            predicted_s = predict(record, given) if record.get("graph_s") and "kv_heads" in record else None
             if predicted_s is not None:
                 key = tuple(record[name] for name in ("batch", "keys", "heads", "kv_heads", "ragged", "what", "ranks"))
                 found[file.name, key] = record | {"predicted_s": predicted_s}
@@ -82,7 +86,7 @@ def table(records):
         )
 
 
-def model_tables(files):
+def model_tables(files, given=None):
     """Lines of Markdown for records of whole models in these files, steps and prefill; none without such."""
     records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     for what, unit, scale, measured, predicted in (
@@ -91,7 +95,7 @@ def model_tables(files):
     ):
         lines = []
         for record in records:
-            predicted_s = predicted(record) if record.get(measured) and "device" in record else None
+            predicted_s = predicted(record, given) if record.get(measured) and "device" in record else None
             if predicted_s is not None:
                 measured_s = record[measured]
                 lines.append(
@@ -123,9 +127,11 @@ def summary(records):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="files of records, one JSON document a line")
-    files = parser.parse_args(arguments).files
-    records = read(files)
-    print(*table(records), "", *summary(records), *model_tables(files), sep="\n")
+    parser.add_argument("--machine", type=Path, help="constants that `tree-attention calibrate` wrote")
+    options = parser.parse_args(arguments)
+    given = None if options.machine is None else load_calibration(options.machine).machine
+    records = read(options.files, given)
+    print(*table(records), "", *summary(records), *model_tables(options.files, given), sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from predict import OURS, model_tables, predict, predict_prefill, read, summary, table
+from predict import OURS, model_tables, predict, predict_prefill, predict_token, read, summary, table
 from tree_attention.cost.calibration import Calibration, load_calibration, save_calibration
 from tree_attention.cost.decode import ALGORITHMS, Ranks, Shape, decode_cost, exchange
 from tree_attention.cost.machine import GPUS, LINKS, MACHINES, changed, machine
@@ -20,6 +20,7 @@ from tree_attention.hf.prefill import MASKED_CHUNK_TOKENS as PREFILL_MASKED_CHUN
 from tree_attention.reduce import received_bytes
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
+STEPS = sorted(FOLDER.glob("*_steps.jsonl"))
 RESULTS = [file for file in sorted(FOLDER.glob("*.jsonl")) if read([file])]
 PREFILL = FOLDER / "2026-11-24_2xH200_prefill.jsonl"
 LLAMA = Shape(1, 32, 8, 128, 65536)
@@ -138,6 +139,25 @@ def test_ours_is_predicted_within_15_percent_of_what_was_measured(file):
     assert records
     for record in records:
         assert record["predicted_s"] == pytest.approx(record["graph_s"], rel=0.15), record
+
+
+def test_a_calibration_predicts_ours_within_15_percent_too():
+    given = load_calibration(FOLDER / "2026-11-25_2xH100_machine.json").machine
+    on_h100 = [file for file in RESULTS if "2xH100" in file.name]
+    records, others = read(on_h100, given), read(on_h100)
+    assert [record["predicted_s"] for record in records] != [record["predicted_s"] for record in others]
+    for record in records:
+        if record["what"] in OURS:
+            assert record["predicted_s"] == pytest.approx(record["graph_s"], rel=0.15), record
+
+
+@pytest.mark.parametrize("file", STEPS, ids=lambda file: file.stem)
+def test_compiled_steps_are_predicted_within_15_percent(file):
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    compiled = [record for record in records if record["what"] == "ours compiled"]
+    assert compiled
+    for record in compiled:
+        assert predict_token(record) == pytest.approx(record["tpot_s"], rel=0.15), record
 
 
 def test_the_table_of_predictions_has_a_line_for_each_case():
