@@ -13,10 +13,11 @@ from predict import OURS, model_tables, predict, predict_prefill, predict_token,
 from tree_attention.cost.calibration import Calibration, load_calibration, save_calibration
 from tree_attention.cost.decode import ALGORITHMS, Ranks, Shape, decode_cost, exchange
 from tree_attention.cost.machine import GPUS, LINKS, MACHINES, changed, machine
-from tree_attention.cost.mesh import CHUNK_TOKENS, MASKED_CHUNK_TOKENS, outlook
+from tree_attention.cost.mesh import CHUNK_TOKENS, MASKED_CHUNK_TOKENS, SUMMED_NUMBERS, outlook
 from tree_attention.cost.model import PRESETS, load_model, model_of, preset_names
 from tree_attention.hf.prefill import CHUNK_TOKENS as PREFILL_CHUNK_TOKENS
 from tree_attention.hf.prefill import MASKED_CHUNK_TOKENS as PREFILL_MASKED_CHUNK_TOKENS
+from tree_attention.hf.sums import ROWS, WIDTH
 from tree_attention.reduce import received_bytes
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -188,6 +189,10 @@ def test_prefill_is_predicted_within_10_percent_of_what_was_measured():
     assert len(list(model_tables([PREFILL]))) == 2 + len(records)
     for record in records:
         assert predict_prefill(record) == pytest.approx(record["seconds"], rel=0.1)
+
+
+def test_the_largest_sum_through_peer_memory_is_the_librarys():
+    assert SUMMED_NUMBERS == ROWS * WIDTH
 
 
 def test_a_chunk_of_prefill_is_the_librarys():

@@ -1,6 +1,6 @@
 """The pass over a compiled step: products of one vector by our kernel, sums over ranks through a link."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -118,6 +118,7 @@ class Mirror:
 
     world_size: int
     calls: int = 0
+    group: object = field(default_factory=object)
 
     def reduce(self, partial):
         self.calls += 1
@@ -151,8 +152,8 @@ def test_small_sums_go_through_the_link(group, monkeypatch):
 
 
 def test_other_sums_stay_with_the_library(group, monkeypatch):
-    monkeypatch.setattr(sums, "ROWS", 2)  # of gcd(24, 128) = 8 numbers, over 3 - 1
-    x, w, small = drawn((1, 1, 24), (8, 24), (2, 1, 24))
+    monkeypatch.setattr(sums, "ROWS", 2)  # of gcd(8, 128) = 8 numbers, over 3 - 1
+    x, w, small = drawn((1, 1, 24), (8, 24), (2, 1, 8))
     mirror = Mirror(3)
     monkeypatch.setitem(sums._links, group.group_name, (mirror, torch.zeros(8, device=DEVICE)))
     (_, more), watched = compiled(split_layer, x, w, small.clone(), sums_over=group.group_name)
@@ -179,6 +180,13 @@ def test_sums_of_odd_tensors(group, monkeypatch):
     assert torch.equal(exact, x.double())
 
 
-def test_the_end_of_a_group_that_this_rank_is_not_in():
+def test_a_link_ends_with_its_group(group, monkeypatch):
+    first, second = Mirror(2), Mirror(2)
+    monkeypatch.setattr(sums, "_links", {"a": (first, None), "b": (second, None)})
     install_step(torch.nn.Linear(1, 1))
-    dist.destroy_process_group(dist.GroupMember.NON_GROUP_MEMBER)
+    dist.destroy_process_group(dist.GroupMember.NON_GROUP_MEMBER)  # of a group that this rank is not in
+    assert list(sums._links) == ["a", "b"]
+    sums.close_links(first.group)
+    assert list(sums._links) == ["b"]
+    sums.close_links(None)
+    assert not sums._links

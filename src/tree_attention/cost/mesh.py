@@ -25,7 +25,7 @@ from .model import Model
 PRODUCTS, PRODUCTS_OF_ONE_VECTOR = 7, 4  # q, k, v, out, gate, up, down; q-k-v, out, gate-up, down
 SMALL_KERNELS = 5  # norms, rotation, cache, activation
 SUMMED_NUMBERS = 2048 * 128  # over (ranks - 1): most of a sum through peer memory (hf/sums.py)
-HOST_S = 0.5e-3  # measured: 0.35 to 0.56 ms (benchmarks/results/2026-11-25_2xH100.md)
+HOST_S = 0.5e-3  # measured: 0.35 to 0.56 ms on two H100s (docs/log.md)
 CHUNK_TOKENS, MASKED_CHUNK_TOKENS = 32768, 4096  # of prefill on GPUs, over all ranks; with windows (hf/prefill.py)
 SAMPLES = 64
 RESERVED_BYTES = 1.5e9  # CUDA context, libraries and graphs: assumed

@@ -12,8 +12,9 @@ and, for a long prompt, each rank computing only its share of it:
 
 attention.py is what transformers calls in each layer, mask.py its mask; cache.py the cache, layers.py its layers,
 placement.py its ranks; chunk.py the attention of a chunk whose queries are spread too; prefill.py and generation.py the
-two steps above; cursor.py and step.py the decode step of a static cache; session.py a conversation, save.py its folder;
-state.py what a layer holds, taken out and put back; tensor.py tensor parallelism beside it.
+two steps above; cursor.py and step.py the decode step of a static cache, inductor.py and product_kernels.py what a
+compiled one does beside attention; session.py a conversation, save.py its folder; state.py what a layer holds, taken
+out and put back; tensor.py tensor parallelism beside it, sums.py its sums over a link.
 """
 
 from transformers import AttentionInterface, AttentionMaskInterface

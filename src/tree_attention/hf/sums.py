@@ -17,7 +17,7 @@ from ..reduce import SymmetricLink
 from .placement import PATIENCE_S
 from .tensor import tensor_group
 
-ROWS, WIDTH = 2048, 128  # with more than 2 ranks fewer rows: above that NCCL is faster (computed: cost/mesh.py)
+ROWS, WIDTH = 2048, 128  # of 2 ranks; more have fewer rows: above that NCCL is faster (computed, by cost/mesh.py)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _links: dict[str, tuple[SymmetricLink, Tensor]] = {}
 
