@@ -25,7 +25,7 @@ from tree_attention import (
 )
 from tree_attention.hf import TreeCache, load_tensor_parallel, prefill
 from tree_attention.hf.tensor import AXES
-from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
+from tree_attention.testing import RankPool, assert_within_rounding, oracle, peaked_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,8 +34,29 @@ pytestmark = [
 S = 4096
 
 
-def run(function, tmp_path, *args):
-    mp.spawn(_rank, (2, f"file://{tmp_path}/meeting", function, args), nprocs=2)
+@pytest.fixture(scope="module")
+def gpus():
+    """Two ranks with a GPU each, started once for this file: `gpus(function, *args)` runs `function(group, *args)`."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    pool = RankPool(2, "nccl")
+    yield lambda function, *args: pool.run(_in_clean_state, function, args)
+    pool.close()
+
+
+def _in_clean_state(group, function, args):
+    """What one test leaves in a rank must not reach the next: compiled code, settings, cached memory."""
+    try:
+        function(group, *args)
+    finally:
+        torch.cuda.set_device(dist.get_rank())
+        torch.cuda.set_sync_debug_mode("default")
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def run_once(function, tmp_path, *args, ranks=2):
+    """In processes of its own, whose end is a part of the test."""
+    mp.spawn(_rank, (ranks, f"file://{tmp_path}/meeting", function, args), nprocs=ranks)
 
 
 def _rank(rank, size, meeting, function, args):
@@ -76,8 +97,8 @@ def decode(group):
                 assert same_on_all_ranks(out)
 
 
-def test_decode(tmp_path):
-    run(decode, tmp_path)
+def test_decode(gpus):
+    gpus(decode)
 
 
 def empty_rank(group):
@@ -90,8 +111,8 @@ def empty_rank(group):
     assert nobody.lse.eq(-torch.inf).all()
 
 
-def test_a_rank_without_keys(tmp_path):
-    run(empty_rank, tmp_path)
+def test_a_rank_without_keys(gpus):
+    gpus(empty_rank)
 
 
 def chunks(group):
@@ -112,8 +133,8 @@ def chunks(group):
             torch.testing.assert_close(lse.double(), exact.lse[:, rows], atol=1e-4, rtol=0)
 
 
-def test_a_chunk_spread_over_gpus(tmp_path):
-    run(chunks, tmp_path)
+def test_a_chunk_spread_over_gpus(gpus):
+    gpus(chunks)
 
 
 def generate(group):
@@ -135,8 +156,8 @@ def generate(group):
                 assert (got.cpu() - logits).abs().max() < 2e-4 * logits.abs().max()
 
 
-def test_generate(tmp_path):
-    run(generate, tmp_path)
+def test_generate(gpus):
+    gpus(generate)
 
 
 def static(group, name, step):
@@ -165,8 +186,8 @@ def static(group, name, step):
 
 @pytest.mark.parametrize("step", ["captured", "compiled"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
-def test_a_static_cache(tmp_path, name, step):
-    run(static, tmp_path, name, step)
+def test_a_static_cache(gpus, name, step):
+    gpus(static, name, step)
 
 
 alive = []  # caches whose graphs hold NCCL's collectives; their group must end all the same
@@ -211,19 +232,27 @@ def split(group, folder, name, step, sequence=1):
     assert same_on_all_ranks(out)
 
 
-@pytest.mark.parametrize("step", ["captured", "compiled"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
-def test_tensor_parallel(tmp_path, name, step):
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("llama", "compiled"), *((name, step) for name in ("qwen3", "gemma2") for step in ("captured", "compiled"))],
+)
+def test_tensor_parallel(gpus, tmp_path, name, step):
     folder = str(tmp_path / "model")
     tiny(name, "eager").save_pretrained(folder)
-    run(split, tmp_path, folder, name, step)
+    gpus(split, folder, name, step)
+
+
+def test_a_group_ends_while_graphs_hold_its_collectives(tmp_path):
+    folder = str(tmp_path / "model")
+    tiny("llama", "eager").save_pretrained(folder)
+    run_once(split, tmp_path, folder, "llama", "captured")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
 def test_tensor_parallel_beside_the_sequence(tmp_path):
     folder = str(tmp_path / "model")
     tiny("llama", "eager").save_pretrained(folder)
-    mp.spawn(_rank, (4, f"file://{tmp_path}/meeting", split, (folder, "llama", "captured", 2)), nprocs=4)
+    run_once(split, tmp_path, folder, "llama", "captured", 2, ranks=4)
 
 
 def sample(group):
@@ -234,8 +263,8 @@ def sample(group):
     assert same_on_all_ranks(out)
 
 
-def test_sampling_cannot_diverge(tmp_path):
-    run(sample, tmp_path)
+def test_sampling_cannot_diverge(gpus):
+    gpus(sample)
 
 
 LINKED = ("fused", "fused_scatter", "symmetric", "symmetric_scatter")
@@ -311,8 +340,8 @@ def over_a_link(group, shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape.values())))
-def test_over_a_link(tmp_path, shape, dtype):
-    run(over_a_link, tmp_path, shape, dtype)
+def test_over_a_link(gpus, shape, dtype):
+    gpus(over_a_link, shape, dtype)
 
 
 def paged(k, v, lengths, page_tokens):
@@ -381,8 +410,8 @@ def with_everything(group, T):
 
 
 @pytest.mark.parametrize("T", [1, 4])
-def test_over_a_link_with_everything(tmp_path, T):
-    run(with_everything, tmp_path, T)
+def test_over_a_link_with_everything(gpus, T):
+    gpus(with_everything, T)
 
 
 def captured(group):
@@ -423,8 +452,8 @@ def captured(group):
     link.synchronize()
 
 
-def test_captured_steps(tmp_path):
-    run(captured, tmp_path)
+def test_captured_steps(gpus):
+    gpus(captured)
 
 
 def captured_first(group):
@@ -451,8 +480,8 @@ def captured_first(group):
     link.synchronize()
 
 
-def test_capture_before_the_first_call(tmp_path):
-    run(captured_first, tmp_path)
+def test_capture_before_the_first_call(gpus):
+    gpus(captured_first)
 
 
 def waiting_for_nothing(group):
@@ -493,8 +522,8 @@ def waiting_for_nothing(group):
     link.synchronize()
 
 
-def test_no_waits_and_no_graph_breaks(tmp_path):
-    run(waiting_for_nothing, tmp_path)
+def test_no_waits_and_no_graph_breaks(gpus):
+    gpus(waiting_for_nothing)
 
 
 def at_the_same_time(group):
@@ -530,8 +559,8 @@ def at_the_same_time(group):
     link.synchronize()
 
 
-def test_two_links_at_the_same_time(tmp_path):
-    run(at_the_same_time, tmp_path)
+def test_two_links_at_the_same_time(gpus):
+    gpus(at_the_same_time)
 
 
 def hammer(group):
@@ -588,9 +617,9 @@ def hammer(group):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_steps(tmp_path):
+def test_a_hundred_thousand_steps(gpus):
     started = time.monotonic()
-    run(hammer, tmp_path)
+    gpus(hammer)
     assert time.monotonic() - started < 90
 
 
@@ -622,8 +651,8 @@ def refusals(group):
         SymmetricLink(gloo)
 
 
-def test_what_a_link_refuses(tmp_path):
-    run(refusals, tmp_path)
+def test_what_a_link_refuses(gpus):
+    gpus(refusals)
 
 
 def _without_rank_1(rank, meeting, algorithm, said):

@@ -86,15 +86,20 @@ class _Recorder(TorchDispatchMode):
 
 
 class RankPool:
-    """Processes that are joined once in a gloo group and then run many functions; starting them is what costs.
+    """Processes that are started once and then run many functions, since starting them dominates a test's time.
 
-    `pool.run(function, *args, ranks=3)` calls `function(group, *args)` on ranks 0 to 2, with a fresh group of those
-    three, and returns their results in rank order. function must be importable from its module. Where one rank
-    raises, the pool is ended (its peers may be waiting for it), the error is raised here, and the next run starts anew.
+    `pool.run(function, *args, ranks=3)` calls `function(group, *args)` on ranks 0 to 2, with a new process group of
+    these three, and returns the results in rank order. `function` must be importable from its module. If a rank raises,
+    the pool is closed, because other ranks may be waiting for it; the error is raised here, and the next `run` starts
+    new processes.
+
+    Args:
+        size: number of processes.
+        backend: "gloo", or "nccl": then each rank's current device is the GPU of its number.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        self.size, self.backend = size, backend
         self._ranks: list[ProcessPoolExecutor] = []
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
@@ -120,15 +125,20 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         meeting = f"file://{tempfile.mkdtemp()}/meeting"
         self._ranks = [
-            ProcessPoolExecutor(1, mp_context=context, initializer=_join, initargs=(rank, self.size, meeting))
+            ProcessPoolExecutor(
+                1, mp_context=context, initializer=_join, initargs=(rank, self.size, self.backend, meeting)
+            )
             for rank in range(self.size)
         ]
 
 
-def _join(rank: int, size: int, meeting: str) -> None:
-    torch.set_num_threads(1)
+def _join(rank: int, size: int, backend: str, meeting: str) -> None:
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=POOL_TIMEOUT_S)
+        backend, init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=POOL_TIMEOUT_S)
     )
 
 
