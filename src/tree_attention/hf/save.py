@@ -29,12 +29,12 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedConfig
 
 from ..errors import InputError, TreeAttentionError
-from ..group import gather_objects, rank_and_size
+from ..group import first_fault, gather_objects, rank_and_size
 from ..layout import Layout
 from .cache import TreeCache
 from .layers import ShardedLayer
 from .state import set_state, state_of
-from .tensor import tensor_group
+from .tensor import tensor_group, tensor_ranks
 
 VERSION = 2
 CURRENT = "current.json"
@@ -67,13 +67,6 @@ def describe(model: Any) -> dict[str, Any]:
     fields = {name: value for name, value in known.items() if name not in NO_MATTER and not name.startswith("_")}
     dtype = str(model.dtype).removeprefix("torch.")
     return {"model_type": config.model_type, "dtype": dtype, "weights": weights} | fields
-
-
-def check_model(saved: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
-    """Raise InputError unless both describe one model; what only one version of transformers knows is passed over."""
-    other = [f"{name} {saved[name]}, not {value}" for name, value in here.items() if saved.get(name, value) != value]
-    if other:
-        raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
 
 
 def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor: ProcessGroup | None = None) -> None:
@@ -139,6 +132,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["version"] != VERSION:
         raise InputError(f"the save in {folder} is of version {manifest['version']}, this library reads {VERSION}")
     return manifest
+
+
+def read_manifest_of(model: Any, folder: Path, groups: list[ProcessGroup | None]) -> dict[str, Any]:
+    """Read the manifest and check that the save is of this model.
+
+    All ranks of both groups (sequence, tensor) call it together. If one raises, all do: one may not see the folder.
+
+    Raises:
+        InputError: as `read_manifest`, or the save is of another model or of one split over another number of ranks.
+    """
+    described, manifest, fault = describe(model), {}, None
+    try:
+        manifest = read_manifest(folder)
+        saved, split = manifest["tensor_ranks"], tensor_ranks(model.config)
+        if saved != split:
+            raise InputError(
+                f"the save in {folder} is of a model split over {saved} ranks by tensor parallelism, and has a file "
+                f"for the heads of each; this model is split over {split}: load it over {saved}"
+            )
+        _check_model(manifest["about"]["model"], described, folder)
+    except InputError as error:
+        fault = str(error)
+    for group in groups:
+        fault = first_fault(fault, group)
+    if fault:
+        raise InputError(fault)
+    return manifest
+
+
+def _check_model(saved: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
+    """Raise InputError unless both describe one model. Fields that only one version of transformers has are ignored."""
+    other = [f"{name} {saved[name]}, not {value}" for name, value in here.items() if saved.get(name, value) != value]
+    if other:
+        raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
 
 
 def load_cache(
