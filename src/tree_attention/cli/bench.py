@@ -18,14 +18,17 @@ from rich.table import Table
 from ..errors import InputError
 from .checks import check_model_folder
 from .launch import run_on_ranks
+from .options import BenchGenerateOptions
 
 CHUNK_TOKENS = 1024
 
 
-def bench_generate(model: str, nproc: int, contexts: str, decode_tokens: int, rounds: int, output: Path | None) -> int:
+def bench_generate(options: BenchGenerateOptions) -> int:
     """Measure on `nproc` ranks, print the table and one JSON document; returns the exit code."""
+    model, nproc, output = options.model, options.nproc, options.output
+    decode_tokens, rounds = options.decode_tokens, options.rounds
     check_model_folder(model)
-    lengths = sorted(numbers("contexts", contexts))
+    lengths = sorted(numbers("contexts", options.contexts))
     if lengths[0] < 1 or nproc < 2 or decode_tokens < 1 or rounds < 1:
         raise InputError("contexts, decode-tokens and rounds must be at least 1, nproc at least 2")
     with tempfile.TemporaryDirectory() as folder:

@@ -8,10 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from ..bench.peers import LOCAL, SPREAD
 from ..errors import InputError, Unavailable
 from .bench import numbers
 from .launch import run_on_ranks
+from .options import BenchDecodeOptions
 
 LABELS = {
     "fused": "ours, fused", "apart": "ours, apart", "fused_alone": "ours, fused, no exchange",
@@ -35,52 +34,33 @@ WITH = {"local": "", "spread": "cudnn + "}
 PLAIN_MEMORY = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options of `bench decode`."""
-
-    nproc: int
-    keys: str
-    batch: str
-    pairs: bool
-    heads: int
-    kv_heads: int
-    head_dim: int
-    layout: str
-    ragged: bool
-    peers: str
-    rounds: int
-    eager: bool
-    output: Path | None
-
-
-def bench_decode(request: Request) -> int:
+def bench_decode(options: BenchDecodeOptions) -> int:
     """Measure on `nproc` ranks, print tables and one JSON document; returns the exit code, 1 if ours is wrong."""
-    wanted, peers = cases_of(request), peers_of(request)
-    if request.nproc < 1 or request.rounds < 1:
-        raise InputError(f"nproc and rounds must be at least 1, got {request.nproc} and {request.rounds}")
-    if not torch.cuda.is_available() or torch.cuda.device_count() < request.nproc:
+    wanted, peers = cases_of(options), peers_of(options)
+    if options.nproc < 1 or options.rounds < 1:
+        raise InputError(f"nproc and rounds must be at least 1, got {options.nproc} and {options.rounds}")
+    if not torch.cuda.is_available() or torch.cuda.device_count() < options.nproc:
         found = torch.cuda.device_count()
-        raise Unavailable(f"bench decode needs a CUDA device for each rank: {request.nproc} ranks, {found} devices")
+        raise Unavailable(f"bench decode needs a CUDA device for each rank: {options.nproc} ranks, {found} devices")
     os.environ.update(PLAIN_MEMORY)  # inherited by the ranks
-    return run_on_ranks(_on_rank, request.nproc, "cuda", wanted, peers, request)
+    return run_on_ranks(_on_rank, options.nproc, "cuda", wanted, peers, options)
 
 
-def cases_of(request: Request) -> list[Case]:
+def cases_of(options: BenchDecodeOptions) -> list[Case]:
     """Every batch size with every number of keys; with `pairs` one of each."""
-    keys, batch = numbers("keys", request.keys), numbers("batch", request.batch)
-    sizes = (*keys, *batch, request.heads, request.kv_heads, request.head_dim)
-    if min(sizes) < 1 or request.heads % request.kv_heads:
+    keys, batch = numbers("keys", options.keys), numbers("batch", options.batch)
+    sizes = (*keys, *batch, options.heads, options.kv_heads, options.head_dim)
+    if min(sizes) < 1 or options.heads % options.kv_heads:
         raise InputError(
             f"keys, batch, heads, kv-heads and head-dim must be at least 1, heads a multiple of kv-heads, "
-            f"got {request.keys}, {request.batch}, {request.heads}, {request.kv_heads} and {request.head_dim}"
+            f"got {options.keys}, {options.batch}, {options.heads}, {options.kv_heads} and {options.head_dim}"
         )
-    if request.layout not in ("NHD", "HND"):
-        raise InputError(f"layout must be NHD or HND, got {request.layout!r}")
-    rest = (request.heads, request.kv_heads, request.head_dim, request.layout, request.ragged)
-    if request.pairs and len(batch) != len(keys):
-        raise InputError(f"pairs needs as many batch sizes as keys, got {request.batch} and {request.keys}")
-    sizes_of = zip(batch, keys, strict=True) if request.pairs else itertools.product(batch, keys)
+    if options.layout not in ("NHD", "HND"):
+        raise InputError(f"layout must be NHD or HND, got {options.layout!r}")
+    rest = (options.heads, options.kv_heads, options.head_dim, options.layout, options.ragged)
+    if options.pairs and len(batch) != len(keys):
+        raise InputError(f"pairs needs as many batch sizes as keys, got {options.batch} and {options.keys}")
+    sizes_of = zip(batch, keys, strict=True) if options.pairs else itertools.product(batch, keys)
     wanted = [Case(rows, held, *rest) for rows, held in sizes_of]
     largest = 2 * max(case.allocated_bytes() for case in wanted)
     if largest > MOST_BYTES:
@@ -88,10 +68,10 @@ def cases_of(request: Request) -> list[Case]:
     return wanted
 
 
-def peers_of(request: Request) -> list[str]:
+def peers_of(options: BenchDecodeOptions) -> list[str]:
     """Names of LOCAL and SPREAD."""
     known = [*LOCAL, *SPREAD]
-    chosen = {"all": known, "none": []}.get(request.peers, request.peers.split(","))
+    chosen = {"all": known, "none": []}.get(options.peers, options.peers.split(","))
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise InputError(f"peers must be all, none or some of {', '.join(known)}, got {', '.join(unknown)!r}")
@@ -121,18 +101,18 @@ def _cell(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, float) else "-"
 
 
-def _on_rank(wanted: list[Case], peers: list[str], request: Request, device: torch.device) -> int:
+def _on_rank(wanted: list[Case], peers: list[str], options: BenchDecodeOptions, device: torch.device) -> int:
     """The first rank prints each case as soon as it is done: a run that is cut short has still said something."""
     ranks = meet(wanted)
     speaks = dist.get_rank() == 0
     surroundings = _surroundings(ranks.workspace_bytes()) if speaks else {}
     records = []
-    for of_case in measure(wanted, ranks, peers=peers, rounds=request.rounds, eager=request.eager):
+    for of_case in measure(wanted, ranks, peers=peers, rounds=options.rounds, eager=options.eager):
         records += of_case
         if speaks:
             _print(of_case)
-        if speaks and request.output is not None:
-            with request.output.open("a") as file:
+        if speaks and options.output is not None:
+            with options.output.open("a") as file:
                 file.writelines(json.dumps(surroundings | record) + "\n" for record in of_case)
     if speaks:
         sys.stdout.write(json.dumps({"surroundings": surroundings, "records": records}) + "\n")

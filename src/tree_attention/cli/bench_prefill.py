@@ -18,18 +18,19 @@ from .bench_decode import PLAIN_MEMORY
 from .bench_steps import publish, surroundings_of, ways_of
 from .inputs import load_model, reading_bar
 from .launch import run_on_ranks
+from .options import BenchPrefillOptions
 
 
-def bench_prefill(
-    config: Path, nproc: int, contexts: str, ways: str, chunk_tokens: int, rounds: int, device: str,
-    output: Path | None,
-) -> int:  # fmt: skip
+def bench_prefill(options: BenchPrefillOptions) -> int:
     """Measure on `nproc` ranks, print a table and one JSON document; returns the exit code."""
-    lengths, chosen = sorted(numbers("contexts", contexts)), ways_of(config, ways, WAYS)
+    config, nproc, chunk_tokens, rounds = options.config, options.nproc, options.chunk_tokens, options.rounds
+    lengths, chosen = sorted(numbers("contexts", options.contexts)), ways_of(config, options.variants, WAYS)
     if min(lengths[0], nproc, chunk_tokens, rounds) < 1:
         raise InputError("contexts, nproc, chunk-tokens and rounds must be at least 1")
     os.environ.update(PLAIN_MEMORY)  # inherited by the ranks
-    return run_on_ranks(_on_rank, nproc, device, str(config), lengths, chosen, chunk_tokens, rounds, output)
+    return run_on_ranks(
+        _on_rank, nproc, options.device, str(config), lengths, chosen, chunk_tokens, rounds, options.output
+    )
 
 
 def _on_rank(

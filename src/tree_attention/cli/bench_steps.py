@@ -20,20 +20,21 @@ from .bench import numbers
 from .bench_decode import PLAIN_MEMORY
 from .inputs import load_model
 from .launch import run_on_ranks
+from .options import BenchStepsOptions
 
 
-def bench_steps(
-    config: Path, nproc: int, contexts: str, ways: str, tokens: int, tensor_parallel: int, device: str,
-    output: Path | None,
-) -> int:  # fmt: skip
+def bench_steps(options: BenchStepsOptions) -> int:
     """Measure on `nproc` ranks, print a table and one JSON document; returns the exit code."""
-    lengths = sorted(numbers("contexts", contexts))
+    config, nproc, tokens, tensor_parallel = options.config, options.nproc, options.tokens, options.tensor_parallel
+    lengths = sorted(numbers("contexts", options.contexts))
     possible, where = (WAYS, "") if tensor_parallel == 1 else (SPLIT_WAYS, " with tensor-parallel")
-    chosen = ways_of(config, ways, possible, where)
+    chosen = ways_of(config, options.variants, possible, where)
     if lengths[0] < 1 or nproc < 1 or tokens < 1:
-        raise InputError(f"contexts, nproc and tokens must be at least 1, got {contexts}, {nproc} and {tokens}")
+        raise InputError(f"contexts, nproc and tokens must be at least 1, got {options.contexts}, {nproc} and {tokens}")
     os.environ.update(PLAIN_MEMORY)  # inherited by the ranks
-    return run_on_ranks(_on_rank, nproc, device, str(config), lengths, chosen, tokens, tensor_parallel, output)
+    return run_on_ranks(
+        _on_rank, nproc, options.device, str(config), lengths, chosen, tokens, tensor_parallel, options.output
+    )
 
 
 def _on_rank(

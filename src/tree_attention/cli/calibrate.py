@@ -16,10 +16,12 @@ from ..errors import InputError
 from .bench_decode import PLAIN_MEMORY
 from .exits import under_torchrun
 from .launch import run_on_ranks
+from .options import CalibrateOptions
 
 
-def calibrate(output: Path, nproc: int | None, device: str) -> int:
+def calibrate(options: CalibrateOptions) -> int:
     """Measure on `nproc` ranks of this host, print and write what was found; returns the exit code."""
+    output, nproc, device = options.output, options.nproc, options.device
     if nproc is None and not under_torchrun():
         gpus = torch.cuda.device_count() if device != "cpu" else 0
         if gpus == 1:

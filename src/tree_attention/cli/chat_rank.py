@@ -13,15 +13,16 @@ from transformers import AutoTokenizer
 from ..errors import TreeAttentionError
 from ..hf import Session
 from ..hf.save import read_manifest
-from .chat import Request, typed
+from .chat import typed
 from .exits import say
 from .inputs import check_positions, load_model, reading_bar, sequence_ranks, step_of
+from .options import ChatOptions
 
 ROOM = 8192  # tokens of talk after the document, by default
 PATIENCE = timedelta(days=365)  # for whoever thinks about the next question
 
 
-def chat(request: Request, document: str, lines: Any, device: torch.device) -> int:
+def chat(request: ChatOptions, document: str, lines: Any, device: torch.device) -> int:
     """Answer each line; only the first rank reads and prints. lines: a queue of them, or None for stdin."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -57,7 +58,9 @@ def chat(request: Request, document: str, lines: Any, device: torch.device) -> i
     return 0
 
 
-def _session(request: Request, model: Any, tokenizer: Any, document: str, device: torch.device, step: str) -> Session:
+def _session(
+    request: ChatOptions, model: Any, tokenizer: Any, document: str, device: torch.device, step: str
+) -> Session:
     tokens = len(tokenizer(document).input_ids) if document else 0
     if request.load is not None:
         tokens += read_manifest(request.load)["tokens"]

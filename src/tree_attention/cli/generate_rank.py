@@ -19,11 +19,11 @@ from ..group import gather_objects
 from ..hf import TreeCache, can_prefill, prefill
 from ..hf.prefill import CHUNK_TOKENS
 from .exits import say
-from .generate import Request
 from .inputs import check_positions, load_model, prompt_ids, random_ids, reading_bar, sequence_ranks, step_of
+from .options import GenerateOptions
 
 
-def generate(request: Request, document: str, device: torch.device) -> int:
+def generate(request: GenerateOptions, document: str, device: torch.device) -> int:
     """Load, read and write; only the first rank prints. Returns the exit code."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -107,7 +107,7 @@ class _Clock(TextStreamer):
             say(text + ("\n" if stream_end else ""))
 
 
-def _generate(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, cache: TreeCache) -> _Run:
+def _generate(request: GenerateOptions, model: Any, tokenizer: Any, input_ids: Tensor, cache: TreeCache) -> _Run:
     run = _Run()
     first = dist.get_rank() == 0
     if can_prefill(cache):
@@ -125,7 +125,7 @@ def _generate(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, c
     return run
 
 
-def _decoding(request: Request) -> dict[str, Any]:
+def _decoding(request: GenerateOptions) -> dict[str, Any]:
     torch.manual_seed(request.seed)
     how: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "do_sample": request.sample}
     if request.random_weights:
@@ -137,7 +137,7 @@ def _decoding(request: Request) -> dict[str, Any]:
 
 
 def _figures(
-    request: Request, run: _Run, cache: TreeCache, prompt_tokens: int, size: int, device: torch.device
+    request: GenerateOptions, run: _Run, cache: TreeCache, prompt_tokens: int, size: int, device: torch.device
 ) -> dict[str, Any]:
     """The summary; times are the slowest rank's."""
     steps = len(run.token_s) - 1
@@ -155,7 +155,9 @@ def _figures(
     }  # fmt: skip
 
 
-def _verify(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, tokens: list[int]) -> dict[str, Any]:
+def _verify(
+    request: GenerateOptions, model: Any, tokenizer: Any, input_ids: Tensor, tokens: list[int]
+) -> dict[str, Any]:
     """The same on this process alone: transformers' own sdpa attention (or eager) and DynamicCache."""
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # Gemma 2 and GPT-OSS have none
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))

@@ -17,6 +17,7 @@ from ..local import BACKENDS, choose_backend, triton_decode
 from ..local.visibility import Selection
 from ..reduce import ALGORITHMS, choose_algorithm, level_bytes, received_bytes
 from ..reduce.symmetric import link_obstacle
+from .options import InfoOptions
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,14 @@ class Shape:
     masked: bool
 
 
-def info(shape: Shape, as_json: bool) -> int:
+def info(options: InfoOptions) -> int:
     """Print it all; returns the exit code."""
+    shape = Shape(
+        options.nproc, options.batch, options.tokens, options.heads, options.kv_heads, options.head_dim, options.keys,
+        options.dtype, options.masked,
+    )  # fmt: skip
     known = describe(shape)
-    if as_json:
+    if options.as_json:
         sys.stdout.write(json.dumps(known) + "\n")
         return 0
     console = Console()

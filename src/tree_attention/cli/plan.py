@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,50 +16,34 @@ from ..cost.machine import MACHINES, Machine, changed, machine
 from ..cost.model import Model, load_model
 from ..cost.plan import Plan, make_plan, over_contexts
 from ..errors import InputError, Unavailable
+from .options import PlanOptions
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options of `plan`."""
-
-    model: str
-    context: str
-    batch: int
-    gpu: str | None
-    machine: Path | None
-    gpus: int
-    per_node: int | None
-    inside: str | None
-    across: str | None
-    plot: Path | None
-    as_json: bool
-
-
-def plan(request: Request) -> int:
+def plan(options: PlanOptions) -> int:
     """Print the plan; returns the exit code, 1 if nothing fits."""
-    context = tokens_of(request.context)
-    if request.plot is not None and find_spec("matplotlib") is None:
+    context = tokens_of(options.context)
+    if options.plot is not None and find_spec("matplotlib") is None:
         raise Unavailable("plot needs matplotlib: pip install matplotlib")
     try:
-        model = load_model(request.model)
-        on, note = _machine(request)
-        made = make_plan(model, on, context=context, batch=request.batch, gpus=request.gpus)
-        if request.plot is not None:
+        model = load_model(options.model)
+        on, note = _machine(options)
+        made = make_plan(model, on, context=context, batch=options.batch, gpus=options.gpus)
+        if options.plot is not None:
             _draw(
-                over_contexts(model, on, batch=request.batch, gpus=request.gpus),
-                _title(request, model, on),
-                request.plot,
+                over_contexts(model, on, batch=options.batch, gpus=options.gpus),
+                _title(options, model, on),
+                options.plot,
             )
     except ValueError as error:
         raise InputError(str(error)) from None
     made = replace(made, notes=(*made.notes, *([note] if note else [])))
-    if request.as_json:
-        about = {"model": model.name, "context_tokens": context, "batch": request.batch, "machine": asdict(on)}
+    if options.as_json:
+        about = {"model": model.name, "context_tokens": context, "batch": options.batch, "machine": asdict(on)}
         sys.stdout.write(json.dumps(about | made.as_dict()) + "\n")
     else:
-        _print(made, f"{_title(request, model, on)}, {context} tokens each")
+        _print(made, f"{_title(options, model, on)}, {context} tokens each")
     return 0 if made.fewest is not None else 1
 
 
@@ -71,20 +55,20 @@ def tokens_of(text: str) -> int:
     return round(float(found[1]) * UNITS[found[2]])
 
 
-def _machine(request: Request) -> tuple[Machine, str]:
+def _machine(options: PlanOptions) -> tuple[Machine, str]:
     """The preset or the calibration, and what is to be said of it."""
-    if (request.gpu is None) == (request.machine is None):
+    if (options.gpu is None) == (options.machine is None):
         raise ValueError(f"name one of --gpu ({', '.join(MACHINES)}) and --machine FILE")
-    how: Any = {"per_node": request.per_node, "inside": request.inside, "across": request.across}
-    if request.gpu is not None:
-        return machine(request.gpu, **how), ""
-    assert request.machine is not None
-    found = load_calibration(request.machine)
+    how: Any = {"per_node": options.per_node, "inside": options.inside, "across": options.across}
+    if options.gpu is not None:
+        return machine(options.gpu, **how), ""
+    assert options.machine is not None
+    found = load_calibration(options.machine)
     return changed(found.machine, **how), f"constants measured on {found.hardware}, {found.date}"
 
 
-def _title(request: Request, model: Model, on: Machine) -> str:
-    return f"{model.name} on up to {request.gpus} x {on.name}, {on.per_node} a node: {request.batch} sequence(s)"
+def _title(options: PlanOptions, model: Model, on: Machine) -> str:
+    return f"{model.name} on up to {options.gpus} x {on.name}, {on.per_node} a node: {options.batch} sequence(s)"
 
 
 def _print(made: Plan, title: str) -> None:
