@@ -395,6 +395,19 @@ def test_saves_of_other_layers(pool, tmp_path, name, max_tokens):
             assert found == [alone[1:]] * ranks
 
 
+def briefly_asked(group, name):
+    """A first question shorter than a block, and an answer that ends within it; then one that goes on."""
+    session = Session.open(tiny(name, "tree_attention"), tokenizer(), group, block_tokens=16)
+    list(session.ask("W", max_new_tokens=2, do_sample=False, eos_token_id=None))
+    session.read("")
+    return session.tokens[0].tolist(), ask(session, "What is this?")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", STATEFUL])
+def test_ranks_may_have_no_tokens(pool, name):
+    assert pool.run(briefly_asked, name, ranks=3) == [briefly_asked(None, name)] * 3
+
+
 def branches(group):
     """A fork, the original, and the original taken back, each asked the same."""
     session = opened(group, "llama")

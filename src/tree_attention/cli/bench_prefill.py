@@ -16,9 +16,10 @@ from ..errors import InputError
 from .bench import numbers
 from .bench_decode import PLAIN_MEMORY
 from .bench_steps import publish, surroundings_of, ways_of
-from .inputs import load_model, reading_bar
 from .launch import run_on_ranks
+from .models import load_model
 from .options import BenchPrefillOptions
+from .terminal import reading_bar
 
 
 def bench_prefill(options: BenchPrefillOptions) -> int:

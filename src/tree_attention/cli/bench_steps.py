@@ -18,8 +18,8 @@ from ..bench.steps import SPLIT_WAYS, WAYS, measure
 from ..errors import InputError
 from .bench import numbers
 from .bench_decode import PLAIN_MEMORY
-from .inputs import load_model
 from .launch import run_on_ranks
+from .models import load_model
 from .options import BenchStepsOptions
 
 

@@ -52,6 +52,20 @@ class ChatTemplate:
         """Return a template that adds nothing but the token that starts every text, if the tokenizer has one."""
         return cls(_text_start(tokenizer), answer_prefix="")
 
+    def prefix(self, *, started: bool, in_question: bool) -> str:
+        """Return the text before what is read next.
+
+        started: there is text before it. in_question: that text is part of the same user message.
+        """
+        if in_question:
+            return ""
+        return self.next_prefix if started else self.opening
+
+    def question(self, prompt: str, *, started: bool, in_question: bool) -> str:
+        """Return a question with the text around it; arguments as in `prefix`. An empty one adds no separator."""
+        before = self.separator if in_question and prompt else self.prefix(started=started, in_question=in_question)
+        return before + prompt + self.answer_prefix
+
 
 def _text_start(tokenizer: Any) -> str:
     return tokenizer.decode(tokenizer("").input_ids[:1])

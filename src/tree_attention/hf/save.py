@@ -6,8 +6,8 @@
     ... -tensor-1.safetensors                   either, of a model split by tensor parallelism: the heads of its rank 1
 
 A save is a new sub-folder. current.json is replaced, in one step of the file system, when every rank has written its
-files and they are on the disk; whatever happens before, the last save is as it was. Older saves go last, and nothing
-else does: what lies in the folder besides is the user's. The folder must be one that all ranks see.
+files and they are on the disk; whatever happens before, the last save is as it was. Then older saves are deleted, and nothing else.
+All ranks must see the folder.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ CURRENT = "current.json"
 NAME = re.compile(r"[0-9a-f]{32}")
 FILE = re.compile(r"layer-\d+(-rank-\d+)?(-tensor-\d+)?\.safetensors")
 SAMPLES = 64  # of each weight
-# What a configuration says besides what the model computes, with what every configuration has.
+# Config fields that do not affect outputs.
 NO_MATTER = {
     "attention_dropout", "bos_token_id", "distributed_config", "eos_token_id", "initializer_range",
     "output_router_logits", "pad_token_id", "pretraining_tp", "quantization_config", "router_aux_loss_coef",
@@ -183,10 +183,9 @@ def load_cache(
     try:
         for index, layer in enumerate(cache.layers):
             _fill(layer, index, folder / manifest["name"], manifest, device, tensor)
-    except (OSError, SafetensorError, InputError) as error:
-        fault = f"rank {placement.rank}: {error}"
-    except Exception as error:  # as when saving
-        fault = f"rank {placement.rank}: {type(error).__name__}: {error}"
+    except Exception as error:  # the vote below raises on every rank what one rank met
+        expected = isinstance(error, OSError | SafetensorError | InputError)
+        fault = f"rank {placement.rank}: {error if expected else f'{type(error).__name__}: {error}'}"
     placement.moved = True
     _vote(fault, [placement.group, tensor])
 

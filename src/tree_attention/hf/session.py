@@ -98,7 +98,8 @@ class Session:
             on_progress: as in `prefill`.
         """
         self._finish()
-        tokens = torch.cat([self.tokens, self._encode(self._message_prefix()), self._encode(text)], 1)
+        prefix = self.template.prefix(started=self.tokens.shape[1] > 0, in_question=self.in_question)
+        tokens = torch.cat([self.tokens, self._encode(prefix), self._encode(text)], 1)
         self.cache.placement.check_room(tokens.shape[1])
         with undone_on_error(self.cache):
             self._feed(tokens, chunk_tokens, on_progress)
@@ -136,7 +137,7 @@ class Session:
             raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if max_new_tokens != configured:
             generate_kwargs["max_new_tokens"] = max_new_tokens
-        tokens = torch.cat([self.tokens, self._encode(self._question(prompt))], 1)
+        tokens = torch.cat([self.tokens, self._question(prompt)], 1)
         self.cache.placement.check_room(tokens.shape[1] + max_new_tokens - 1)
 
         def keep(written: Tensor) -> None:
@@ -147,6 +148,11 @@ class Session:
 
         self.answer = Answer(generate, self.tokenizer, keep, on_token)
         return self.answer
+
+    def count_tokens(self, prompt: str) -> int:
+        """Return the number of tokens that `ask(prompt)` reads before it writes."""
+        self._finish()
+        return self._question(prompt).shape[1]
 
     @torch.inference_mode(False)
     def fork(self) -> "Session":
@@ -269,16 +275,10 @@ class Session:
         ended = int(written[0, -1]) in ends and written.shape[1] > tokens.shape[1]
         return written[:, : written.shape[1] - ended]
 
-    def _message_prefix(self) -> str:
-        """Return the text before what is read next."""
-        if self.in_question:
-            return ""
-        return self.template.next_prefix if self.tokens.shape[1] else self.template.opening
-
-    def _question(self, prompt: str) -> str:
-        """Return a question with the text around it."""
-        separator = self.template.separator if self.in_question and prompt else self._message_prefix()
-        return separator + prompt + self.template.answer_prefix
+    def _question(self, prompt: str) -> Tensor:
+        """Return the token ids `[1, n]` of a question and the text around it."""
+        started = self.tokens.shape[1] > 0
+        return self._encode(self.template.question(prompt, started=started, in_question=self.in_question))
 
     def _encode(self, text: str | Tensor) -> Tensor:
         """Return token ids `[1, n]` on the device."""
