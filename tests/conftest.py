@@ -10,6 +10,8 @@ if not torch.cuda.is_available():  # before anything imports Triton, which looks
 
 from tree_attention.testing import RankPool
 
+pytest.register_assert_rewrite("architectures")
+
 
 def pytest_configure(config):
     """Triton's interpreter turns arrays of one number into numbers; NumPy 2.4 no longer lets it."""
@@ -21,3 +23,11 @@ def pool():
     ranks = RankPool(4)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """The tiny Llama with our attention; a module's tests must not change it."""
+    from architectures import tiny
+
+    return tiny("llama", "tree_attention")

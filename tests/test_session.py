@@ -22,9 +22,10 @@ from architectures import BLOCK, tiny
 from tree_attention import InputError, TreeAttentionError, Unsupported
 from tree_attention.hf import Session, load_tensor_parallel
 from tree_attention.hf import save as saving
-from tree_attention.hf.layers import ReplicatedWindowLayer, ShardedLayer
+from tree_attention.hf.layers import ShardedLayer
 from tree_attention.hf.session import Frame, frame_of
-from tree_attention.hf.tensor import AXES
+from tree_attention.hf.tensor_parallel import AXES
+from tree_attention.hf.window_layer import ReplicatedWindowLayer
 
 TEXT = "".join(f"{i} times {i} is {i * i}. " for i in range(12))
 TEMPLATE = """{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}
@@ -55,10 +56,10 @@ def ask(session, prompt):
 
 def contents(session):
     """What this rank keeps of keys: (slots, numbers) of each layer; of a whole layer its last tokens."""
-    placement, found = session.cache.placement, []
+    ranks, found = session.cache.ranks, []
     for layer in session.cache.layers:
         if isinstance(layer, ShardedLayer):
-            slots = placement.layout.slots(0, layer.length, placement.rank)
+            slots = ranks.slots(0, layer.length)
             found.append((slots, layer.keys[:, :, : layer.held].clone()))
         elif isinstance(layer, ReplicatedWindowLayer):
             layer.from_ring()

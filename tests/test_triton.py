@@ -23,7 +23,7 @@ from tree_attention import InputError, Partial, SymmetricLink, Unavailable, atte
 from tree_attention.decode import choose_path
 from tree_attention.fused import ranks_padded
 from tree_attention.fused_kernels import fused_kernel
-from tree_attention.hf.inductor import COLS, WARPS
+from tree_attention.hf.compile_pass import COLS, WARPS
 from tree_attention.hf.product_kernels import products_kernel
 from tree_attention.local import triton_decode
 from tree_attention.local.triton_decode import _launched, plan, split_arguments, tensors_of

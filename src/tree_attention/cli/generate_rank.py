@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DynamicCache, TextStreamer
 from ..errors import InputError
 from ..group import gather_objects
 from ..hf import TreeCache, can_prefill, prefill
-from ..hf.prefill import CHUNK_TOKENS
+from ..hf.parallel_prefill import CHUNK_TOKENS
 from .exits import say
 from .generate import Request
 from .inputs import check_positions, load_model, prompt_ids, random_ids, reading_bar, sequence_ranks, step_of

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..errors import InputError, TreeAttentionError
 from ..group import Group, gather_objects
 from ..hf import load_tensor_parallel
-from ..hf.tensor import AXES, check_tensor_parallel, sequence_axis
+from ..hf.tensor_parallel import AXES, check_tensor_parallel, sequence_axis
 from ..reduce import TwoLevel
 
 

@@ -32,9 +32,9 @@ from ..errors import InputError, TreeAttentionError
 from ..group import gather_objects, rank_and_size
 from ..layout import Layout
 from .cache import TreeCache
+from .layer_state import export_state, import_state
 from .layers import ShardedLayer
-from .state import set_state, state_of
-from .tensor import tensor_group
+from .tensor_parallel import tensor_group
 
 VERSION = 2
 CURRENT = "current.json"
@@ -83,31 +83,31 @@ def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor:
 
     Raises TreeAttentionError on every rank if one of them could not write; the folder's last save stays.
     """
-    placement, groups = cache.placement, [cache.placement.group, tensor]
+    ranks, groups = cache.ranks, [cache.ranks.group, tensor]
     tensor_rank, tensor_ranks = rank_and_size(tensor)
-    first = placement.rank == 0 and tensor_rank == 0
+    first = ranks.rank == 0 and tensor_rank == 0
     [name] = _from_first([uuid.uuid4().hex], groups)
     here, digests, states, cause = folder / name, {}, {}, None
     fault = _make_folder(here) if first else None
     _vote(fault, groups)
     try:
         for index, layer in enumerate(cache.layers):
-            tensors, states[str(index)] = state_of(layer)
+            tensors, states[str(index)] = export_state(layer)
             if isinstance(layer, ShardedLayer):
-                file = _file(index, placement.rank, tensor)
-            elif tensors and placement.rank == 0:
+                file = _file(index, ranks.rank, tensor)
+            elif tensors and ranks.rank == 0:
                 file = _file(index, None, tensor)
             else:
                 continue
             digests[file] = _write(here / file, save({key: t.contiguous().cpu() for key, t in tensors.items()}))
     except Exception as error:  # the other ranks must not wait, whatever it is: memory is short as well as disks
-        fault, cause = _cannot_write(placement.rank, folder, error), error
+        fault, cause = _cannot_write(ranks.rank, folder, error), error
     gathered = _gathered((fault, digests), groups)
     fault = next((said for said, _ in gathered if said), None)
     if fault is None and first:
         manifest = {
             "version": VERSION, "name": name, "about": about, "tokens": cache.get_seq_length(),
-            "world_size": placement.layout.world_size, "block": placement.layout.block, "states": states,
+            "world_size": ranks.layout.world_size, "block": ranks.layout.block, "states": states,
             "tensor_ranks": tensor_ranks,
             "files": {file: digest for _, its in gathered for file, digest in its.items()},
         }  # fmt: skip
@@ -150,18 +150,17 @@ def load_cache(
     Raises InputError if it has no room, TreeAttentionError on every rank if one cannot read: a file is missing or was
     changed, memory is short.
     """
-    placement = cache.placement
-    placement.check_room(manifest["tokens"])
+    ranks = cache.ranks
+    ranks.check_capacity(manifest["tokens"])
     fault = None
     try:
         for index, layer in enumerate(cache.layers):
             _fill(layer, index, folder / manifest["name"], manifest, device, tensor)
     except (OSError, SafetensorError, InputError) as error:
-        fault = f"rank {placement.rank}: {error}"
+        fault = f"rank {ranks.rank}: {error}"
     except Exception as error:  # as when saving
-        fault = f"rank {placement.rank}: {type(error).__name__}: {error}"
-    placement.moved = True
-    _vote(fault, [placement.group, tensor])
+        fault = f"rank {ranks.rank}: {type(error).__name__}: {error}"
+    _vote(fault, [ranks.group, tensor])
 
 
 def _fill(
@@ -171,10 +170,10 @@ def _fill(
     if not isinstance(layer, ShardedLayer):
         file, state = _file(index, None, tensor), manifest["states"][str(index)]
         tensors = _read(here / file, files[file]) if file in files else {}
-        set_state(layer, {name: tensor.to(device) for name, tensor in tensors.items()}, state)
+        import_state(layer, {name: tensor.to(device) for name, tensor in tensors.items()}, state)
         return
-    saved, mine, rank = Layout(manifest["world_size"], manifest["block"]), layer.placement.layout, layer.placement.rank
-    layer.length, layer.fed = length, 0
+    saved, mine, rank = Layout(manifest["world_size"], manifest["block"]), layer.ranks.layout, layer.ranks.rank
+    layer.count(length)
     for other in [rank] if saved == mine else range(saved.world_size):
         file = _file(index, other, tensor)
         tensors = _read(here / file, files[file])

@@ -15,11 +15,12 @@ from ..errors import InputError, Unsupported
 from ..group import Group, first_fault, resolve_group
 from ..reduce import TwoLevel
 from .cache import TreeCache
-from .layers import ReplicatedWindowLayer, ShardedLayer
-from .prefill import can_prefill, prefill
+from .layer_state import copy_cache, restore_on_error
+from .layers import ShardedLayer
+from .parallel_prefill import can_prefill, prefill
 from .save import check_model, describe, load_cache, read_manifest, save_cache
-from .state import copy_cache, undone_on_error
-from .tensor import check_axes, sequence_axis, tensor_group, tensor_ranks
+from .tensor_parallel import check_axes, sequence_axis, tensor_group, tensor_ranks
+from .window_layer import ReplicatedWindowLayer
 
 MAX_NEW_TOKENS = 512
 STATE_CHUNK_TOKENS = 4096  # of one forward pass that every rank makes alike
@@ -81,8 +82,8 @@ class Session:
         self._finish()
         parts = [self._encoded(self._before()), self._encoded(text)]
         tokens = torch.cat([self.tokens, *parts], 1)
-        self.cache.placement.check_room(tokens.shape[1])
-        with undone_on_error(self.cache):
+        self.cache.ranks.check_capacity(tokens.shape[1])
+        with restore_on_error(self.cache):
             self._feed(tokens, chunk_tokens, on_progress)
         self.tokens, self.in_question = tokens, True
 
@@ -103,7 +104,7 @@ class Session:
             how["max_new_tokens"] = max_new_tokens
         before = "\n\n" if self.in_question else self._before()
         tokens = torch.cat([self.tokens, self._encoded(before + prompt + self.frame.answer)], 1)
-        self.cache.placement.check_room(tokens.shape[1] + max_new_tokens - 1)
+        self.cache.ranks.check_capacity(tokens.shape[1] + max_new_tokens - 1)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         outcome: dict[str, Any] = {}
 
@@ -127,12 +128,7 @@ class Session:
     def fork(self) -> "Session":
         """A second session that goes on from here by itself; its cache is a copy."""
         self._finish()
-        placement = self.cache.placement
-        cache = TreeCache(
-            self.model.config, placement.given, block_tokens=placement.layout.block, max_tokens=placement.max_tokens,
-            step=self.cache.step,
-        )  # fmt: skip
-        copy_cache(self.cache, cache)
+        cache = copy_cache(self.cache)
         return Session(self.model, self.tokenizer, cache, self.tokens.clone(), in_question=self.in_question)
 
     def rewind(self, count: int) -> None:
@@ -191,11 +187,11 @@ class Session:
         if can_prefill(self.cache):
             prefill(self.model, tokens, self.cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
             return
-        check_axes(self.model, self.cache.placement.group)
+        check_axes(self.model, self.cache.ranks.group)
         if chunk_tokens is not None and chunk_tokens < 1:
             raise InputError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
         done, last, chunk_tokens = self.cache.get_seq_length(), tokens.shape[1] - 1, chunk_tokens or STATE_CHUNK_TOKENS
-        self.cache.reserve(max(last, self.cache.placement.reserved))
+        self.cache.reserve(last)
         for start in range(done, last, chunk_tokens):
             stop = min(start + chunk_tokens, last)
             positions = torch.arange(start, stop, device=tokens.device)[None]
@@ -209,7 +205,7 @@ class Session:
         """The text with its answer, which the streamer is given as it is written; in a thread of its own."""
         if tokens.is_cuda:
             torch.cuda.set_device(tokens.device)  # the current device is a thread's own
-        with undone_on_error(self.cache):
+        with restore_on_error(self.cache):
             self._feed(tokens)
             written = self.model.generate(
                 tokens, attention_mask=torch.ones_like(tokens), past_key_values=self.cache, streamer=streamer, **how
