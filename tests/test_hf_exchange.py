@@ -119,8 +119,8 @@ class FakeLink:
             raise Unavailable("too many rows")
         self.rows, self.head_dim = rows, head_dim
 
-    def holds(self, rows, head_dim):
-        return rows <= self.rows and head_dim <= self.head_dim
+    def obstacle(self, spec):
+        return None if spec.rows() <= self.rows and spec.shape[3] <= self.head_dim else "too small"
 
 
 def links_of_steps(group, batches):

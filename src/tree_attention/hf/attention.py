@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decode import add_sinks, tree_decode
+from ..decode import run
 from ..errors import InputError, Unsupported
 from ..local import attend
-from ..partial import Partial
+from ..partial import Partial, add_sinks
+from ..route import resolve
 from .layer_lookup import layer_of
 from .layers import KeyLayer, ShardedLayer
 from .mask import LazyMask, lazy_mask
@@ -56,15 +57,14 @@ def _attend_step(
     layer: KeyLayer, q: Tensor, k: Tensor, v: Tensor, mask: Any, sinks: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
     """A decode step's attention `[B, 1, H, D_v]`; k and v are whole buffers, of which the cursor says what is valid."""
-    cursor, exchange = layer.step_state.step_cursor, layer.exchange
+    cursor = layer.step_state.step_cursor
     mask = mask if isinstance(mask, LazyMask) else lazy_mask()  # a step is never given a tensor
     if isinstance(layer, ShardedLayer):
+        options |= {"mask": cursor.mask_of_shard(mask), "local_seqlens": cursor.held, "sinks": sinks}
+        call, route = resolve(q, k, v, group=layer.exchange.target, backend="auto", algorithm="auto", **options)
         if not torch.compiler.is_compiling():
-            exchange.count_step(q, v)
-        visible = cursor.mask_of_shard(mask)
-        return tree_decode(
-            q, k, v, group=exchange.target, local_seqlens=cursor.held, mask=visible, sinks=sinks, **options
-        )
+            layer.exchange.count(route.received_bytes)
+        return run(call, route, sinks)
     total = attend(q, k, v, mask=cursor.mask_of_ring(mask, k.shape[1]), **options)
     return (total if sinks is None else add_sinks(total, sinks)).out.to(q.dtype)
 

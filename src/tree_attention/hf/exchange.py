@@ -4,14 +4,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedConfig
 
 from ..errors import Unavailable
 from ..group import Group
-from ..partial import Partial
-from ..reduce import Link, SharedMemoryLink, SymmetricLink, TwoLevel, choose_algorithm, received_bytes, tree_reduce
+from ..partial import Partial, PartialSpec, spec_of
+from ..reduce import (
+    Link,
+    SharedMemoryLink,
+    SymmetricLink,
+    TwoLevel,
+    check_no_gradient,
+    resolve_reduction,
+    run_reduction,
+)
 from .cache_ranks import CacheRanks
 from .tensor_parallel import tensor_ranks
 
@@ -29,29 +36,28 @@ class CacheExchange:
     def __init__(self, group: Group | TwoLevel, ranks: CacheRanks, config: PreTrainedConfig) -> None:
         topology = group if isinstance(group, TwoLevel) and len(group.nodes) > 1 else None  # one node: like its group
         self.ranks = ranks
-        self.node_sizes = () if topology is None else tuple(map(len, topology.nodes))
         self.link: Link | None = topology or _shared_memory_link(ranks.group)
-        self.link_pending = topology is None and ranks.layout.world_size > 1  # a SymmetricLink, at the first step
+        self.link_pending = topology is None and ranks.layout.world_size > 1  # a SymmetricLink, made at the first step
         self.heads, self.head_dim = _largest_heads(config)
         self.received_bytes = 0.0
 
     @property
     def target(self) -> Link | ProcessGroup | None:
-        """The argument `group` for `tree_decode` and `tree_reduce`."""
+        """What `tree_decode` and `tree_reduce` take as the group."""
         return self.ranks.group if self.link is None else self.link
 
     def link_for_steps(self, batch: int, device: torch.device) -> bool:
-        """Make a SymmetricLink for steps of `batch` rows if the GPUs support one and there is none yet; True if made.
+        """Make a SymmetricLink for steps of `batch` rows if the GPUs support one and no link fits; True if made.
 
         All ranks call this together before a step, with the same `batch`. A link for fewer rows is replaced.
         """
-        rows = batch * self.heads
         if device.type != "cuda" or not self.link_pending:
             return False
-        if isinstance(self.link, SymmetricLink) and self.link.holds(rows, self.head_dim):
+        spec = PartialSpec((batch, 1, self.heads, self.head_dim), torch.float32, device)
+        if self.link is not None and self.link.obstacle(spec) is None:
             return False
         try:
-            self.link = SymmetricLink(self.ranks.group, rows=rows, head_dim=self.head_dim, timeout_s=TIMEOUT_S)
+            self.link = SymmetricLink(self.ranks.group, rows=spec.rows(), head_dim=self.head_dim, timeout_s=TIMEOUT_S)
         except Unavailable:  # on every rank alike
             self.link_pending = False
             return False
@@ -59,31 +65,14 @@ class CacheExchange:
 
     def reduce(self, partial: Partial) -> Partial:
         """Merge the partials of all ranks, and count the bytes."""
-        self._count(partial)
-        return tree_reduce(partial, self.target)
-
-    def count_step(self, q: Tensor, v: Tensor) -> None:
-        """Count the bytes of one `tree_decode` of q `[B, T, H, D]` with values of `v`'s head dim, over `target`."""
-        out = q.new_empty(1, dtype=torch.promote_types(q.dtype, torch.float32))
-        self._count(Partial(out.expand(*q.shape[:3], v.shape[3]), out.expand(q.shape[:3])))
+        reduction = resolve_reduction(spec_of(partial), self.target, "auto")
+        check_no_gradient(reduction.world_size, *partial)
+        self.count(reduction.received_bytes)
+        return run_reduction(partial, reduction)
 
     def count(self, received: float) -> None:
-        """Count bytes that were received outside of `reduce`, such as keys during prefill."""
+        """Count bytes that this rank received."""
         self.received_bytes += received
-
-    def _count(self, partial: Partial) -> None:
-        linked = self.link is not None and self.link.fits(partial)
-        size, nodes = self.ranks.layout.world_size, self.node_sizes
-        device_type = partial.out.device.type
-        algorithm = choose_algorithm(device_type, size, linked=linked, nodes=len(nodes))
-        self.received_bytes += received_bytes(
-            algorithm,
-            rows=partial.lse.numel(),
-            head_dim=partial.out.shape[3],
-            world_size=size,
-            itemsize=partial.out.itemsize,
-            node_sizes=nodes,
-        )
 
 
 def _largest_heads(config: Any) -> tuple[int, int]:
