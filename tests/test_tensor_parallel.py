@@ -20,7 +20,7 @@ from tree_attention import InputError, TreeAttentionError, Unsupported
 from tree_attention.cli.models import load_model
 from tree_attention.cost.model import model_of
 from tree_attention.hf import Session, TreeCache, load_tensor_parallel, prefill
-from tree_attention.hf.tensor import AXES, check_tensor_parallel
+from tree_attention.hf.tensor_parallel import AXES, check_tensor_parallel
 
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 TOLERANCE = 2e-5  # as in test_hf.py
@@ -63,15 +63,13 @@ def assert_like_one_process(results, tokens, logits):
 
 def written(model, mesh, padded, reading, static, step="captured"):
     ids, mask = prompt(padded)
-    cache = TreeCache(
-        model.config, mesh["sequence"], block_tokens=BLOCK, max_tokens=TOKENS + NEW_TOKENS - 1 if static else None
-    )
-    cache.step = step
+    max_tokens = TOKENS + NEW_TOKENS - 1 if static else None
+    cache = TreeCache(model.config, mesh["sequence"], block_tokens=BLOCK, max_tokens=max_tokens, step=step)
     how = {"prefill_chunk_size": 16} if reading == "chunked" else {}
     if reading == "parallel":
         prefill(model, ids, cache, attention_mask=mask if padded else None, chunk_tokens=24)
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, **how, **GREEDY)
-    assert bool(cache.steps) == static
+    assert bool(cache.captured_steps) == static
     return out.sequences, torch.stack(out.logits)
 
 
@@ -150,7 +148,7 @@ def drawn_tokens(group, folder, use_cache):
     torch.manual_seed(100 + rank)
     out = model.generate(ids, attention_mask=mask, **GREEDY | {"do_sample": True, "use_cache": use_cache})
     if group and use_cache:
-        assert out.past_key_values.placement.group.size() == 2
+        assert out.past_key_values.ranks.group.size() == 2
     return out.sequences, torch.stack(out.logits)
 
 

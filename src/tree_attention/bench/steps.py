@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import Unsupported
 from ..group import first_fault, gather_objects
 from ..hf import TreeCache
-from ..hf.tensor import sequence_axis, tensor_ranks
+from ..hf.tensor_parallel import sequence_axis, tensor_ranks
 
 WAYS = ("ours eager", "ours captured", "ours compiled", "stock eager", "stock compiled")
 SPLIT_WAYS = WAYS[:3]  # of a model that is split over ranks: ours
@@ -118,8 +118,7 @@ def _filled(model: Any, context: int, way: str, room: int) -> Any:
             layer.values.normal_()
             layer.cumulative_length.fill_(context)
     else:
-        cache = TreeCache(model.config, sequence_axis(model), max_tokens=room)
-        cache.step = way.removeprefix("ours ")
+        cache = TreeCache(model.config, sequence_axis(model), max_tokens=room, step=way.removeprefix("ours "))
         for layer in cache.layers:
             layer.lazy_initialization(first, first)
             layer.grow(1)
@@ -140,8 +139,7 @@ def _here_bytes(weight: Any) -> int:
 
 def _held_bytes(cache: Any, context: int) -> int:
     """Of the keys and values of `context` tokens on this rank."""
-    placement = getattr(cache, "placement", None)
-    held = context if placement is None else placement.layout.local_length(context, placement.rank)
+    held = cache.ranks.held(context) if hasattr(cache, "ranks") else context
     return sum(buffer[:, :, :1].nbytes * held for layer in cache.layers for buffer in (layer.keys, layer.values))
 
 

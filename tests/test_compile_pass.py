@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch.nn.functional import linear
 
 from tree_attention import Partial
-from tree_attention.hf import sums
-from tree_attention.hf.inductor import COLS, TOGETHER, StepPass, products
+from tree_attention.hf import link_sums
+from tree_attention.hf.compile_pass import COLS, MAX_TOGETHER, StepPass, products
 from tree_attention.hf.step import install_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -83,9 +83,9 @@ def test_what_is_not_one_vector_stays_with_the_library():
 
 
 def test_many_products_are_several_launches():
-    x, *weights = drawn((1, 24), *[(2, 24)] * (TOGETHER + 1))
+    x, *weights = drawn((1, 24), *[(2, 24)] * (MAX_TOGETHER + 1))
     found, watched = compiled(lambda x, *weights: torch.cat([linear(x, w) for w in weights]), x, *weights)
-    assert (watched.together, watched.left) == ([TOGETHER, 1], 0)
+    assert (watched.together, watched.left) == ([MAX_TOGETHER, 1], 0)
     assert_close(found, torch.cat([linear(x, w) for w in weights]))
 
 
@@ -144,7 +144,7 @@ def group():
 def test_small_sums_go_through_the_link(group, monkeypatch):
     x, w, small = drawn((1, 1, 24), (40, 24), (2, 1, 24))
     mirror = Mirror(3)
-    monkeypatch.setitem(sums._links, group.group_name, (mirror, torch.zeros(sums.ROWS, device=DEVICE)))
+    monkeypatch.setitem(link_sums._links, group.group_name, (mirror, torch.zeros(link_sums.ROWS, device=DEVICE)))
     (total, more), watched = compiled(split_layer, x, w, small.clone(), sums_over=group.group_name)
     assert (watched.together, watched.sums, mirror.calls) == ([1], 0, 2)
     assert_close(total, 3 * linear(x, w))
@@ -152,10 +152,10 @@ def test_small_sums_go_through_the_link(group, monkeypatch):
 
 
 def test_other_sums_stay_with_the_library(group, monkeypatch):
-    monkeypatch.setattr(sums, "ROWS", 2)  # of gcd(8, 128) = 8 numbers, over 3 - 1
+    monkeypatch.setattr(link_sums, "ROWS", 2)  # of gcd(8, 128) = 8 numbers, over 3 - 1
     x, w, small = drawn((1, 1, 24), (8, 24), (2, 1, 8))
     mirror = Mirror(3)
-    monkeypatch.setitem(sums._links, group.group_name, (mirror, torch.zeros(8, device=DEVICE)))
+    monkeypatch.setitem(link_sums._links, group.group_name, (mirror, torch.zeros(8, device=DEVICE)))
     (_, more), watched = compiled(split_layer, x, w, small.clone(), sums_over=group.group_name)
     assert (watched.sums, mirror.calls) == (1, 1)
     assert_close(more, small + 1)
@@ -172,7 +172,7 @@ def odd_sums(x):
 
 def test_sums_of_odd_tensors(group, monkeypatch):
     (x,) = drawn((4, 6, 8))
-    monkeypatch.setitem(sums._links, group.group_name, (Mirror(2), torch.zeros(sums.ROWS, device=DEVICE)))
+    monkeypatch.setitem(link_sums._links, group.group_name, (Mirror(2), torch.zeros(link_sums.ROWS, device=DEVICE)))
     (across, whole, exact), watched = compiled(odd_sums, x, sums_over=group.group_name)
     assert watched.sums == 2  # a scalar and float64 are the library's, one rank's own
     assert_close(across, 4 * x.transpose(0, 1))
@@ -182,11 +182,11 @@ def test_sums_of_odd_tensors(group, monkeypatch):
 
 def test_a_link_ends_with_its_group(group, monkeypatch):
     first, second = Mirror(2), Mirror(2)
-    monkeypatch.setattr(sums, "_links", {"a": (first, None), "b": (second, None)})
+    monkeypatch.setattr(link_sums, "_links", {"a": (first, None), "b": (second, None)})
     install_step(torch.nn.Linear(1, 1))
     dist.destroy_process_group(dist.GroupMember.NON_GROUP_MEMBER)  # of a group that this rank is not in
-    assert list(sums._links) == ["a", "b"]
-    sums.close_links(first.group)
-    assert list(sums._links) == ["b"]
-    sums.close_links(None)
-    assert not sums._links
+    assert list(link_sums._links) == ["a", "b"]
+    link_sums.close_links(first.group)
+    assert list(link_sums._links) == ["b"]
+    link_sums.close_links(None)
+    assert not link_sums._links

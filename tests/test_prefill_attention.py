@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tree_attention import Layout, attend
-from tree_attention.hf import chunk
+from tree_attention.hf import prefill_attention
 from tree_attention.partial import Partial
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 
@@ -21,14 +21,14 @@ def of_a_rank(group, shape, block, start, passed, causal_only, scale=SCALE):
     def build(query_slots, key_slots):
         return (key_slots[None, :] <= query_slots[:, None])[None, None]
 
-    chunk.choose_pass, choose = (lambda *_: passed), chunk.choose_pass
+    prefill_attention.choose_pass, choose = (lambda *_: passed), prefill_attention.choose_pass
     try:
-        partial, received = chunk.attend_chunk(
+        partial, received = prefill_attention.attend_chunk(
             q[:, mine], k[:, held], v[:, held], chunk=(start, stop), layout=layout, group=group, build_mask=build,
             causal_only=causal_only, scale=scale, softcap=None,
         )  # fmt: skip
     finally:
-        chunk.choose_pass = choose
+        prefill_attention.choose_pass = choose
     return partial.out, partial.lse, mine, received
 
 
@@ -64,8 +64,8 @@ def test_merge_rows_is_merge():
     lse[0, :, 1], lse[:, :, 2] = -torch.inf, -torch.inf
     out[lse == -torch.inf] = 0.0
     out[2, :, :3], lse[2, :, :3] = 0.0, -torch.inf
-    expected = chunk.merge(Partial(out, lse))
-    actual = chunk.merge_rows([(0, Partial(out[0].clone(), lse[0])), (0, Partial(out[1], lse[1])),
+    expected = prefill_attention.merge(Partial(out, lse))
+    actual = prefill_attention.merge_rows([(0, Partial(out[0].clone(), lse[0])), (0, Partial(out[1], lse[1])),
                                (3, Partial(out[2, :, 3:], lse[2, :, 3:]))])  # fmt: skip
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
     assert torch.equal(actual.lse == -torch.inf, expected.lse == -torch.inf)
