@@ -24,9 +24,15 @@ def of_a_rank(group, shape, block, start, passed, causal_only, scale=SCALE):
     prefill_attention.choose_pass, choose = (lambda *_: passed), prefill_attention.choose_pass
     try:
         partial, received = prefill_attention.attend_chunk(
-            q[:, mine], k[:, held], v[:, held], chunk=(start, stop), layout=layout, group=group, build_mask=build,
-            causal_only=causal_only, scale=scale, softcap=None,
-        )  # fmt: skip
+            q[:, mine],
+            k[:, held],
+            v[:, held],
+            (start, stop),
+            layout,
+            group,
+            None if causal_only else build,
+            {"scale": scale, "softcap": None},
+        )
     finally:
         prefill_attention.choose_pass = choose
     return partial.out, partial.lse, mine, received
