@@ -170,19 +170,19 @@ class ShardedLayer(KeyLayer):
         self.step_state.invalidate_cursor()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.is_initialized:
-            self.batch_select_indices(beam_idx.to(self.device))
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self._replace(self.keys[indices], self.values[indices])
+        self._change_rows(lambda buffer: buffer[indices.to(buffer.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._replace(*(t.repeat_interleave(repeats, 0) for t in (self.keys, self.values)))
+        self._change_rows(lambda buffer: buffer.repeat_interleave(repeats, 0))
 
-    def _replace(self, keys: Tensor, values: Tensor) -> None:
-        """Write to the same memory if the batch size is the same."""
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Write to the same memory if the batch size stays the same."""
+        if not self.is_initialized:
+            return
+        keys, values = change(self.keys), change(self.values)
         if keys.shape == self.keys.shape:
             self.keys.copy_(keys)
             self.values.copy_(values)
