@@ -118,7 +118,7 @@ def assert_like_one_process(results, tokens, logits):
 
 
 def break_off(model, layer, turn):
-    """Let pass number `turn` end as by Ctrl-C in a layer, behind its attention."""
+    """Interrupt forward pass number `turn` in a layer, after its attention, as Ctrl-C would."""
 
     def interrupt(*_):
         if next(turns) == turn:

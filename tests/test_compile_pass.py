@@ -1,4 +1,4 @@
-"""The pass over a compiled step: products of one vector by our kernel, sums over ranks through a link."""
+"""The pass over a compiled step's graph: our kernel multiplies one vector, and a link sums over ranks."""
 
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Watched(StepPass):
-    """Keeps how many products each launch has, and how many products and sums are left to the library."""
+    """Records the number of products in each launch, and of products and sums that are not replaced."""
 
     def __call__(self, graph):
         super().__call__(graph)
@@ -28,11 +28,11 @@ class Watched(StepPass):
         self.sums = len(graph.find_nodes(target=torch.ops._c10d_functional.all_reduce.default, **named))
 
     def uuid(self):
-        """Always run, never from inductor's cache."""
+        """Always run the pass, and never use inductor's cache."""
 
 
 def compiled(function, *arguments, sums_over=None):
-    """Its result as torch.compile has it with the pass, and the pass."""
+    """Return the result of a function that was compiled with the pass, and the pass."""
     torch._dynamo.reset()
     watched = Watched(sums_over, DEVICE)
     options = {"deterministic": True, "post_grad_custom_pre_pass": watched}
@@ -41,7 +41,7 @@ def compiled(function, *arguments, sums_over=None):
 
 
 def assert_close(found, expected):
-    """Of half precision, rounded here and there in another order."""
+    """Compare half-precision results that were rounded at different places."""
     assert found.dtype == torch.float16
     assert (found - expected).abs().max() <= 4e-3 * expected.abs().max()
 
@@ -63,7 +63,7 @@ def test_every_row_of_every_weight(K, dtype):
 
 
 def layer(x, q, k, v, bias, down):
-    """Two products that share a vector, one with a bias, one of what comes of them."""
+    """Three products that share a vector, one with a bias, and one product of their result."""
     together = torch.cat([linear(x, q), linear(x, k), linear(x, v, bias)], -1)
     return linear(together.sin(), down)
 
@@ -114,7 +114,7 @@ def test_a_double_weight_stays_with_the_library():
 
 @dataclass
 class Mirror:
-    """Stands for a link between ranks that all have the same numbers; test_gpu.py has real ones."""
+    """Replaces a link between ranks that all have the same numbers; test_gpu.py has real ones."""
 
     world_size: int
     calls: int = 0

@@ -58,7 +58,7 @@ def test_one_process_without_a_group(tmp_path):
 
 
 def with_long_padding(group, name):
-    """Padding over more than a chunk: whole chunks in which a row has no key to attend to."""
+    """Padding longer than a chunk: in whole chunks a row has no key to attend to."""
     ids, mask = prompt(padded=True)
     mask[1, :40], ids[1, :40] = 0, 0
     model = tiny(name, "tree_attention" if group else "eager")

@@ -1,4 +1,4 @@
-"""What a TreeCache holds: its share of the tokens, across turns, and after a forward pass was interrupted."""
+"""What a TreeCache holds: its share of the tokens, over several turns, and after an interrupted forward pass."""
 
 import itertools
 from unittest import mock
@@ -25,7 +25,7 @@ from tree_attention.layout import Layout
 
 
 def what_is_held(group, name, reserved):
-    """Of each layer the keys this rank holds, and what is allocated."""
+    """Return the keys of each layer that this rank holds, and the bytes that are allocated."""
     ids, mask = prompt(False)
     model = tiny(name, "tree_attention" if group else "eager")
     cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
@@ -62,7 +62,7 @@ STEPS = [5000, 1, 3, 7000, *[1] * 300]
 
 
 def grow(group):
-    """Bytes allocated after each step."""
+    """Return the bytes that are allocated after each update."""
     config, taken = tiny("llama", "tree_attention").config, []
     config.num_hidden_layers = 1
     cache = TreeCache(config, group, block_tokens=BLOCK)
@@ -83,7 +83,7 @@ def test_growth_is_rare_and_leaves_a_64th_unused_at_most(pool):
 
 
 def three_turns(group, name, static=False):
-    """The text grows by 20 tokens between turns; -> it, logits, what the cache held after each, progress."""
+    """The text grows by 20 tokens between turns. Return it, the logits, the lengths after each turn, the progress."""
     ids, mask = (t[:, :58] for t in prompt(padded=name == "gemma2"))
     model = tiny(name, "tree_attention" if group else "eager")
     cache = DynamicCache(config=model.config)
@@ -140,7 +140,7 @@ def test_a_cache_can_be_reset(pool, max_tokens):
 
 
 def read_again(group, name):
-    """A second prefill ends within its second chunk, and is called again; what the cache held between."""
+    """A second prefill fails in its second chunk and is repeated. Return also the lengths in between."""
     ids, mask = prompt(False)
     model = tiny(name, "tree_attention")
     cache = TreeCache(model.config, group, block_tokens=BLOCK)
@@ -182,7 +182,7 @@ def test_a_cache_that_a_pass_broke_off_in_is_refused():
 
 
 def test_a_layer_without_memory_has_read_nothing(llama):
-    """Else its tokens would be missing, and every length say that they are there."""
+    """Otherwise its tokens would be missing although its length says that they are there."""
     ids, cache = prompt(False)[0], TreeCache(llama.config)
     with mock.patch.object(cache.layers[-1], "grow", side_effect=MemoryError), pytest.raises(MemoryError):
         llama(ids, past_key_values=cache)
@@ -213,7 +213,7 @@ def test_caches_that_differ_are_refused_on_every_rank(pool):
 
 
 def stock_attention_on_ranks(group):
-    """A TreeCache in a model that was loaded with another attention would see this rank's keys alone."""
+    """With another attention implementation a model would only see this rank's keys."""
     ids, mask = prompt(False)
     model = tiny("llama", "sdpa")
     cache = TreeCache(model.config, group, block_tokens=BLOCK)

@@ -1,4 +1,4 @@
-"""The exchange between the ranks of a cache: its links, and that what is counted as received is what was received."""
+"""The exchange between the ranks of a cache: its links, and that the bytes it counts are those received."""
 
 import math
 from unittest import mock
@@ -25,7 +25,7 @@ from tree_attention.testing import record_traffic
 
 
 def traffic(group, name, reading, way):
-    """Reading: received_bytes and calls; generate: received_bytes, calls, bytes handed to shared memory; the tokens."""
+    """Return bytes and calls of reading; bytes, calls and bytes put into shared memory of `generate`; the tokens."""
     ids, mask = prompt(False)
     model = tiny(name, "tree_attention")
     cache = TreeCache(model.config, group, block_tokens=BLOCK)
@@ -110,7 +110,7 @@ def test_a_static_cache_counts_what_it_receives(pool):
 
 
 class FakeLink:
-    """Stands for a SymmetricLink, which needs GPUs; test_gpu.py has real ones."""
+    """Replaces SymmetricLink, which needs GPUs; test_gpu.py has real ones."""
 
     limit = 100
 
@@ -124,9 +124,9 @@ class FakeLink:
 
 
 def links_of_steps(group, batches):
-    """For each batch size whether a step on GPUs makes a link, and the rows and head dim of the link then.
+    """Return for each batch size whether a step on GPUs makes a link, and that link's rows and head dim.
 
-    The group has gloo, as many groups of GPUs have beside NCCL, so the cache begins with a link for CPU tensors.
+    The group has gloo, like many groups of GPUs, so the cache starts with a link for CPU tensors.
     """
     made = []
     with mock.patch.object(exchange, "SymmetricLink", FakeLink):
@@ -146,7 +146,7 @@ def test_steps_on_gpus_make_a_link_that_holds_them(pool):
 
 
 def steps_with_links(batches):
-    """Batch sizes for which the steps of one cache ask for a link, the captured steps afterwards, and the tokens."""
+    """Return the batch sizes for which the steps of one cache ask for a link, and the tokens."""
     model, asked, written = tiny("llama", "tree_attention"), [], []
     cache = TreeCache(model.config, max_tokens=TOKENS + NEW_TOKENS)
     with mock.patch.object(cache.exchange, "link_for_steps", side_effect=lambda batch, device: asked.append(batch)):
@@ -158,7 +158,7 @@ def steps_with_links(batches):
 
 
 def test_a_cache_asks_for_a_link_when_the_batch_changes():
-    """Before the first step of each `generate`, and never within it."""
+    """It asks before the first step of each `generate`, and in no later step."""
     asked, written = steps_with_links([1, 2])
     assert asked == [1, 2]
     tokens = one_process("llama", False)[0]
@@ -167,7 +167,7 @@ def test_a_cache_asks_for_a_link_when_the_batch_changes():
 
 
 def counted_and_received_by_larger_steps(group):
-    """A link for steps of one row; after `reset`, steps of two rows. Bytes counted, and bytes that arrived."""
+    """The link holds steps of one row; after `reset` there are two. Return bytes counted and bytes received."""
     ids, model = prompt(padded=False)[0], tiny("llama", "tree_attention")
     layers, width = RESULTS_OF_A_STEP["llama"]
     cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=TOKENS + NEW_TOKENS)
@@ -188,7 +188,7 @@ def test_steps_that_do_not_fit_the_link_are_counted_as_they_ran(pool):
 
 
 def counted_and_received(group, max_tokens, capacity_bytes):
-    """Bytes that the cache counted, and bytes of the `recv` calls that really ran."""
+    """Return the bytes that the cache counted, and the bytes of the `recv` calls that ran."""
     ids, mask = prompt(padded=False)
     model = tiny("llama", "tree_attention")
     cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=max_tokens)

@@ -23,7 +23,7 @@ WAYS = {
 
 
 def write(group, name, way, static=False):
-    """Each rank with a seed of its own, without naming a cache; also the cache's type, and the crops that cut it."""
+    """Generate with a different seed on each rank. Return also the cache's type and the number of crops."""
     ids, mask = prompt(padded=True)
     if way == "prompt lookup":  # one row, which says a few things again and again
         ids, mask = ids[:1, :20].repeat(1, 4), torch.ones(1, 80, dtype=torch.long)
@@ -60,7 +60,7 @@ def test_ways_of_writing_with_a_static_cache(pool, name, way):
 
 @pytest.mark.parametrize("way", ["prompt_lookup_num_tokens", "assistant_model"])
 def test_assisted_decoding_refuses_a_filled_cache(llama, way):
-    """transformers would feed it the whole text again, its own caches too, and write other tokens."""
+    """transformers would feed the whole text again, to its own caches too, and generate other tokens."""
     ids, cache = prompt(False)[0][:1], TreeCache(llama.config)
     prefill(llama, ids, cache)
     held, how = cache.get_seq_length(), {way: llama if way == "assistant_model" else 3}
@@ -102,7 +102,7 @@ def test_windows_of_an_assistant_are_rolled_back():
 
 
 def chunked_after_a_turn(group):
-    """prefill_chunk_size with a cache that holds tokens; -> tokens, or the error's text."""
+    """Use prefill_chunk_size with a cache that holds tokens. Return the tokens, or the text of the error."""
     ids, mask = prompt(False)
     model = tiny("llama", "tree_attention")
     cache = TreeCache(model.config, group, block_tokens=BLOCK)

@@ -10,7 +10,7 @@ from tree_attention.hf import TreeCache
 
 
 def with_mask_by_hand(group, name):
-    """A 4-D mask: both directions in the first 20 slots, causal after, and holes; for the prompt and for a step."""
+    """Pass a 4-D mask to the prompt and to a step: bidirectional in the first 20 slots, then causal, with holes."""
     ids, _ = prompt(False)
     q_slot, k_slot = torch.arange(TOKENS + 1)[:, None], torch.arange(TOKENS + 1)[None, :]
     visible = torch.rand(2, 1, TOKENS + 1, TOKENS + 1, generator=torch.Generator().manual_seed(2)) < 0.7
@@ -50,7 +50,7 @@ def test_a_mask_by_head_is_refused(llama):
 
 @pytest.mark.slow
 def test_a_mask_over_more_than_a_window_is_refused():
-    """Transformers' own attention raises here too: in a step, a window's keys are the last 12 slots, not the first."""
+    """transformers' own attention raises here too: a window's keys are the last 12 slots, not the first."""
     model = tiny("gemma2", "tree_attention")
     cache = TreeCache(model.config)
     model(prompt(False)[0], past_key_values=cache)

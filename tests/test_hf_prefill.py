@@ -13,7 +13,7 @@ from tree_attention.hf import prefill_attention as chunk
 
 
 def with_pass(group, name, which):
-    """Parallel prefill with one of the passes, or what choose_pass says (None); and what it said."""
+    """Run parallel prefill with one pass, or with choose_pass (None). Return also the passes that were chosen."""
     said, choose = [], chunk.choose_pass
 
     def spy(*args):

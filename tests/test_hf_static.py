@@ -1,4 +1,4 @@
-"""Static caches: steps by the cursor, compiled whole, interrupted, captured again, in memory that stays in place."""
+"""Static caches: steps through the cursor, compiled, interrupted and repeated, in memory that stays in place."""
 
 import copy
 import functools
@@ -34,7 +34,7 @@ from tree_attention.layout import Layout
     [("llama", False), *((name, True) for name in ("llama", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next"))],
 )
 def test_torch_compile_takes_a_step_whole(monkeypatch, name, padded):
-    """One graph for all steps and without a break, which fullgraph would not let pass."""
+    """One graph serves all steps. With fullgraph a graph break raises."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
@@ -60,7 +60,7 @@ def test_one_compiled_step_for_caches_of_any_size(monkeypatch):
 
 
 def within_a_window(group, max_tokens):
-    """A text that does not fill a window of 12 before the last tokens."""
+    """The text fills a window of 12 only with its last tokens."""
     ids, _ = prompt(padded=False)
     model = tiny("gemma2", "tree_attention" if group else "eager")
     cache = DynamicCache(config=model.config)
@@ -75,7 +75,7 @@ def test_a_window_that_is_not_full(pool):
 
 
 def test_a_static_cache_reads_another_mask(llama):
-    """As of a row that ended early, whose last tokens are hidden while the other row goes on."""
+    """For example if a row ended early, and its last tokens are hidden while the other row goes on."""
     results = []
     for max_tokens in (None, 80):
         cache = TreeCache(llama.config, max_tokens=max_tokens)
@@ -100,7 +100,7 @@ def test_a_copied_model_steps_with_its_own_weights(copied):
 
 
 def test_a_forward_that_was_wrapped_before_is_called_in_steps():
-    """As by accelerate, which puts a function on the model."""
+    """For example by accelerate, which replaces `model.forward` by a function."""
     model, calls = tiny("llama", "tree_attention"), []
     original = model.forward
     model.forward = functools.wraps(original)(lambda **kwargs: calls.append(1) or original(**kwargs))
@@ -110,7 +110,7 @@ def test_a_forward_that_was_wrapped_before_is_called_in_steps():
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_step_that_broke_off_is_run_again(name):
-    """In place, where keys are written over; the cursor must not stay a token ahead."""
+    """The repeated step overwrites its keys; the cursor must not stay one token ahead."""
     tokens, logits = one_process(name, False)
     model = tiny(name, "tree_attention")
     cache = TreeCache(model.config, max_tokens=80)
@@ -142,7 +142,7 @@ def test_a_step_of_linear_attention_that_broke_off_is_refused():
 
 
 def graphs_before_their_group(group):
-    """NCCL ends no group while a graph that holds one of its collectives is alive; test_gpu.py has such graphs."""
+    """NCCL cannot end a group while a graph with one of its collectives is alive; test_gpu.py has such graphs."""
     model, (ids, _) = tiny("llama", "tree_attention"), prompt(False)
     own = dist.new_group()
     cache = TreeCache(model.config, own, block_tokens=BLOCK, max_tokens=TOKENS + 4)
@@ -157,7 +157,7 @@ def test_graphs_are_dropped_before_a_group_ends(pool):
 
 
 def in_one_place(group):
-    """A static cache's bytes and addresses after each of three turns, and by how much it is refused."""
+    """Return a static cache's bytes and addresses after each of three turns, and the texts of what it refuses."""
     ids, mask = prompt(padded=False)
     model = tiny("llama", "tree_attention")
     cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=100)

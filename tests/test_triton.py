@@ -384,7 +384,7 @@ def test_attend_on_any_number_of_programs(monkeypatch, programs):
         one = attend(q, k, v, **how, backend="triton")
         exact, plain = oracle(q, k, v, **how), attend(q, k, v, **how, backend=PLAIN)
         assert_within_rounding(one.out, exact.out, plain.out)
-        bound = 1e-4 if DEVICE == "cuda" else 2e-5  # as in test_local.py
+        bound = 1e-4 if DEVICE == "cuda" else 2e-5  # as in attention_cases.py
         torch.testing.assert_close(one.lse.double(), exact.lse, atol=bound, rtol=0)
     again = attend(q, k, v, **how, backend="triton")
     assert torch.equal(one.out, again.out)

@@ -81,17 +81,16 @@ def tree_decode(
     }
     if verify:
         _vote(q, k, v, how)
-    call, route = resolve(q, k, v, **how)
-    return run(call, route, sinks)
+    if isinstance(group, Link):
+        group.check()
+    return run(*resolve(q, k, v, **how), sinks)
 
 
 def run(call: AttentionCall, route: Route, sinks: Tensor | None) -> Tensor:
     """Run a call that `resolve` checked."""
-    if route.link is not None:
-        route.link.check()
     if route.is_fused:
         return fused.fused_decode(call, cast(SymmetricLink, route.link), sinks, scatter=route.scatters)
-    total = run_reduction(run_backend(call, route.backend), route.reduction)
+    total = run_reduction(run_backend(call, route.backend), route)
     if sinks is not None:
         heads = total.lse.shape[2]  # those that the reduction gives this rank
         first = route.rank * heads if heads < sinks.shape[0] else 0

@@ -15,66 +15,48 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .errors import InputError, Unavailable
 from .group import Group
 from .local import BACKENDS, AttentionCall, check_call, choose_backend
-from .reduce import ALGORITHMS, Link, Reduction, check_name, check_no_gradient, misfit, ranks_of, resolve_reduction
+from .reduce import (
+    ALGORITHMS,
+    Link,
+    Reduction,
+    check_name,
+    check_no_gradient,
+    misfit,
+    ranks_of,
+    reduction_obstacle,
+    resolve_reduction,
+)
 
-FUSED = {"fused": "symmetric", "fused_scatter": "symmetric_scatter"}  # -> the reduction that the launch contains
+FUSED = {"fused": "symmetric", "fused_scatter": "symmetric_scatter"}  # -> the exchange that the launch contains
 DECODE_ALGORITHMS = (*FUSED, *ALGORITHMS)
 
 
 @dataclass(frozen=True)
-class Route:
-    """What one call of `tree_decode` does; `print` it, or ask its fields.
+class Route(Reduction):
+    """What one call of `tree_decode` does, on this rank; `print` it, or read its fields.
 
     Attributes:
-        backend: the name of the local backend, in `local.BACKENDS`; "triton" if fused.
-        algorithm: the name of the algorithm, never "auto"; with one rank nothing is exchanged, unless it is fused.
-        link: the link that was passed as the group, if any.
-        reduction: the exchange between ranks: process group, ranks, and the link that it runs over.
+        backend: name of the local backend, in `local.BACKENDS`; "triton" if fused.
+        algorithm: name of the algorithm, never "auto". With one rank, nothing is exchanged.
+        exchange: the algorithm of `tree_reduce` by which partials are exchanged: "symmetric" for "fused".
+        group, rank, world_size: process group, this rank, and number of ranks.
+        link: the link that the exchange runs over, if any.
+        spec: shape, dtype and device of the partials.
         backend_obstacles: backend -> why it cannot run the call. From `explain`, of all backends.
         algorithm_obstacles: algorithm -> why it cannot run the call. From `explain`, of all algorithms.
     """
 
     backend: str
-    algorithm: str
-    link: Link | None
-    reduction: Reduction
     backend_obstacles: dict[str, str]
-    algorithm_obstacles: dict[str, str]
 
     @property
     def is_fused(self) -> bool:
         """True if decoding and the exchange are one launch."""
         return self.algorithm in FUSED
-
-    @property
-    def scatters(self) -> bool:
-        """True if each rank gets its own heads only."""
-        return self.reduction.scatters
-
-    @property
-    def group(self) -> ProcessGroup | None:
-        """The process group; None for one process."""
-        return self.reduction.group
-
-    @property
-    def rank(self) -> int:
-        """This rank within the group."""
-        return self.reduction.rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.reduction.world_size
-
-    @property
-    def received_bytes(self) -> float:
-        """Bytes that the busiest rank receives in this step."""
-        return self.reduction.received_bytes
 
     def __str__(self) -> str:
         launches = "decoding and exchange in one launch" if self.is_fused else "after the backend"
@@ -154,26 +136,24 @@ def resolve(
         triton = None if chosen == "triton" else tried.get("triton") or BACKENDS["triton"].obstacle(call)
         obstacle = _obstacle(name, call, group, backend, triton)
         if obstacle is None:
-            reduction = Reduction(FUSED[name], process_group, rank, world_size, link, spec, {})
-            return call, Route("triton", name, link, reduction, tried, {})
+            return call, Route(name, FUSED[name], process_group, rank, world_size, link, spec, {}, "triton", tried)
         if algorithm in FUSED and q.numel() > 0:
             raise Unavailable(f"algorithm {algorithm!r} {obstacle}: use algorithm='auto'")
         obstacles[name] = obstacle
     reduction = resolve_reduction(spec, group, FUSED.get(algorithm, algorithm))
-    return call, Route(chosen, reduction.algorithm, link, reduction, tried, obstacles | reduction.obstacles)
+    link, obstacles = reduction.link, obstacles | reduction.algorithm_obstacles
+    name, exchange = reduction.algorithm, reduction.exchange
+    return call, Route(name, exchange, process_group, rank, world_size, link, spec, obstacles, chosen, tried)
 
 
 def _obstacle(name: str, call: AttentionCall, group: Group | Link, backend: str, triton: str | None) -> str | None:
     """Return why an algorithm cannot run a call; None if it can. triton: why the Triton backend cannot."""
-    reduction, spec = FUSED.get(name, name), call.spec()
-    fault = misfit(reduction, spec, group, ranks_of(group)[2])
-    if fault is not None or not isinstance(group, Link) or ALGORITHMS[reduction].link is None:
-        return fault
-    if name in FUSED:
+    spec, world_size = call.spec(), ranks_of(group)[2]
+    if name in FUSED and misfit(FUSED[name], spec, group, world_size) is None:
         if call.q.numel() == 0:
             return "has no query to decode"
         if triton is not None:
             return triton
         if backend not in ("auto", "triton"):
             return f"has a kernel of its own, got backend {backend!r}"
-    return group.obstacle(spec)
+    return reduction_obstacle(FUSED.get(name, name), spec, group, world_size)

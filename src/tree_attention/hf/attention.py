@@ -73,25 +73,29 @@ def _attend_over_ranks(
     layer: ShardedLayer, q: Tensor, k: Tensor, v: Tensor, mask: LazyMask, options: dict[str, Any]
 ) -> Partial:
     """Attention of q over the keys of all ranks."""
-    ranks, batch = layer.ranks, q.shape[0]
+    ranks, batch, is_causal = layer.ranks, q.shape[0], mask.is_causal_only
 
     def build(query_slots: Tensor, key_slots: Tensor) -> Tensor:
         return mask.build(query_slots, key_slots, batch)
 
-    if layer.chunk is None and mask.is_causal_only and q.shape[1] == 1:  # the newest token sees all keys
-        return layer.exchange.reduce(attend(q, k, v, **options))
-    options = options | {"build_mask": build, "causal_only": mask.is_causal_only}
+    def own_mask(seen: int) -> Tensor:
+        query_slots = layer.query_slots(q.device)[mask.rows or slice(None)]
+        return build(query_slots, ranks.slots(0, layer.length, q.device)[seen:])
+
     if layer.chunk is not None and ranks.group is not None:
-        total, received = attend_chunk(q, k, v, chunk=layer.chunk, layout=ranks.layout, group=ranks.group, **options)
+        build_mask = None if is_causal else build
+        total, received = attend_chunk(q, k, v, layer.chunk, ranks.layout, ranks.group, build_mask, options)
         layer.exchange.count(received)
         return total
-    seen = ranks.held(layer.length - layer.last_update_tokens)
-    slots = {
-        "query_slots": layer.query_slots(q.device)[mask.rows or slice(None)],
-        "key_slots": ranks.slots(0, layer.length, q.device),
-        "new_keys_are_queries": mask.rows is None and k.shape[1] - seen == layer.last_update_tokens,
-    }
-    return layer.exchange.reduce(attend_seen_and_new(q, k, v, seen=seen, **slots, **options))
+    if not is_causal:
+        partial = attend(q, k, v, mask=own_mask(0), **options)
+    elif q.shape[1] == 1:  # the newest token sees all keys
+        partial = attend(q, k, v, **options)
+    else:
+        seen = ranks.held(layer.length - layer.last_update_tokens)
+        new_are_queries = mask.rows is None and k.shape[1] - seen == layer.last_update_tokens
+        partial = attend_seen_and_new(q, k, v, seen, None if new_are_queries else lambda: own_mask(seen), options)
+    return layer.exchange.reduce(partial)
 
 
 def _local_mask(

@@ -87,7 +87,7 @@ class TreeCache(Cache):
         described = {"model config": digest[:12], "block_tokens": block_tokens, "max_tokens": max_tokens, "step": step}
         check_agreement(described, process_group)
         super().__init__(layers=[self._our_layer(layer) for layer in DynamicCache(config=self.config).layers])
-        self.key_layers = [layer for layer in self.layers if isinstance(layer, KeyLayer)]
+        self.key_layers: list[Any] = [layer for layer in self.layers if isinstance(layer, KeyLayer)]
 
     def _our_layer(self, layer: Any) -> Any:
         """Our layer for the kinds that hold keys; other kinds (linear, conv, shared) stay as transformers made them."""

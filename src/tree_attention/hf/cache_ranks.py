@@ -14,11 +14,7 @@ from ..layout import Layout
 class CacheRanks:
     """Where the tokens of a cache lie; fixed when the cache is made.
 
-    Attributes:
-        group: the process group of the ranks, or None for a single process.
-        rank: this rank within the group.
-        layout: which rank holds which slot.
-        max_tokens: the capacity of a static cache over all ranks, or None for a cache that grows.
+    group: None for a single process. max_tokens: over all ranks; None for a cache that grows.
     """
 
     group: ProcessGroup | None
@@ -29,8 +25,7 @@ class CacheRanks:
     @property
     def static_capacity(self) -> int:
         """Number of slots in this rank's buffers of a static cache, without the extra one that is never read."""
-        assert self.max_tokens is not None, "only a static cache has a capacity"
-        return max(self.held(self.max_tokens), 1)
+        return max(self.held(self.max_tokens or 0), 1)
 
     def held(self, length: int) -> int:
         """Number of slots that this rank holds of the first `length` slots."""

@@ -1,7 +1,6 @@
-"""`Cursor`: the position of a static TreeCache on the device, so that no operation of a decode step asks the host.
+"""`Cursor`: the position of a static TreeCache, as tensors that a decode step advances itself.
 
-A captured step is replayed with new numbers in the same memory. The newest token's slot, its index in this rank's
-buffers and the number of keys held are therefore tensors, which the step itself advances.
+A captured step is replayed in the same memory, so nothing in it may ask the host.
 """
 
 from dataclasses import replace
@@ -18,9 +17,8 @@ class Cursor:
     """The newest token's position.
 
     Attributes:
-        slot: int64 `[1]`, the token's slot.
-        place: int64 `[1]`, its index in this rank's buffers. If another rank holds the token, this is `capacity`: the
-            buffers have one extra place, which is never read.
+        slot, place: int64 `[1]`, the token's slot, and its index in this rank's buffers. The index is `capacity` if
+            another rank holds the token: buffers have one extra place, which is never read.
         held: int32 `[B]`, the number of keys on this rank.
         key_slots: int64 `[capacity]`, the slot of each place.
         padding: bool `[B, max_tokens]`, True for real tokens; None without padding.
@@ -37,10 +35,7 @@ class Cursor:
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def start(self, length: int, padding: Tensor | None) -> None:
-        """Move behind the first `length` tokens.
-
-        padding: bool `[B, n]`, True for real tokens; tokens from n on are real.
-        """
+        """Move behind the first `length` tokens. padding: bool `[B, n]`, True for real tokens, as are tokens from n."""
         self.slot.fill_(length - 1)
         if padding is None:
             self.padding = None
@@ -77,16 +72,13 @@ class Cursor:
 
     def _mask(self, mask: LazyMask, key_slots: Tensor, size: int) -> Tensor:
         """Build each mask once per step for all layers that share it; a compiler merges equal ones itself."""
-        key = (id(mask), size)
-        if torch.compiler.is_compiling():
-            return self._build(mask, key_slots)
-        if key not in self._masks:
-            self._masks[key] = self._build(mask, key_slots)
-        return self._masks[key]
-
-    def _build(self, mask: LazyMask, key_slots: Tensor) -> Tensor:
-        built = replace(mask, padding=self.padding).build(self.slot, key_slots, self.batch)
-        return built & (key_slots >= 0)
+        known = None if torch.compiler.is_compiling() else self._masks.get((id(mask), size))
+        if known is not None:
+            return known
+        built = replace(mask, padding=self.padding).build(self.slot, key_slots, self.batch) & (key_slots >= 0)
+        if not torch.compiler.is_compiling():
+            self._masks[id(mask), size] = built
+        return built
 
 
 def any_length(tensor: Tensor, dim: int) -> Tensor:

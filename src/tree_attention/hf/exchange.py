@@ -47,9 +47,9 @@ class CacheExchange:
         return self.ranks.group if self.link is None else self.link
 
     def link_for_steps(self, batch: int, device: torch.device) -> bool:
-        """Make a SymmetricLink for steps of `batch` rows if the GPUs support one and no link fits; True if made.
+        """Make a SymmetricLink for steps of `batch` rows unless the link fits or GPUs do not support one; True if made.
 
-        All ranks call this together before a step, with the same `batch`. A link for fewer rows is replaced.
+        All ranks call this together, before a step. A link for fewer rows is replaced.
         """
         if device.type != "cuda" or not self.link_pending:
             return False

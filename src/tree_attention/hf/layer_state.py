@@ -7,19 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from .cache import TreeCache
-from .layers import KeyLayer
 
 
 def copy_cache(source: TreeCache) -> TreeCache:
     """Return a new cache with the same tokens. All ranks call it together."""
-    ranks = source.ranks
-    target = TreeCache(
-        source.config,
-        source.given_group,
-        block_tokens=ranks.layout.block,
-        max_tokens=ranks.max_tokens,
-        step=source.step_mode,
-    )
+    sizes: dict[str, Any] = {"block_tokens": source.ranks.layout.block, "max_tokens": source.ranks.max_tokens}
+    target = TreeCache(source.config, source.given_group, step=source.step_mode, **sizes)
     for old, new in zip(source.layers, target.layers, strict=True):
         import_state(new, *export_state(old))
     return target
@@ -42,8 +35,8 @@ def restore_on_error(cache: TreeCache) -> Iterator[None]:
 
 
 def export_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a layer's tensors, and its numbers and flags."""
-    if isinstance(layer, KeyLayer):
+    """Return views of a layer's tensors, and its numbers and flags."""
+    if hasattr(layer, "export_state"):
         return layer.export_state()
     tensors, plain = {}, {}
     for name, value in vars(layer).items():
@@ -58,7 +51,7 @@ def export_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def import_state(layer: Any, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     """Copy an exported state into a layer that is new, or that it was exported from."""
-    if isinstance(layer, KeyLayer):
+    if hasattr(layer, "import_state"):
         layer.import_state(tensors, plain)
         return
     for path, value in (plain | {name: tensor.clone() for name, tensor in tensors.items()}).items():
@@ -73,7 +66,7 @@ def import_state(layer: Any, tensors: dict[str, Tensor], plain: dict[str, Any]) 
 
 def _undo_point(layer: Any) -> Callable[[], None]:
     """Return a function that restores what the layer holds now."""
-    if isinstance(layer, KeyLayer):
+    if hasattr(layer, "undo_point"):
         return layer.undo_point()
     tensors, plain = export_state(layer)
     copies = {name: tensor.clone() for name, tensor in tensors.items()}  # a state is updated in place

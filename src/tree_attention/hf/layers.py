@@ -15,7 +15,10 @@ from .step_state import StepState
 
 
 class KeyLayer(CacheLayerMixin):
-    """The interface of a layer with keys: `ShardedLayer`, or `ReplicatedWindowLayer` (window_layer.py).
+    """What `ShardedLayer` and `ReplicatedWindowLayer` (window_layer.py) have in common.
+
+    Both also have `begin_steps`, which prepares the buffers for steps; `export_state` and `import_state`, which copy
+    what the layer holds into a new one; and `undo_point`, which returns a function that restores what it holds now.
 
     Attributes:
         length: number of slots over all ranks.
@@ -30,35 +33,16 @@ class KeyLayer(CacheLayerMixin):
         super().__init__(**kwargs)
         self.ranks, self.exchange, self.step_state = ranks, exchange, step_state
         self.chunk: tuple[int, int] | None = None
-        self.length = self.last_update_tokens = 0
-
-    @property
-    def can_step(self) -> bool:
-        """True if the layer can be updated through the cursor."""
-        return self.is_initialized
-
-    def begin_steps(self) -> None:
-        """Prepare the buffers for steps: called when the cursor is set."""
-        raise NotImplementedError
-
-    def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors that the layer holds (views), and its numbers."""
-        raise NotImplementedError
-
-    def import_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """Copy an exported state into this layer, which must be new or reset."""
-        raise NotImplementedError
-
-    def undo_point(self) -> Callable[[], None]:
-        """Return a function that restores what the layer holds now."""
-        raise NotImplementedError
-
-    def reserve(self, tokens: int) -> None:
-        """Allocate at least `tokens` slots over all ranks when the buffers next grow."""
+        self.length = self.last_update_tokens = self.reserved = 0
 
     def tokens_in(self, key_states: Tensor) -> int:
         """Number of new slots over all ranks when this rank is fed `key_states`."""
         return key_states.shape[2] if self.chunk is None else self.chunk[1] - self.chunk[0]
+
+    @property
+    def can_step(self) -> bool:
+        """True if the layer can be updated through the cursor."""
+        return self.is_initialized and not getattr(self, "record_past", False)
 
     def query_slots(self, device: torch.device) -> Tensor:
         """The slots of the last update's tokens on this rank."""
@@ -74,6 +58,10 @@ class KeyLayer(CacheLayerMixin):
         """Number of slots; during a step the newest token's slot as a tensor, for models that compute with it."""
         return self.step_state.step_cursor.slot[0] if self.step_state.is_stepping else self.length
 
+    def reserve(self, tokens: int) -> None:
+        """Allocate at least `tokens` slots over all ranks when the buffers next grow; a window does not grow."""
+        self.reserved = max(self.reserved, tokens)
+
     def reset(self) -> None:
         """Free the keys (transformers 5.17 would keep a window, filled with zeros)."""
         self.keys = self.values = None
@@ -87,7 +75,6 @@ class ShardedLayer(KeyLayer):
     is_sliding = False
     is_compileable = False
     is_croppable = True
-    reserved = 0
 
     @property
     def held(self) -> int:
@@ -146,14 +133,9 @@ class ShardedLayer(KeyLayer):
     def begin_steps(self) -> None:
         self.grow(1)
 
-    def reserve(self, tokens: int) -> None:
-        self.reserved = max(self.reserved, tokens)
-
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        held, plain = self.held, {"length": self.length}
-        if not self.is_initialized:
-            return {}, plain
-        return {"keys": self.keys[:, :, :held], "values": self.values[:, :, :held]}, plain
+        buffers = {"keys": self.keys, "values": self.values} if self.is_initialized else {}
+        return {name: buffer[:, :, : self.held] for name, buffer in buffers.items()}, {"length": self.length}
 
     def import_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         self.count(plain["length"])
@@ -188,19 +170,19 @@ class ShardedLayer(KeyLayer):
         self.step_state.invalidate_cursor()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.is_initialized:
-            self.batch_select_indices(beam_idx.to(self.device))
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self._replace(self.keys[indices], self.values[indices])
+        self._change_rows(lambda buffer: buffer[indices.to(buffer.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._replace(*(t.repeat_interleave(repeats, 0) for t in (self.keys, self.values)))
+        self._change_rows(lambda buffer: buffer.repeat_interleave(repeats, 0))
 
-    def _replace(self, keys: Tensor, values: Tensor) -> None:
-        """Write to the same memory if the batch size is the same."""
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Write to the same memory if the batch size stays the same."""
+        if not self.is_initialized:
+            return
+        keys, values = change(self.keys), change(self.values)
         if keys.shape == self.keys.shape:
             self.keys.copy_(keys)
             self.values.copy_(values)

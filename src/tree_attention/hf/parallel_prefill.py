@@ -82,7 +82,7 @@ def prefill(
 
 def can_prefill(cache: TreeCache) -> bool:
     """Return whether `prefill` supports every layer of the model: none carries a state along the sequence."""
-    return all(_is_parallel(layer) for layer in cache.layers)
+    return not _unsupported_layers(cache)
 
 
 def _check(model: Any, input_ids: Tensor, cache: Cache, chunk_tokens: int | None) -> None:
@@ -100,16 +100,16 @@ def _check(model: Any, input_ids: Tensor, cache: Cache, chunk_tokens: int | None
         )
     check_axes(model, cache.ranks.group)
     cache.check_ready(input_ids.shape[1])
-    if not can_prefill(cache):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers if not _is_parallel(layer)}))
+    if kinds := _unsupported_layers(cache):
         raise Unsupported(
-            f"context-parallel prefill cannot feed {kinds}, which carries a state along the sequence: "
+            f"context-parallel prefill cannot feed {', '.join(kinds)}, which carries a state along the sequence: "
             "use model.generate(..., prefill_chunk_size=n), which reads the prompt on every rank alike"
         )
 
 
-def _is_parallel(layer: Any) -> bool:
-    return isinstance(layer, KeyLayer) or type(layer).__name__ == "DummyLayer"
+def _unsupported_layers(cache: TreeCache) -> list[str]:
+    kinds = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, KeyLayer)}
+    return sorted(kinds - {"DummyLayer"})
 
 
 def _default_chunk_tokens(input_ids: Tensor, cache: TreeCache, attention_mask: Tensor | None) -> int:

@@ -10,7 +10,7 @@ for a chunk of C = stop - start slots and b bytes per element, both times (P - 1
 keys travel while the context is short, queries once it is long. Memory is bounded by the chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,34 +26,18 @@ BuildMask = Callable[[Tensor, Tensor], Tensor]  # (query slots [T], key slots [S
 
 
 def attend_seen_and_new(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    seen: int,
-    query_slots: Tensor,
-    key_slots: Tensor,
-    build_mask: BuildMask,
-    causal_only: bool,
-    new_keys_are_queries: bool,
-    **options: Any,
+    q: Tensor, k: Tensor, v: Tensor, seen: int, new_mask: Callable[[], Tensor] | None, options: dict[str, Any]
 ) -> Partial:
-    """Attention over this rank's keys, of which the first `seen` lie before every query.
+    """Causal attention over this rank's keys, of which the first `seen` lie before every query and need no mask.
 
-    With the causal rule alone those need no mask, so they and the new keys are attended separately and merged.
-
-    Args:
-        new_keys_are_queries: the new keys lie at exactly the slots of the queries: the plain causal rule applies.
-        options: scale and softcap, as in `attend`.
+    new_mask: builds the mask of the other keys; None if these are at exactly the queries' slots.
     """
-    if not causal_only:
-        return attend(q, k, v, mask=build_mask(query_slots, key_slots), **options)
     parts = []
     if seen or k.shape[1] == 0:
         parts.append(attend(q, k[:, :seen], v[:, :seen], **options))
     if seen < k.shape[1]:
-        mask = None if new_keys_are_queries else build_mask(query_slots, key_slots[seen:])
-        parts.append(attend(q, k[:, seen:], v[:, seen:], mask=mask, causal=new_keys_are_queries, **options))
+        mask = None if new_mask is None else new_mask()
+        parts.append(attend(q, k[:, seen:], v[:, seen:], mask=mask, causal=mask is None, **options))
     return parts[0] if len(parts) == 1 else merge(stack(parts))
 
 
@@ -61,76 +45,47 @@ def attend_chunk(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     chunk: tuple[int, int],
     layout: Layout,
     group: ProcessGroup,
-    build_mask: BuildMask,
-    causal_only: bool,
-    **options: Any,
+    build_mask: BuildMask | None,
+    options: dict[str, Any],
 ) -> tuple[Partial, float]:
-    """Attention of a chunk's queries over all slots up to the end of the chunk.
+    """Attention of a chunk's queries over all slots up to its end: this rank's Partial, and the bytes it received.
 
     Args:
         q: `[B, C / P, H, D]`, this rank's slots of the chunk.
         k, v: `[B, stop / P, H_kv, ...]`, all keys and values of this rank.
         chunk: start and stop, multiples of `layout.cycle`.
+        build_mask: None for the causal rule alone.
         options: scale and softcap, as in `attend`.
-
-    Returns:
-        The Partial of this rank's queries, and the bytes that this rank received.
     """
-    passes = {"kv": _pass_keys, "q": _pass_queries}
-    attend_by_pass = passes[choose_pass(q, k, v, chunk)]
-    return attend_by_pass(q, k, v, chunk, layout, group, None if causal_only else build_mask, options)
+    (start, stop), rank, size, widths = chunk, group.rank(), group.size(), [k.shape[3], v.shape[3]]
+    seen, passed = start // size, choose_pass(q, k, v, chunk)
 
+    def slots(first: int, ranks: Sequence[int]) -> Tensor:
+        return torch.cat([layout.slots(first, stop, r, device=q.device) for r in ranks])
 
-def _pass_keys(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    chunk: tuple[int, int],
-    layout: Layout,
-    group: ProcessGroup,
-    build_mask: BuildMask | None,
-    options: dict[str, Any],
-) -> tuple[Partial, float]:
-    """build_mask: None for the causal rule alone."""
-    (start, stop), rank, size, D, D_v = chunk, group.rank(), group.size(), k.shape[3], v.shape[3]
-    seen, both = start // size, torch.cat([k, v], -1)
-    new, wait_for_new = start_gather(both[:, seen:], group)  # [P, B, C / P, H_kv, D + D_v]
-    old, wait_for_old = start_gather(both[:, :seen], group)
-    received = (new.nbytes + old.nbytes) * (size - 1) / size
-    if build_mask is None:  # attend to the own keys while the others arrive
-        parts = _attend_pair(q, k[:, seen:], v[:, seen:], rank, rank, layout.block, options)
+    if passed == "kv":
+        both = torch.cat([k, v], -1)
+        new, wait_for_new = start_gather(both[:, seen:], group)  # [P, B, C / P, H_kv, D + D_v]
+        old, wait_for_old = start_gather(both[:, :seen], group)
+        received = (new.nbytes + old.nbytes) * (size - 1) / size
+        if build_mask is None:  # attend to the own keys while the others arrive
+            parts = _attend_pair(q, k[:, seen:], v[:, seen:], rank, rank, layout.block, options)
+            wait_for_new()
+            for other in (other for other in range(size) if other != rank):
+                k, v = new[other].split(widths, -1)
+                parts += _attend_pair(q, k, v, rank, other, layout.block, options)
+            wait_for_old()
+            k, v = old.transpose(0, 1).flatten(1, 2).split(widths, -1)
+            return merge_rows([*parts, (0, attend(q, k, v, **options))] if seen else parts), received
         wait_for_new()
-        for other in (other for other in range(size) if other != rank):
-            k, v = new[other].split([D, D_v], -1)
-            parts += _attend_pair(q, k, v, rank, other, layout.block, options)
         wait_for_old()
-        k, v = old.transpose(0, 1).flatten(1, 2).split([D, D_v], -1)
-        return merge_rows([*parts, (0, attend(q, k, v, **options))] if seen else parts), received
-    wait_for_new()
-    wait_for_old()
-    k, v = torch.cat([old, new], 2).transpose(0, 1).flatten(1, 2).split([D, D_v], -1)
-    key_slots = torch.cat([layout.slots(0, stop, r, device=q.device) for r in range(size)])
-    mask = build_mask(layout.slots(start, stop, rank, device=q.device), key_slots)
-    return attend(q, k, v, mask=mask, **options), received
-
-
-def _pass_queries(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    chunk: tuple[int, int],
-    layout: Layout,
-    group: ProcessGroup,
-    build_mask: BuildMask | None,
-    options: dict[str, Any],
-) -> tuple[Partial, float]:
-    """As `_pass_keys`."""
-    (start, stop), rank, size = chunk, group.rank(), group.size()
-    seen, by_rank = start // size, gather(q, group)
+        k, v = torch.cat([old, new], 2).transpose(0, 1).flatten(1, 2).split(widths, -1)
+        mask = build_mask(slots(start, [rank]), slots(0, range(size)))
+        return attend(q, k, v, mask=mask, **options), received
+    by_rank = gather(q, group)
     queries = by_rank.transpose(0, 1).flatten(1, 2)  # [B, C, H, D], one rank after the other
     if build_mask is None:
         parts = [(0, attend(queries, k[:, :seen], v[:, :seen], **options))]  # covers all rows, so it comes first
@@ -139,8 +94,7 @@ def _pass_queries(
             parts += [(other * theirs.shape[1] + row, part) for row, part in pair]
         partial = merge_rows(parts)
     else:
-        query_slots = torch.cat([layout.slots(start, stop, r, device=q.device) for r in range(size)])
-        mask = build_mask(query_slots, layout.slots(0, stop, rank, device=q.device))
+        mask = build_mask(slots(start, range(size)), slots(0, [rank]))
         partial = attend(queries, k, v, mask=mask, **options)
     received = (queries.nbytes + partial.out.nbytes + partial.lse.nbytes) * (size - 1) / size
     return reduce_scatter(partial, group, dim=1), received

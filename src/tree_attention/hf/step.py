@@ -28,18 +28,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .cache import TreeCache
 from .link_sums import close_links, open_link
 
-# Arguments of `forward` that a step supports, or that make no difference for one token.
-STEP_ARGUMENTS = {
-    "input_ids",
-    "position_ids",
-    "attention_mask",
-    "past_key_values",
-    "use_cache",
-    "return_dict",
-    "logits_to_keep",
-}
+# Arguments of `forward` in a step; for one token the latter make no difference.
+SUPPORTED = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
+WITHOUT_EFFECT = {"use_cache", "return_dict", "logits_to_keep"}
 # Choose kernels by rule, not by timing: timing could choose differently on another rank, and give different bits.
 DETERMINISTIC_OPTIONS: dict[str, Any] = {"deterministic": True}
+Forward = Callable[..., Any]
 _caches_with_steps: weakref.WeakSet[TreeCache] = weakref.WeakSet()
 
 
@@ -65,7 +59,7 @@ def install_step(model: Any) -> None:
 class SteppingForward:
     """The wrapped `forward`: an object, not a function, so that a copied or unpickled model has its own."""
 
-    def __init__(self, original: Callable[..., Any]) -> None:
+    def __init__(self, original: Forward) -> None:
         functools.update_wrapper(self, original)
         self.original = original
         self._tree_attention = True  # on the instance, so that another wrapper copies it
@@ -74,7 +68,7 @@ class SteppingForward:
         return SteppingForward, (self.original,)  # a bound method is copied together with its model
 
     @functools.cached_property
-    def compiled(self) -> Callable[..., Any]:
+    def compiled(self) -> Forward:
         from .compile_pass import StepPass  # loads the compiler, which takes seconds
 
         step_pass = StepPass(open_link(getattr(self.original, "__self__", None)))
@@ -121,25 +115,17 @@ def is_step(arguments: dict[str, Any]) -> bool:
         and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
         and arguments.get("use_cache") is not False
         and arguments.get("return_dict") is not False
-        and all(value is None for name, value in arguments.items() if name not in STEP_ARGUMENTS)
+        and all(value is None for name, value in arguments.items() if name not in SUPPORTED | WITHOUT_EFFECT)
         and not torch.is_grad_enabled()
     )
 
 
 def decode_step(
-    forwards: Sequence[Callable[..., Any]],
-    cache: TreeCache,
-    ids: Tensor,
-    positions: Tensor,
-    padding: Tensor | None,
-    *,
-    capture: bool,
+    forwards: Sequence[Forward], cache: TreeCache, ids: Tensor, positions: Tensor, padding: Any, *, capture: bool
 ) -> Tensor:
     """Feed ids `[B, 1]` at `positions`; return the logits `[B, 1, vocabulary]` in new memory.
 
-    Args:
-        forwards: forward functions. Step i runs `forwards[i]`; later steps repeat the last one.
-        capture: on GPUs, capture the last one as a CUDA graph.
+    forwards: step i runs `forwards[i]`; later steps repeat the last one. capture: that one, as a CUDA graph on GPUs.
     """
     exchange, cursor = cache.exchange, cache.begin_step(len(ids), ids.device, padding)
     version = cache.step_state.buffers_version
@@ -168,7 +154,7 @@ def decode_step(
     return logits
 
 
-def _capture(forward: Callable[..., Any], cache: TreeCache, step: CapturedStep) -> None:
+def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:
     """Capture a step without running it. If the model cannot be captured, warn, and leave `step.graph` None."""
     graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
@@ -182,7 +168,7 @@ def _capture(forward: Callable[..., Any], cache: TreeCache, step: CapturedStep) 
         warnings.warn(f"the decode step is launched kernel by kernel, it cannot be captured: {reason}", stacklevel=2)
 
 
-def _run(forward: Callable[..., Any], cache: TreeCache, step: CapturedStep) -> Tensor:
+def _run(forward: Forward, cache: TreeCache, step: CapturedStep) -> Tensor:
     with cache.stepping():
         return forward(
             input_ids=step.ids, position_ids=step.positions, past_key_values=cache, use_cache=True, return_dict=True

@@ -30,7 +30,6 @@ class StepState:
 
     @property
     def step_cursor(self) -> Cursor:
-        """The cursor; only valid during a step."""
         assert self.cursor is not None, "outside of TreeCache.stepping"
         return self.cursor
 
@@ -38,14 +37,13 @@ class StepState:
         """True if the cursor must be set before a step of `batch` rows; an unfinished step may have advanced it."""
         return self.cursor_is_stale or self.is_unfinished or self.cursor is None or self.cursor.batch != batch
 
-    def set_cursor(self, length: int, batch: int, device: torch.device, padding: Tensor | None) -> Cursor:
+    def set_cursor(self, length: int, batch: int, device: torch.device, padding: Tensor | None) -> None:
         """Set the cursor behind the first `length` tokens. padding: see `Cursor.start`."""
         if self.cursor is None or self.cursor.batch != batch:
             self.cursor = Cursor(self.ranks, batch, device)
             self.buffers_changed()
         self.cursor.start(length, padding)
         self.cursor_is_stale = False
-        return self.cursor
 
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
@@ -58,13 +56,10 @@ class StepState:
             self.is_stepping = False
 
     def set_unfinished(self, is_unfinished: bool) -> None:
-        """True when a step begins, False when it ends."""
         self.is_unfinished = is_unfinished
 
     def invalidate_cursor(self) -> None:
-        """The host has changed the cache: set the cursor before the next step."""
         self.cursor_is_stale = True
 
     def buffers_changed(self) -> None:
-        """Memory that a captured step reads or writes has been replaced."""
         self.buffers_version += 1

@@ -4,16 +4,15 @@
     model = load_tensor_parallel(name, mesh)                                          # 1/4 of the weights per rank
     cache = TreeCache(model.config, mesh["sequence"])                                 # 1/2 of the tokens per rank
 
-transformers splits the model by its own plan: each rank has some of the heads and a part of each MLP, and two
-all-reduces per layer sum over the tensor axis. A cache sees only its rank's heads and spreads their keys over the
-sequence axis. On its own, transformers would split the model over all ranks; `load_tensor_parallel` passes it one axis.
+transformers splits the model by its own plan, with two all-reduces per layer over the tensor axis. A cache sees only
+its rank's heads, and spreads their keys over the sequence axis.
 """
 
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,7 +62,9 @@ def load_tensor_parallel(model: str | Path | PreTrainedConfig, mesh: DeviceMesh,
         loaded = AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
     else:
         with _split_over(tensor):
-            loaded = AutoModelForCausalLM.from_pretrained(model, distributed_config=_config(ranks), **model_kwargs)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, distributed_config=DistributedConfig(tp_size=ranks, tp_plan="auto"), **model_kwargs
+            )
     loaded = loaded.to(device).eval()
     loaded.tree_attention_mesh = mesh
     if mesh.size(0) > 1 and ranks > 1:
@@ -125,23 +126,10 @@ def check_axes(model: Any, group: Group) -> None:
         )
 
 
-def _config(ranks: int) -> DistributedConfig:
-    return DistributedConfig(tp_size=ranks, tp_plan="auto")
-
-
-@dataclass(frozen=True)
-class _OneAxis:
-    """Stands in for transformers' mesh of several axes, all but this one of size 1."""
-
-    tensor: DeviceMesh
-
-    def get_mesh(self, dims: Any) -> DeviceMesh:
-        return self.tensor
-
-
-def _as_transformers_wants(tensor: DeviceMesh) -> Any:
-    """The mesh in the form that this version of transformers takes: older ones take it as it is."""
-    return _OneAxis(tensor) if hasattr(transformers.distributed.utils, "TransformersDeviceMesh") else tensor
+def _mesh_argument(tensor: DeviceMesh) -> Any:
+    """The mesh in the form that this version of transformers takes: newer ones ask an object for one axis."""
+    has_axes = hasattr(transformers.distributed.utils, "TransformersDeviceMesh")
+    return SimpleNamespace(get_mesh=lambda dims: tensor) if has_axes else tensor
 
 
 @contextlib.contextmanager
@@ -152,7 +140,7 @@ def _split_over(tensor: DeviceMesh) -> Iterator[None]:
     """
 
     def prepare(cls: Any, distributed_config: Any, **_: Any) -> tuple[Any, None, Any]:
-        return distributed_config, None, _as_transformers_wants(tensor)
+        return distributed_config, None, _mesh_argument(tensor)
 
     cls: Any = PreTrainedModel
     cls.prepare_distribute_model = classmethod(prepare)  # shadows the inherited method
@@ -170,7 +158,9 @@ def _with_random_weights(
     with torch.device("meta"), no_tie_weights():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **model_kwargs)
     if tensor.size() > 1:
-        model = model.maybe_distribute_model(model, _config(tensor.size()), _as_transformers_wants(tensor))
+        model = model.maybe_distribute_model(
+            model, DistributedConfig(tp_size=tensor.size(), tp_plan="auto"), _mesh_argument(tensor)
+        )
     model.to_empty(device=device)
     torch.manual_seed(0)
     model.initialize_weights()

@@ -22,10 +22,6 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
         self.ring: list[Tensor] = []
         self.is_ring = False
 
-    @property
-    def can_step(self) -> bool:
-        return self.is_initialized and not self.record_past
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Gather a chunk's keys from all ranks, then update the window; return the window and the new tokens."""
         if self.step_state.is_stepping:

@@ -1,6 +1,22 @@
-"""Merge a Partial over the ranks. The only place of the core that communicates."""
+"""Merge a Partial over the ranks. The only place of the core that communicates.
 
+                 collectives                     bytes that a rank receives, n = rows (D_v + 1) 4   result
+all_gather       1 all-gather, packed            (P - 1) n                                         all heads
+all_reduce       3 all-reduces (Algorithm 3)     2 (P - 1) / P rows (D_v + 2) 4                    all heads
+tree             ceil(log2 P) exchanges          ceil(log2 P) n                                    all heads
+reduce_scatter   1 all-to-all, packed            (P - 1) / P n                                     H / P heads
+shared_memory    none: a push, and a read        2 (P - 1) n                                       all heads
+symmetric        none: one kernel, over NVLink   2 (P - 1) n                                       all heads
+symmetric_scatter  the same                      2 (P - 1) / P n                                   H / P heads
+two_level        3 exchanges, 1 of them across   inside (L + S - 2) / S n, across (N - 1) / S n    all heads
+
+P ranks; rows = B T H; float32; two_level: N nodes, L ranks in the largest, S in the smallest. docs/math.md lists these
+beside the paper's formulas. If P is not a power of two, the last exchange of tree waits for two others (tree.py).
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,34 +25,42 @@ from torch.distributed import ProcessGroup
 from ..errors import InputError, Unsupported
 from ..group import Group
 from ..partial import Partial, PartialSpec, spec_of
-from .algorithms import ALGORITHMS, Algorithm, check_name, choose_algorithm, received_bytes
+from .collectives import all_gather, all_reduce, reduce_scatter
 from .link import AssumedRanks, Link, process_group_of, ranks_of
 from .shared_memory import SharedMemoryLink
 from .symmetric import SymmetricLink, link_obstacle
+from .tree import recursive_doubling
 from .two_level import TwoLevel, level_bytes
 
-__all__ = [
-    "ALGORITHMS",
-    "Algorithm",
-    "AssumedRanks",
-    "Link",
-    "Reduction",
-    "SharedMemoryLink",
-    "SymmetricLink",
-    "TwoLevel",
-    "check_name",
-    "check_no_gradient",
-    "choose_algorithm",
-    "level_bytes",
-    "link_obstacle",
-    "misfit",
-    "process_group_of",
-    "ranks_of",
-    "received_bytes",
-    "resolve_reduction",
-    "run_reduction",
-    "tree_reduce",
-]
+__all__ = ["AssumedRanks", "SharedMemoryLink", "TwoLevel", "link_obstacle", "process_group_of", "tree_reduce"]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One way to merge partials over ranks."""
+
+    # (P, n = bytes of a packed partial, D_v) -> bytes that the busiest rank receives; None: see `level_bytes`
+    received: Callable[[int, int, int], float] | None
+    run: Callable[[Partial, ProcessGroup], Partial] | None = None  # None if it runs over a link
+    link: type[Link] | None = None  # the class of link that it needs
+    scatters: bool = False  # each rank gets its own heads only
+
+
+def _scatter_heads(partial: Partial, group: ProcessGroup) -> Partial:
+    return reduce_scatter(partial, group, dim=2)
+
+
+ALGORITHMS = {
+    "all_gather": Algorithm(lambda P, n, _: (P - 1) * n, all_gather),
+    "all_reduce": Algorithm(lambda P, n, D_v: 2 * (P - 1) / P * (n // (D_v + 1) * (D_v + 2)), all_reduce),
+    "tree": Algorithm(lambda P, n, _: (P - 1).bit_length() * n, recursive_doubling),
+    "reduce_scatter": Algorithm(lambda P, n, _: (P - 1) / P * n, _scatter_heads, scatters=True),
+    # packets: each 4 bytes travel with an epoch of 4 bytes
+    "shared_memory": Algorithm(lambda P, n, _: 2 * (P - 1) * n, link=SharedMemoryLink),
+    "symmetric": Algorithm(lambda P, n, _: 2 * (P - 1) * n, link=SymmetricLink),
+    "symmetric_scatter": Algorithm(lambda P, n, _: 2 * (P - 1) / P * n, link=SymmetricLink, scatters=True),
+    "two_level": Algorithm(None, link=TwoLevel),
+}
 
 
 def tree_reduce(partial: Partial, group: Group | Link = None, *, algorithm: str = "auto") -> Partial:
@@ -72,68 +96,50 @@ def tree_reduce(partial: Partial, group: Group | Link = None, *, algorithm: str 
 
 @dataclass(frozen=True)
 class Reduction:
-    """How partials are merged over the ranks, resolved from values that all ranks share.
+    """How partials are merged over the ranks, resolved from values that all ranks share."""
 
-    Attributes:
-        algorithm: a name in `ALGORITHMS`.
-        group: the process group; None for one process.
-        rank, world_size: this rank and the number of ranks.
-        link: the link that the algorithm runs over, if any.
-        spec: shape, dtype and device of the partials.
-        obstacles: algorithm -> why "auto" passed over it.
-    """
-
-    algorithm: str
-    group: ProcessGroup | None
+    algorithm: str  # never "auto"
+    exchange: str  # the entry of ALGORITHMS by which partials are exchanged
+    group: ProcessGroup | None  # None for one process
     rank: int
     world_size: int
-    link: Link | None
+    link: Link | None  # the link that the algorithm runs over, if any
     spec: PartialSpec
-    obstacles: dict[str, str]
+    algorithm_obstacles: dict[str, str]  # algorithm -> why "auto" passed over it
 
     @property
     def scatters(self) -> bool:
         """True if each rank gets its own heads only."""
-        return ALGORITHMS[self.algorithm].scatters
+        return ALGORITHMS[self.exchange].scatters
 
     @property
     def received_bytes(self) -> float:
         """Bytes that the busiest rank receives."""
-        return received_bytes(
-            self.algorithm,
-            rows=self.spec.rows(),
-            head_dim=self.spec.shape[3],
-            world_size=self.world_size,
-            device_type=self.spec.device.type,
-            itemsize=self.spec.dtype.itemsize,
-            node_sizes=() if self.link is None else self.link.node_sizes,
-        )
+        spec, sizes = self.spec, () if self.link is None else self.link.node_sizes
+        how: Any = {"rows": spec.rows(), "head_dim": spec.shape[3], "world_size": self.world_size}
+        return received_bytes(self.exchange, **how, itemsize=spec.dtype.itemsize, node_sizes=sizes)
 
 
 def resolve_reduction(spec: PartialSpec, group: Group | Link, algorithm: str) -> Reduction:
     """Check the request and choose the algorithm. No communication."""
-    check_name(algorithm)
+    check_name(algorithm, ALGORITHMS)
     process_group, rank, size = ranks_of(group)
-    link = group if isinstance(group, Link) else None
+    link, obstacles = group if isinstance(group, Link) else None, {}
+    if link is not None and algorithm in ("auto", *link.algorithms) and link.carrier is not link:
+        return resolve_reduction(spec, link.carrier, "auto")
     if algorithm != "auto":
-        fault = misfit(algorithm, spec, group, size)
-        if fault is None and ALGORITHMS[algorithm].link is not None and link is not None:
-            fault = link.obstacle(spec)
+        fault = reduction_obstacle(algorithm, spec, group, size)
         if fault is not None:
             raise InputError(f"{algorithm} {fault}")
-    if link is not None and link.carrier is not link and algorithm in ("auto", *link.algorithms):
-        return resolve_reduction(spec, link.carrier, "auto")
-    obstacles = {}
+    elif link is not None and link.algorithms:
+        algorithm = link.algorithms[0]
+        fault = link.obstacle(spec)
+        if fault is not None:
+            obstacles[algorithm], algorithm = fault, "auto"
     if algorithm == "auto":
         algorithm = choose_algorithm(spec.device.type, size)
-        if link is not None and link.algorithms:
-            obstacle = link.obstacle(spec)
-            if obstacle is None:
-                algorithm = link.algorithms[0]
-            else:
-                obstacles[link.algorithms[0]] = obstacle
-    runs_over_link = ALGORITHMS[algorithm].link is not None
-    return Reduction(algorithm, process_group, rank, size, link if runs_over_link else None, spec, obstacles)
+    link = None if ALGORITHMS[algorithm].link is None else link
+    return Reduction(algorithm, algorithm, process_group, rank, size, link, spec, obstacles)
 
 
 def run_reduction(partial: Partial, reduction: Reduction) -> Partial:
@@ -142,14 +148,21 @@ def run_reduction(partial: Partial, reduction: Reduction) -> Partial:
         return partial
     if reduction.link is not None:
         return reduction.link.reduce(partial, scatter=reduction.scatters)
-    run = ALGORITHMS[reduction.algorithm].run
+    run = ALGORITHMS[reduction.exchange].run
     if run is None or reduction.group is None:
-        raise Unsupported(f"{reduction.algorithm} over AssumedRanks: pass a group or a link of ranks that exist")
+        raise Unsupported("AssumedRanks only answer `explain`: pass a group or a link of ranks that exist")
     return run(partial, reduction.group)
 
 
+def reduction_obstacle(algorithm: str, spec: PartialSpec, group: Group | Link, world_size: int) -> str | None:
+    """Return why an algorithm cannot merge partials like `spec` over `group`; None if it can."""
+    fault = misfit(algorithm, spec, group, world_size)
+    needs_link = ALGORITHMS[algorithm].link is not None
+    return group.obstacle(spec) if fault is None and needs_link and isinstance(group, Link) else fault
+
+
 def misfit(algorithm: str, spec: PartialSpec, group: Group | Link, world_size: int) -> str | None:
-    """Return why the arguments do not fit an algorithm, whatever the size of the link; None if they do."""
+    """Return why the heads or the kind of group do not fit an algorithm; None if they do."""
     needed = ALGORITHMS[algorithm]
     if needed.scatters and spec.shape[2] % world_size:
         return f"needs heads that divide by the ranks, got {spec.shape[2]} heads and {world_size} ranks"
@@ -163,3 +176,48 @@ def check_no_gradient(world_size: int, *tensors: Tensor) -> None:
     requires_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if requires_grad and world_size > 1:
         raise Unsupported("the exchange between ranks has no gradient: call it under torch.no_grad()")
+
+
+def check_name(algorithm: str, names: Sequence[str] | dict[str, Algorithm]) -> None:
+    """Raise InputError unless `algorithm` is "auto" or one of `names`."""
+    if algorithm not in (*names, "auto"):
+        raise InputError(f"algorithm must be 'auto' or one of {', '.join(names)}, got {algorithm!r}")
+
+
+def choose_algorithm(device_type: str, world_size: int, *, linked: bool = False, nodes: int = 1) -> str:
+    """Return the algorithm that "auto" stands for, from values that all ranks share.
+
+    linked: True if there is a link that takes the partial; then its algorithm. nodes: of a TwoLevel that is passed as
+    the group; "two_level" if there are several. Otherwise "all_gather" on CUDA, one collective and one NCCL launch, and
+    "tree" on the CPU, where gloo's point-to-point calls wake fewer threads than its collectives do (docs/log.md).
+    """
+    if nodes > 1:
+        return "two_level"
+    if linked:
+        return "symmetric" if device_type == "cuda" else "shared_memory"
+    return "all_gather" if device_type == "cuda" or world_size == 1 else "tree"
+
+
+def received_bytes(
+    algorithm: str,
+    *,
+    rows: int,
+    head_dim: int,
+    world_size: int,
+    device_type: str = "cpu",
+    itemsize: int = 4,
+    node_sizes: Sequence[int] = (),
+) -> float:
+    """Return the bytes that the busiest rank receives in one `tree_reduce` of `rows = B T H` rows of `head_dim = D_v`.
+
+    device_type: what "auto" is resolved with. itemsize: bytes per element; 8 for float64. node_sizes: number of ranks
+    of each node, for "two_level" and "auto"; with fewer than two nodes both are resolved as for a plain group.
+    `level_bytes` has each level separately.
+    """
+    check_name(algorithm, ALGORITHMS)
+    if algorithm == "auto" or (algorithm == "two_level" and len(node_sizes) < 2):
+        algorithm = choose_algorithm(device_type, world_size, nodes=len(node_sizes))
+    received = ALGORITHMS[algorithm].received
+    if received is None:
+        return sum(level_bytes(rows=rows, head_dim=head_dim, node_sizes=node_sizes, itemsize=itemsize))
+    return received(world_size, rows * (head_dim + 1) * itemsize, head_dim)
