@@ -97,11 +97,11 @@ def draw_steps(records, out):
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    from tree_attention.cost.machine import machine
+    from tree_attention.cost.machine import preset_machine
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    rate = machine(records[0]["device"].split()[1].lower()).gpu.read_bytes_per_s
+    rate = preset_machine(records[0]["device"].split()[1].lower()).gpu.read_bytes_per_s
     timed = sorted((_named(record) for record in records if record["tpot_s"]), key=lambda r: r["context_tokens"])
     for what, (label, colour, style, marker) in OF_STEPS.items():
         line = [record for record in timed if record["what"] == what]

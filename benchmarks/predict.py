@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 
 from tree_attention.cost.calibration import load_calibration
-from tree_attention.cost.decode import Shape, decode_cost
+from tree_attention.cost.decode import AttentionShape, decode_cost
 from tree_attention.cost.machine import MACHINES
-from tree_attention.cost.mesh import first_token_s, outlook
-from tree_attention.cost.model import load_model, preset_names
+from tree_attention.cost.mesh import estimate_first_token_s, estimate_mesh
+from tree_attention.cost.model import load_model_spec, preset_names
 
 ALGORITHMS = {  # what a record names -> how it exchanges; None: one rank's keys, and no exchange
     "fused": "fused", "apart": "symmetric", "fused_alone": None, "attend": None, "cudnn": None,
@@ -29,7 +29,7 @@ def predict(record, given=None):
     if machine is None or record["what"] not in ALGORITHMS:
         return None
     keys = record["bytes"] / (4 * record["batch"] * record["kv_heads"] * record["head_dim"])  # of ragged rows, the mean
-    shape = Shape(record["batch"], record["heads"], record["kv_heads"], record["head_dim"], keys)
+    shape = AttentionShape(record["batch"], record["heads"], record["kv_heads"], record["head_dim"], keys)
     algorithm = ALGORITHMS[record["what"]]
     ranks = 1 if algorithm is None else record["ranks"]
     return decode_cost(shape, machine, ranks, algorithm or "fused").total_s
@@ -42,7 +42,9 @@ def predict_token(record, given=None):
         return None
     tensor = record.get("tensor_parallel", 1)
     sequence = record["ranks"] // tensor
-    return outlook(load_model(record["model"]), machine, record["context_tokens"], 1, tensor, sequence).token_s
+    return estimate_mesh(
+        load_model_spec(record["model"]), machine, record["context_tokens"], 1, tensor, sequence
+    ).token_s
 
 
 def predict_prefill(record, given=None):
@@ -50,9 +52,9 @@ def predict_prefill(record, given=None):
     machine = given or preset_of(record["device"])
     if machine is None or record["model"] not in preset_names():
         return None
-    model, tokens = load_model(record["model"]), record["context_tokens"]
-    mesh = outlook(model, machine, tokens, 1, 1, record["ranks"])
-    return first_token_s(model, machine, tokens, 1, mesh) - mesh.token_s
+    model, tokens = load_model_spec(record["model"]), record["context_tokens"]
+    mesh = estimate_mesh(model, machine, tokens, 1, 1, record["ranks"])
+    return estimate_first_token_s(model, machine, tokens, 1, mesh) - mesh.token_s
 
 
 def preset_of(gpu):

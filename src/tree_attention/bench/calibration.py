@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..cost.machine import Gpu, Link, Machine, machine
+from ..cost.machine import GpuSpec, LinkSpec, Machine, preset_machine
 from ..errors import Unavailable
 from ..local import attend
 from ..partial import Partial
 from ..reduce import SymmetricLink
 from ..reduce.collectives import gather
-from .timing import Captured, Run, capture, seconds_in_turns
+from .timing import CapturedCalls, TimedWork, capture, seconds_in_turns
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 ROUNDS = 7
@@ -39,7 +39,7 @@ def calibrate(device: torch.device) -> Machine:
     width = 8192 if on_gpu else 1024
     a, b = (torch.randn(width, width, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32) for _ in "ab")
     multiply_s = _seconds([lambda: a @ b] * 4, device)
-    gpu = Gpu(
+    gpu = GpuSpec(
         _name(device), _memory_bytes(device), read_bytes_per_s, 2 * width**3 / multiply_s, launch_s, kernel_s,
         f"measured: a read of {big_bytes >> 20} MiB; a decode step of {decode_bytes >> 20} MiB of keys and values less "
         f"its read; a small kernel; a product of {width} x {width} matrices",
@@ -66,7 +66,7 @@ def _decodes(keys: int, device: torch.device) -> tuple[list[Callable[[], Any]], 
     return [lambda kv=kv: attend(q, *kv).out for kv in sets], read_bytes
 
 
-def _link(big_bytes: int, small_bytes: int, kernel_s: float, device: torch.device) -> Link:
+def _link(big_bytes: int, small_bytes: int, kernel_s: float, device: torch.device) -> LinkSpec:
     size = dist.get_world_size()
     sent_bytes = big_bytes // 4
     move_s = _seconds([_shift(sent_bytes, device)] * 2, device)
@@ -74,7 +74,7 @@ def _link(big_bytes: int, small_bytes: int, kernel_s: float, device: torch.devic
     small = torch.zeros(small_bytes // 4, device=device)
     world: Any = dist.group.WORLD
     collective_s = _seconds([lambda: gather(small, world)] * 16, device) - (size - 2) * latency_s
-    return Link(
+    return LinkSpec(
         "measured", sent_bytes / move_s, latency_s, max(collective_s, latency_s),
         f"measured with {size} ranks: each sends {sent_bytes >> 20} MiB to the next; {how}; an all-gather of 16 KiB",
         peer_access=how.startswith("SymmetricLink"),
@@ -120,9 +120,9 @@ def _seconds(steps: Sequence[Callable[[], Any]], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
         graph = capture(steps)
-        if not isinstance(graph, Captured):
+        if not isinstance(graph, CapturedCalls):
             raise Unavailable(f"calibrate times CUDA graphs: {graph}")
-        return seconds_in_turns({0: Run(graph.replay, ahead=True)}, ROUNDS)[0] / len(steps)
+        return seconds_in_turns({0: TimedWork(graph.replay, ahead=True)}, ROUNDS)[0] / len(steps)
     turns = []
     for _ in range(ROUNDS):
         dist.barrier()
@@ -135,9 +135,9 @@ def _seconds(steps: Sequence[Callable[[], Any]], device: torch.device) -> float:
     return statistics.median(slowest.tolist())
 
 
-def _across() -> Link:
-    preset = machine("h100").across
-    return Link(
+def _across() -> LinkSpec:
+    preset = preset_machine("h100").across
+    return LinkSpec(
         preset.name,
         preset.bytes_per_s,
         preset.latency_s,

@@ -84,7 +84,9 @@ def keys_and_values(case: Case, kv: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
     """Attention `[B, 1, H, D]` in float64, over this rank's keys and over all ranks'; some keys at a time."""
     B, S, H_kv, D = k.shape
     total, step = None, max(REFERENCE_ELEMENTS // (B * H_kv * D), 1)

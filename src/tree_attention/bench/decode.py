@@ -21,9 +21,9 @@ from ..local import attend
 from ..partial import merge
 from ..reduce import SymmetricLink
 from ..reduce.collectives import gather, pack, unpack
-from .case import ROTATED_BYTES, Case, keys_and_values, make_inputs, reference
-from .peers import LOCAL, SPREAD, Peer, Step, streaming_read
-from .timing import Captured, Run, capture, one_line, seconds_in_turns, waiting_seconds
+from .case import ROTATED_BYTES, Case, exact_attention, keys_and_values, make_inputs
+from .peers import LOCAL_PEERS, SPREAD_PEERS, Peer, Step, streaming_read
+from .timing import CapturedCalls, TimedWork, capture, one_line, seconds_in_turns, waiting_seconds
 
 MOST_ERROR = 1e-2
 READS = ((65536, 2, 8), (16384, 4, 4), (32768, 8, 4))  # block_bytes, programs_per_sm, num_warps
@@ -31,7 +31,7 @@ OWN = ("alone", "local")  # kinds that cover this rank's keys only
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Communicators:
     """What outlives a case. alone: a link over this rank only. groups: a communicator for each spread peer."""
 
     world: ProcessGroup
@@ -59,26 +59,26 @@ class Contestant:
     obstacle: str | None = None
 
 
-def meet(cases: Sequence[Case]) -> Ranks:
+def open_communicators(cases: Sequence[Case]) -> Communicators:
     """Links and groups with room for all cases; every rank calls it."""
     world: Any = dist.group.WORLD
     everyone = list(range(world.size()))
     rows, head_dim = max(case.batch * case.heads for case in cases), max(case.head_dim for case in cases)
     solos: list[Any] = [dist.new_group([rank]) for rank in everyone]
-    groups: dict[str, Any] = {name: dist.new_group(everyone) for name in SPREAD}
+    groups: dict[str, Any] = {name: dist.new_group(everyone) for name in SPREAD_PEERS}
     link, alone = (SymmetricLink(group, rows=rows, head_dim=head_dim) for group in (world, solos[world.rank()]))
-    return Ranks(world, link, alone, groups)
+    return Communicators(world, link, alone, groups)
 
 
 @torch.no_grad()
 def measure(
-    cases: Sequence[Case], ranks: Ranks, *, peers: Sequence[str], rounds: int, eager: bool
+    cases: Sequence[Case], ranks: Communicators, *, peers: Sequence[str], rounds: int, eager: bool
 ) -> Iterator[list[dict[str, Any]]]:
     """For each case, those that read most first, a record for each contestant; the same on every rank.
 
-    peers: names of `LOCAL` and `SPREAD`. Times are those of one call: graph_s in a CUDA graph, eager_s called one by
-    one, read_s the streaming read of the same bytes, waiting_s what a step of ours would lose to always waiting for the
-    slower rank, measured without an exchange. roofline_s: the bytes over the fastest such read so far.
+    peers: names of `LOCAL_PEERS` and `SPREAD_PEERS`. Times are those of one call: graph_s in a CUDA graph, eager_s
+    called one by one, read_s the streaming read of the same bytes, waiting_s what a step of ours would lose to always
+    waiting for the slower rank, measured without an exchange. roofline_s: the bytes over the fastest such read so far.
     peak_extra_bytes: the most that PyTorch holds while the first step is prepared and called, beyond what it held
     before, K and V among that; on the rank with most. Not in it: a link's memory, made before, and NCCL's own.
     """
@@ -90,10 +90,12 @@ def measure(
         torch.cuda.empty_cache()
 
 
-def _measure_case(case: Case, ranks: Ranks, peers: Sequence[str], rounds: int, eager: bool) -> list[dict[str, Any]]:
+def _measure_case(
+    case: Case, ranks: Communicators, peers: Sequence[str], rounds: int, eager: bool
+) -> list[dict[str, Any]]:
     q, lengths, sets = make_inputs(case, ranks.world.rank(), ranks.world.size(), ranks.link.device)
     pairs = [keys_and_values(case, kv) for kv in sets]
-    exact = reference(q, *pairs[0], lengths, ranks.world)
+    exact = exact_attention(q, *pairs[0], lengths, ranks.world)
     entered = {each.what: each for each in contestants(q, lengths, pairs[0], ranks, peers)}
     runs, captured, records = {}, {}, {}
     for what, contestant in entered.items():
@@ -102,12 +104,12 @@ def _measure_case(case: Case, ranks: Ranks, peers: Sequence[str], rounds: int, e
             continue
         calls = [steps[i % len(steps)] for i in range(case.calls())]
         graph = capture(calls)
-        if isinstance(graph, Captured):
-            captured[what], runs[what, "graph_s"] = graph, Run(graph.replay, ahead=True)
+        if isinstance(graph, CapturedCalls):
+            captured[what], runs[what, "graph_s"] = graph, TimedWork(graph.replay, ahead=True)
         else:
             records[what]["note"] = graph
         if eager or isinstance(graph, str):
-            runs[what, "eager_s"] = Run(bind(_call_all, calls), ahead=False)
+            runs[what, "eager_s"] = TimedWork(bind(_call_all, calls), ahead=False)
     read = _streaming_read(case, sets, rounds)
     taken = seconds_in_turns(runs, rounds)
     alone = captured.get("fused_alone")
@@ -128,7 +130,7 @@ def _measure_case(case: Case, ranks: Ranks, peers: Sequence[str], rounds: int, e
 
 
 def contestants(
-    q: Tensor, lengths: Tensor | None, first: tuple[Tensor, Tensor], ranks: Ranks, peers: Sequence[str]
+    q: Tensor, lengths: Tensor | None, first: tuple[Tensor, Tensor], ranks: Communicators, peers: Sequence[str]
 ) -> Iterator[Contestant]:
     """Ours; without lengths, which peers have no form for, also the exchange alone and the peers.
 
@@ -147,9 +149,9 @@ def contestants(
         "nccl_all_gather", "exchange", lambda k, v: bind(gather, pack(local(q, k, v)), world),
         output=lambda gathered: merge(unpack(gathered)).out,
     )  # fmt: skip
-    for name, peer in (LOCAL | SPREAD).items():
+    for name, peer in (LOCAL_PEERS | SPREAD_PEERS).items():
         if name in peers:
-            kind, group = ("local", None) if name in LOCAL else ("spread", ranks.groups[name])
+            kind, group = ("local", None) if name in LOCAL_PEERS else ("spread", ranks.groups[name])
             prepare = bind(_prepare, peer, q, group)
             yield Contestant(name, kind, prepare, obstacle=peer.obstacle(q, *first))
 
@@ -159,7 +161,7 @@ def _prepare(peer: Peer, q: Tensor, group: ProcessGroup | None, k: Tensor, v: Te
 
 
 def _try(
-    contestant: Contestant, pairs: Sequence[tuple[Tensor, Tensor]], exact: tuple[Tensor, Tensor], ranks: Ranks
+    contestant: Contestant, pairs: Sequence[tuple[Tensor, Tensor]], exact: tuple[Tensor, Tensor], ranks: Communicators
 ) -> tuple[list[Step], dict[str, Any]]:
     """A step for each k and v, if it can run and is right; and what is to be said of that, the same on every rank."""
     fault, steps, outs, extra = contestant.obstacle, [], [], None
@@ -218,8 +220,8 @@ def _streaming_read(case: Case, sets: Sequence[Tensor], rounds: int) -> dict[str
         steps = [streaming_read(kv.view(-1)[:words], **how) for kv in sets]
         _call_all(steps)
         graph = capture([steps[i % len(steps)] for i in range(case.calls())])
-        assert isinstance(graph, Captured), graph
-        runs[setting] = Run(graph.replay, ahead=True)
+        assert isinstance(graph, CapturedCalls), graph
+        runs[setting] = TimedWork(graph.replay, ahead=True)
     taken = seconds_in_turns(runs, rounds)
     setting = min(READS, key=taken.__getitem__)
     read_s = taken[setting] / case.calls()

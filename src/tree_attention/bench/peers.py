@@ -1,7 +1,7 @@
 """What our decode is measured against: other people's kernels and exchanges, each as its own users would write it.
 
-LOCAL    one GPU on its own shard: cudnn, flash2, flash3, flashinfer
-SPREAD   all ranks' shards: three_all_reduce (the paper's reference), all_gather, ring
+LOCAL_PEERS    one GPU on its own shard: cudnn, flash2, flash3, flashinfer
+SPREAD_PEERS   all ranks' shards: three_all_reduce (the paper's reference), all_gather, ring
 streaming_read   the ceiling: every byte read once, nothing computed
 
 A Peer never falls back: `obstacle` says why it cannot run here. All steps run on one stream without waiting for the
@@ -34,10 +34,10 @@ class Peer:
     """A contestant for q `[B, 1, H, D]` and this rank's k, v `[B, S_local, H_kv, D]`, NHD or HND in memory.
 
     obstacle: (q, k, v) -> why it cannot run these tensors here, or None.
-    prepare: (q, k, v, group) -> step. It does what a user does once (plans, buffers); `step()` is what is timed: it
-        returns the attention output `[B, 1, H, D]` over these keys (LOCAL, group unused) or all ranks' (SPREAD). The
-        prepare of SPREAD also takes `local=`, the kernel for one shard: (q, k, v) -> out `[B, 1, H, D]` and natural-log
-        lse `[B, 1, H]`, cuDNN's by default.
+    prepare: (q, k, v, group) -> step. It does the one-time work of a user (plans, buffers). Only `step()` is timed: it
+        returns the attention output `[B, 1, H, D]` over this rank's keys (LOCAL_PEERS, group unused) or over all keys
+        (SPREAD_PEERS). SPREAD_PEERS also take `local=`, the kernel for one shard: (q, k, v) -> out `[B, 1, H, D]` and
+        natural-log lse `[B, 1, H]`. Default: cuDNN's.
     """
 
     obstacle: Callable[[Tensor, Tensor, Tensor], str | None]
@@ -236,13 +236,13 @@ def _flashinfer_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return found
 
 
-LOCAL = {
+LOCAL_PEERS = {
     "cudnn": Peer(_cudnn_obstacle, _prepare_cudnn),
     "flash2": Peer(_obstacle, _prepare_flash2),
     "flash3": Peer(_flash3_obstacle, _prepare_flash3),
     "flashinfer": Peer(_flashinfer_obstacle, _prepare_flashinfer),
 }
-SPREAD = {
+SPREAD_PEERS = {
     "three_all_reduce": Peer(_cudnn_obstacle, _prepare_three_all_reduce),
     "all_gather": Peer(_cudnn_obstacle, _prepare_all_gather),
     "ring": Peer(_cudnn_obstacle, _prepare_ring),

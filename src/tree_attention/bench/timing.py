@@ -17,7 +17,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedWork:
     """enqueue: hands work to the device. ahead: the host is to be done with that before the device begins (a graph)."""
 
     enqueue: Callable[[], Any]
@@ -25,7 +25,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Captured:
+class CapturedCalls:
     """calls: kept, since they own memory that the graph uses. first: the first one's result, of the last replay."""
 
     graph: torch.cuda.CUDAGraph
@@ -36,7 +36,7 @@ class Captured:
         self.graph.replay()
 
 
-def seconds_in_turns(runs: Mapping[Name, Run], rounds: int) -> dict[Name, float]:
+def seconds_in_turns(runs: Mapping[Name, TimedWork], rounds: int) -> dict[Name, float]:
     """Each run's time: of a turn that of the slowest rank, of `rounds` turns the median, one before them not counted.
 
     All ranks call it with the same runs, on CUDA devices.
@@ -71,7 +71,7 @@ def _waiting_seconds(calls: Sequence[Callable[[], Any]]) -> float:
     return float(slower.mean() - mean)
 
 
-def capture(calls: Sequence[Callable[[], Tensor]]) -> Captured | str:
+def capture(calls: Sequence[Callable[[], Tensor]]) -> CapturedCalls | str:
     """One graph of all calls, each of which ran before; or on every rank why one of them could not."""
     graph, first, fault = torch.cuda.CUDAGraph(), None, None
     dist.barrier()
@@ -88,7 +88,7 @@ def capture(calls: Sequence[Callable[[], Tensor]]) -> Captured | str:
     fault = first_fault(fault, dist.group.WORLD)
     if fault is not None or first is None:
         return fault or "not captured"
-    return Captured(graph, calls, first)
+    return CapturedCalls(graph, calls, first)
 
 
 def one_line(error: Exception) -> str:
@@ -96,13 +96,13 @@ def one_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:160] or type(error).__name__
 
 
-def _turn(run: Run) -> float:
+def _turn(run: TimedWork) -> float:
     """This rank's seconds, from a moment at which all ranks are there."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     dist.barrier()
     if run.ahead:
         torch.cuda._sleep(LEAD_CYCLES)
-        dist.all_reduce(torch.zeros(1, device="cuda"))  # the devices meet, not only the hosts
+        dist.all_reduce(torch.zeros(1, device="cuda"))  # the devices open_communicators, not only the hosts
     else:
         torch.cuda.synchronize()
     start.record()

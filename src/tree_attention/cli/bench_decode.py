@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bench.case import MOST_BYTES, Case
-from ..bench.decode import measure, meet
-from ..bench.peers import LOCAL, SPREAD
+from ..bench.decode import measure, open_communicators
+from ..bench.peers import LOCAL_PEERS, SPREAD_PEERS
 from ..errors import InputError, Unavailable
 from .bench import numbers
 from .launch import run_on_ranks
@@ -69,8 +69,8 @@ def cases_of(options: BenchDecodeOptions) -> list[Case]:
 
 
 def peers_of(options: BenchDecodeOptions) -> list[str]:
-    """Names of LOCAL and SPREAD."""
-    known = [*LOCAL, *SPREAD]
+    """Names of LOCAL_PEERS and SPREAD_PEERS."""
+    known = [*LOCAL_PEERS, *SPREAD_PEERS]
     chosen = {"all": known, "none": []}.get(options.peers, options.peers.split(","))
     unknown = [name for name in chosen if name not in known]
     if unknown:
@@ -103,7 +103,7 @@ def _cell(value: Any, form: str) -> str:
 
 def _on_rank(wanted: list[Case], peers: list[str], options: BenchDecodeOptions, device: torch.device) -> int:
     """The first rank prints each case as soon as it is done: a run that is cut short has still said something."""
-    ranks = meet(wanted)
+    ranks = open_communicators(wanted)
     speaks = dist.get_rank() == 0
     surroundings = _surroundings(ranks.workspace_bytes()) if speaks else {}
     records = []

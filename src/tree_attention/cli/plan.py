@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cost.calibration import load_calibration
-from ..cost.machine import MACHINES, Machine, changed, machine
-from ..cost.model import Model, load_model
-from ..cost.plan import Plan, make_plan, over_contexts
+from ..cost.machine import MACHINES, Machine, override, preset_machine
+from ..cost.model import ModelSpec, load_model_spec
+from ..cost.plan import MeshPlan, make_plan, over_contexts
 from ..errors import InputError, Unavailable
 from .options import PlanOptions
 
@@ -27,7 +27,7 @@ def plan(options: PlanOptions) -> int:
     if options.plot is not None and find_spec("matplotlib") is None:
         raise Unavailable("plot needs matplotlib: pip install matplotlib")
     try:
-        model = load_model(options.model)
+        model = load_model_spec(options.model)
         on, note = _machine(options)
         made = make_plan(model, on, context=context, batch=options.batch, gpus=options.gpus)
         if options.plot is not None:
@@ -61,17 +61,17 @@ def _machine(options: PlanOptions) -> tuple[Machine, str]:
         raise ValueError(f"name one of --gpu ({', '.join(MACHINES)}) and --machine FILE")
     how: Any = {"per_node": options.per_node, "inside": options.inside, "across": options.across}
     if options.gpu is not None:
-        return machine(options.gpu, **how), ""
+        return preset_machine(options.gpu, **how), ""
     assert options.machine is not None
     found = load_calibration(options.machine)
-    return changed(found.machine, **how), f"constants measured on {found.hardware}, {found.date}"
+    return override(found.machine, **how), f"constants measured on {found.hardware}, {found.date}"
 
 
-def _title(options: PlanOptions, model: Model, on: Machine) -> str:
+def _title(options: PlanOptions, model: ModelSpec, on: Machine) -> str:
     return f"{model.name} on up to {options.gpus} x {on.name}, {on.per_node} a node: {options.batch} sequence(s)"
 
 
-def _print(made: Plan, title: str) -> None:
+def _print(made: MeshPlan, title: str) -> None:
     console = Console(width=120, highlight=False)
     table = Table(title=title, title_justify="left")
     table.add_column("tensor x\nsequence")
@@ -88,8 +88,8 @@ def _print(made: Plan, title: str) -> None:
     ):
         table.add_column(name, justify="right")
     for mesh in made.meshes:
-        style = "bold" if mesh is made.fastest else ("" if mesh.fits and mesh.loads else "dim")
-        verdict = ("fits" if mesh.loads else "other engines") if mesh.fits else "too large"
+        style = "bold" if mesh is made.fastest else ("" if mesh.fits and mesh.loadable else "dim")
+        verdict = ("fits" if mesh.loadable else "other engines") if mesh.fits else "too large"
         table.add_row(
             f"{mesh.tensor} x {mesh.sequence}", f"{mesh.weights_bytes / 1e9:.1f}", f"{mesh.kv_bytes / 1e9:.1f}",
             f"{mesh.used_bytes / 1e9:.1f}", verdict, f"{1e3 * mesh.token_s:.2f}", mesh.bound,
