@@ -203,8 +203,8 @@ def call(capfd, monkeypatch, *arguments):
             ["--heads", 30],
             "keys, batch, heads, kv-heads and head-dim must be at least 1, heads a multiple of kv-heads, ",
         ),
-        (["--batch", "1;2"], "batch must be numbers with commas between them, got '1;2'"),
-        (["--keys", "64,"], "keys must be numbers with commas between them, got '64,'"),
+        (["--batch", "1;2"], "batch must be integers separated by commas, got '1;2'"),
+        (["--keys", "64,"], "keys must be integers separated by commas, got '64,'"),
         (["--layout", "HDN"], "layout must be NHD or HND, got 'HDN'"),
         (
             ["--peers", "cudnn,flash9"],
@@ -225,7 +225,7 @@ def test_mistakes(capfd, monkeypatch, options, text):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_gpus(capfd, monkeypatch):
     code, _, err = call(capfd, monkeypatch, "--peers", "none")
-    found = "bench decode needs a CUDA device for each rank: 2 ranks, 0 devices"
+    found = "bench decode needs a CUDA device per rank, got 2 ranks and 0 devices"
     assert (code, err) == (2, f"tree-attention: {found}\n")
 
 

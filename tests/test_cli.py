@@ -31,7 +31,7 @@ from transformers import (
 
 import tree_attention.cli
 from tree_attention import InputError, Unsupported
-from tree_attention.bench.steps import measure
+from tree_attention.bench.steps import measure_steps
 from tree_attention.cli.chat import _hand_over, typed
 from tree_attention.cli.exits import say
 from tree_attention.cli.inputs import check_positions, prompt_ids, step_of
@@ -256,13 +256,13 @@ def test_bench_prefill_reads_whole_cycles_on_all_ranks(capfd, monkeypatch, folde
         assert each["kv_bytes"] == held * of_token
     code, _, err = call(capfd, monkeypatch, *arguments, "--ways", "theirs")
     assert code == 2
-    assert err.endswith("tree-attention: ways must be all or some of ours, stock, got 'theirs'\n")
+    assert err.endswith("tree-attention: variants must be all or some of ours, stock, got 'theirs'\n")
 
 
 def test_bench_steps_refuses_what_it_cannot_fill():
     model = AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, num_hidden_layers=2, head_dim=D, sliding_window=64))
     with pytest.raises(Unsupported, match="attention only, this model has DynamicSlidingWindowLayer: use generate"):
-        measure(model, [64], ["ours eager"], tokens=1)
+        measure_steps(model, 64, ["ours eager"], tokens=1)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_bench_steps_refuses_what_it_cannot_fill():
         (["--contexts", 0], "contexts, nproc and tokens must be at least 1, got 0, 2 and 32"),
         (
             ["--ways", "ours,stock eager"],
-            "ways must be all or some of ours eager, ours captured, ours compiled, ",
+            "variants must be all or some of ours eager, ours captured, ours compiled, ",
         ),
     ],
 )
@@ -577,7 +577,7 @@ def test_bench_weighs_and_times_its_contestants(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--contexts", "64;96"], "contexts must be numbers with commas between them, got '64;96'"),
+        (["--contexts", "64;96"], "contexts must be integers separated by commas, got '64;96'"),
         (["--contexts", "0"], "contexts, decode-tokens and rounds must be at least 1, nproc at least 2"),
         (["--nproc", 1], "contexts, decode-tokens and rounds must be at least 1, nproc at least 2"),
     ],

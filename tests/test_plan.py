@@ -286,7 +286,7 @@ def test_planning_loads_neither_torch_nor_transformers():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--nproc", 1), "needs 2 ranks at least, got 1"),
+        (("--nproc", 1), "needs at least 2 ranks, got 1"),
         (("--output", "nowhere/m.json"), "output must be a file in a folder that exists, got nowhere/m.json"),
         (("--device", "abacus"), "device must be auto, cpu or cuda, got 'abacus'"),
     ],
@@ -307,7 +307,7 @@ def test_calibrate_does_not_take_the_cpu_for_a_lonely_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     ended = run("calibrate")
     assert ended.exit_code == 2
-    assert "one is here: --device cpu" in ended.stderr
+    assert "found one GPU: --device cpu" in ended.stderr
 
 
 @pytest.mark.slow
