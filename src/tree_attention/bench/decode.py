@@ -41,8 +41,7 @@ class Communicators:
 
     def workspace_bytes(self) -> int:
         """Bytes of the link's device memory on this rank."""
-        link = self.link
-        return sum(tensor.nbytes for tensor in (link.buffers[link.rank], link.epochs, link.parts))
+        return self.link.workspace_bytes
 
 
 @dataclass(frozen=True)
