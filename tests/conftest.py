@@ -21,3 +21,20 @@ def pool():
     ranks = RankPool(4)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A small model with its tokenizer."""
+    from command import LAYERS, write_model
+
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, LAYERS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def document(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "document.txt"
+    file.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(18)), encoding="utf-8")
+    return file

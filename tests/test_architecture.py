@@ -14,6 +14,7 @@ SOURCE = Path(tree_attention.__file__).parent
 CORE = {"decode", "energy", "errors", "fused", "group", "layout", "local", "packets", "partial", "reduce", "route"}
 MAY_IMPORT = {  # unit (a file or folder of the package) -> the units it may import
     "__init__": {"api"},
+    "__main__": {"cli"},
     "api": CORE,
     "errors": set(),
     "partial": {"errors"},

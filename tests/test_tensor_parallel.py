@@ -17,7 +17,7 @@ from architectures import ARCHITECTURES, BLOCK, GREEDY, NEW_TOKENS, TOKENS, one_
 from test_session import TEXT, ask, tokenizer
 from test_smollm2 import smollm2
 from tree_attention import InputError, TreeAttentionError, Unsupported
-from tree_attention.cli.inputs import load_model
+from tree_attention.cli.models import load_model
 from tree_attention.cost.model import parse_config
 from tree_attention.hf import Session, TreeCache, load_tensor_parallel, prefill
 from tree_attention.hf.tensor import AXES, check_tensor_parallel
@@ -265,8 +265,8 @@ def test_a_save_is_taken_up_on_other_ranks_of_the_sequence(pool, folder, tmp_pat
         assert pool.run(goes_on, folder(name), shape, save) == [expected[1]] * 4
     [text] = set(pool.run(goes_on, folder(name), (2, 1), save))
     assert text == (
-        "the save in SAVE is of a model split over 2 ranks by tensor parallelism, and holds their heads apart; "
-        "this one is split over 1: load the model over 2"
+        "the save in SAVE is of a model split over 2 ranks by tensor parallelism, and has a file for the heads "
+        "of each; this model is split over 1: load it over 2"
     )
 
 

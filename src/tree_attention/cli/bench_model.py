@@ -11,10 +11,11 @@ import transformers
 from ..bench import prefill, steps
 from ..errors import InputError
 from . import environment
-from .inputs import load_model, reading_bar
 from .launch import run_on_ranks
+from .models import load_model
 from .options import BenchPrefillOptions, BenchStepsOptions, parse_numbers
 from .records import print_document, print_table, publish
+from .terminal import reading_bar
 
 Measure = Callable[[Any, int], list[dict[str, Any]]]  # (model, context) -> records, on every rank
 

@@ -6,8 +6,8 @@
     ... -tensor-1.safetensors                   either, of a model split by tensor parallelism: the heads of its rank 1
 
 A save is a new sub-folder. current.json is replaced, in one step of the file system, when every rank has written its
-files and they are on the disk; whatever happens before, the last save is as it was. Older saves go last, and nothing
-else does: what lies in the folder besides is the user's. The folder must be one that all ranks see.
+files and they are on the disk; whatever happens before, the last save is as it was. Then older saves are deleted, and nothing else.
+All ranks must see the folder.
 """
 
 import contextlib
@@ -29,19 +29,19 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedConfig
 
 from ..errors import InputError, TreeAttentionError
-from ..group import gather_objects, rank_and_size
+from ..group import first_fault, gather_objects, rank_and_size
 from ..layout import Layout
 from .cache import TreeCache
 from .layers import ShardedLayer
 from .state import set_state, state_of
-from .tensor import tensor_group
+from .tensor import tensor_group, tensor_ranks
 
 VERSION = 2
 CURRENT = "current.json"
 NAME = re.compile(r"[0-9a-f]{32}")
 FILE = re.compile(r"layer-\d+(-rank-\d+)?(-tensor-\d+)?\.safetensors")
 SAMPLES = 64  # of each weight
-# What a configuration says besides what the model computes, with what every configuration has.
+# Config fields that do not affect outputs.
 NO_MATTER = {
     "attention_dropout", "bos_token_id", "distributed_config", "eos_token_id", "initializer_range",
     "output_router_logits", "pad_token_id", "pretraining_tp", "quantization_config", "router_aux_loss_coef",
@@ -67,13 +67,6 @@ def describe(model: Any) -> dict[str, Any]:
     fields = {name: value for name, value in known.items() if name not in NO_MATTER and not name.startswith("_")}
     dtype = str(model.dtype).removeprefix("torch.")
     return {"model_type": config.model_type, "dtype": dtype, "weights": weights} | fields
-
-
-def check_model(saved: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
-    """Raise InputError unless both describe one model; what only one version of transformers knows is passed over."""
-    other = [f"{name} {saved[name]}, not {value}" for name, value in here.items() if saved.get(name, value) != value]
-    if other:
-        raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
 
 
 def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor: ProcessGroup | None = None) -> None:
@@ -141,6 +134,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_manifest_of(model: Any, folder: Path, groups: list[ProcessGroup | None]) -> dict[str, Any]:
+    """Read the manifest and check that the save is of this model.
+
+    All ranks of both groups (sequence, tensor) call it together. If one raises, all do: one may not see the folder.
+
+    Raises:
+        InputError: as `read_manifest`, or the save is of another model or of one split over another number of ranks.
+    """
+    described, manifest, fault = describe(model), {}, None
+    try:
+        manifest = read_manifest(folder)
+        saved, split = manifest["tensor_ranks"], tensor_ranks(model.config)
+        if saved != split:
+            raise InputError(
+                f"the save in {folder} is of a model split over {saved} ranks by tensor parallelism, and has a file "
+                f"for the heads of each; this model is split over {split}: load it over {saved}"
+            )
+        _check_model(manifest["about"]["model"], described, folder)
+    except InputError as error:
+        fault = str(error)
+    for group in groups:
+        fault = first_fault(fault, group)
+    if fault:
+        raise InputError(fault)
+    return manifest
+
+
+def _check_model(saved: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
+    """Raise InputError unless both describe one model. Fields that only one version of transformers has are ignored."""
+    other = [f"{name} {saved[name]}, not {value}" for name, value in here.items() if saved.get(name, value) != value]
+    if other:
+        raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
+
+
 def load_cache(
     cache: TreeCache, folder: Path, manifest: dict[str, Any], device: torch.device, *,
     tensor: ProcessGroup | None = None,
@@ -156,10 +183,9 @@ def load_cache(
     try:
         for index, layer in enumerate(cache.layers):
             _fill(layer, index, folder / manifest["name"], manifest, device, tensor)
-    except (OSError, SafetensorError, InputError) as error:
-        fault = f"rank {placement.rank}: {error}"
-    except Exception as error:  # as when saving
-        fault = f"rank {placement.rank}: {type(error).__name__}: {error}"
+    except Exception as error:  # the vote below raises on every rank what one rank met
+        expected = isinstance(error, OSError | SafetensorError | InputError)
+        fault = f"rank {placement.rank}: {error if expected else f'{type(error).__name__}: {error}'}"
     placement.moved = True
     _vote(fault, [placement.group, tensor])
 
