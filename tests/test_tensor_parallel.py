@@ -29,7 +29,7 @@ from test_session import TEXT, ask, tokenizer
 from test_smollm2 import smollm2
 from tree_attention import InputError, TreeAttentionError, Unsupported
 from tree_attention.cli.models import load_model
-from tree_attention.cost.model import model_of
+from tree_attention.cost.model import parse_config
 from tree_attention.hf import Session, TreeCache, load_tensor_parallel, prefill
 from tree_attention.hf.tensor_parallel import AXES, check_tensor_parallel
 
@@ -227,9 +227,9 @@ def test_the_planner_knows_how_a_model_can_be_split(name, heads):
         try:
             check_tensor_parallel(config, ranks)
         except InputError:
-            assert not model_of(config.to_dict(), name).can_split(ranks)
+            assert not parse_config(config.to_dict(), name).can_split(ranks)
         else:
-            assert model_of(config.to_dict(), name).can_split(ranks)
+            assert parse_config(config.to_dict(), name).can_split(ranks)
 
 
 def talk(group, folder, shape, save, name="llama"):

@@ -1,6 +1,6 @@
-"""The options of every command, each written once: a frozen dataclass per command, whose fields are the flags.
+"""The options of every command, each written once: one frozen dataclass per command, whose fields are the flags.
 
-The ranks receive the same dataclass. Nothing here imports torch or transformers: `--help` must be fast.
+The docstring of a class is the help of its command. Nothing here imports torch or transformers: `--help` must be fast.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,9 @@ from typing import Annotated
 
 from typer import Option
 
-Model = Annotated[str, Option(help="Folder of a Hugging Face model, or its name on the hub.")]
+from ..errors import InputError
+
+ModelName = Annotated[str, Option(help="Folder of a Hugging Face model, or its name on the hub.")]
 Config = Annotated[Path, Option(help="A model's config.json. The weights are drawn at random.")]
 Device = Annotated[str, Option(help="cpu, cuda or auto. auto: cuda if each rank gets a GPU, else cpu.")]
 Ranks = Annotated[int, Option(help="Number of ranks to start.")]
@@ -51,7 +53,11 @@ class DecodingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(DecodingOptions):
-    """Options of `generate`."""
+    """Read a document into a KV cache that is sharded across ranks, and generate an answer.
+
+    Starts its own ranks; under torchrun, this process is one of them. Exit code 1: a rank died, or --verify found
+    different tokens. Exit code 2: an invalid argument.
+    """
 
     model: Annotated[str | None, Option(help="Folder of a Hugging Face model, or its name on the hub.")] = None
     prompt: Annotated[str, Option(help="The question, or the text to continue.")] = ""
@@ -77,9 +83,9 @@ class GenerateOptions(DecodingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(DecodingOptions):
-    """Options of `chat`."""
+    """Answer questions about a document, one per line of stdin. The answers stream to stdout."""
 
-    model: Model
+    model: ModelName
     file: Annotated[Path | None, Option(help="A UTF-8 document to ask about.")] = None
     load: Annotated[Path | None, Option(help="Folder of a saved session to continue.")] = None
     save: Annotated[
@@ -97,9 +103,9 @@ class ChatOptions(DecodingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchGenerateOptions:
-    """Options of `bench generate`."""
+    """Compare ranks with one process (CPU, float32, one core each): time to first token, time per token, KV memory."""
 
-    model: Model
+    model: ModelName
     nproc: Annotated[int, Option(help="Ranks to compare with one process.")] = 2
     contexts: Annotated[str, Option(help="Context lengths in tokens, separated by commas.")] = "1024,4096,8192"
     decode_tokens: Annotated[int, Option(help="Tokens to decode per round.")] = 32
@@ -109,7 +115,10 @@ class BenchGenerateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchDecodeOptions:
-    """Options of `bench decode`."""
+    """Time one decode step on GPUs against other kernels, other exchanges and the memory bandwidth.
+
+    Exit code 1: a result of ours was wrong.
+    """
 
     nproc: Annotated[int, Option(help="Number of ranks, one GPU each.")] = 2
     keys: Annotated[str, Option(help="Keys per rank, separated by commas.")] = "16384,65536,262144,1048576"
@@ -132,7 +141,7 @@ class BenchDecodeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchStepsOptions:
-    """Options of `bench steps`."""
+    """Time the decode step of a whole model as `generate` runs it, on caches filled with random numbers."""
 
     config: Config
     nproc: Ranks = 2
@@ -149,7 +158,7 @@ class BenchStepsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPrefillOptions:
-    """Options of `bench prefill`."""
+    """Time the prefill of a long prompt through a whole model, and measure its memory."""
 
     config: Config
     nproc: Ranks = 2
@@ -168,7 +177,10 @@ class BenchPrefillOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Options of `plan`."""
+    """Estimate how many GPUs a model and a context need, how fast they decode, and whether sequence sharding pays.
+
+    Computed from a few constants of the machine, see docs/planning.md; nothing is run. Exit code 1: nothing fits.
+    """
 
     model: Annotated[str, Option(help="A preset such as llama-3.1-8b, a config.json, or a folder that holds one.")]
     context: Annotated[str, Option(help="Tokens per sequence, such as 131072, 128k or 1M.")]
@@ -185,7 +197,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions:
-    """Options of `calibrate`."""
+    """Measure this machine: read bandwidth, matrix products, kernel launches, messages and collectives."""
 
     output: Annotated[Path, Option(help="File to write, for `plan --machine`.")] = Path("machine.json")
     nproc: Annotated[int | None, Option(help="Number of ranks. Default: one per GPU, or two on the CPU.")] = None
@@ -194,7 +206,7 @@ class CalibrateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions:
-    """Options of `info`: the shape of one decode step on one of `nproc` ranks."""
+    """Show versions, devices and links, the available backends and algorithms, and what "auto" chooses for a shape."""
 
     nproc: Annotated[int, Option(help="Number of ranks.")] = 2
     batch: Annotated[int, Option(help="Batch size, B.")] = 1
@@ -206,3 +218,11 @@ class InfoOptions:
     dtype: Annotated[str, Option(help="Dtype of queries, keys and values.")] = "bfloat16"
     masked: Annotated[bool, Option(help="Assume a mask: ragged lengths, padding or positions.")] = False
     as_json: Json = False
+
+
+def parse_numbers(name: str, text: str) -> list[int]:
+    """Parse an option that lists integers: "1,2,3" -> [1, 2, 3]. Raises InputError."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name} must be integers separated by commas, got {text!r}") from None
