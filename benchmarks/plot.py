@@ -1,11 +1,11 @@
-"""Draw what `tree-attention bench decode` or `bench steps --output FILE.jsonl` measured. Needs matplotlib.
+"""Plots the records of `tree-attention bench decode` or `bench steps --output FILE.jsonl`. Requires matplotlib.
 
     python benchmarks/plot.py FILE.jsonl OUT.svg
 
-Of whole models' steps: the time of a token over the context, and what reading every byte once would take. Of a decode
-step, the first shape (batch, heads, layout, no lengths) in the file, over the keys of a rank: left the time of a step,
-right the same over the fastest local peer. In a CUDA graph; eager for a step that could not be captured. Of a case that
-was measured twice the last record counts.
+Steps of a whole model: the time per token over the context, and the time to read every byte once. A decode step: the
+first shape (batch, heads, layout, not ragged) in the file, over the keys per rank; left the time per step, right its
+ratio to the fastest local peer. Times are those in a CUDA graph, or eager if a step could not be captured. If a case
+was measured twice, the last record counts.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 SHAPE = ("batch", "heads", "kv_heads", "head_dim", "layout", "ranks")
 STYLES = {  # name -> label, colour, line, marker
-    "fused": ("ours, fused: all ranks' keys", "#d1495b", "-", "o"),
+    "fused": ("ours, fused: keys of all ranks", "#d1495b", "-", "o"),
     "fastest local peer": ("fastest local peer: own keys only", "#30638e", "-", "s"),
     "three_all_reduce": ("cuDNN + three all-reduces", "#8a8d91", "-", "^"),
     "all_gather": ("cuDNN + one all-gather", "#00798c", "-", "v"),
@@ -33,15 +33,15 @@ OF_STEPS = {
 
 
 def read(lines):
-    """The first shape, and the lines to draw: name -> {keys a rank: seconds}."""
+    """Return the first shape, and the lines to plot: name -> {keys per rank: seconds}."""
     records = [record for record in map(json.loads, lines) if not record["ragged"]]
     if not records:
-        raise SystemExit("no records without lengths in this file")
+        raise SystemExit("this file has no records without --ragged")
     shape = {name: records[0][name] for name in SHAPE}
     times_s = {name: {} for name in STYLES}
     last = {(record["keys"], record["what"]): record for record in records if shape.items() <= record.items()}
     for (keys, what), record in sorted(last.items()):
-        time_s = record["graph_s"] or record["eager_s"]  # a step that cannot be captured has the second only
+        time_s = record["graph_s"] or record["eager_s"]  # a step that cannot be captured has eager_s only
         times_s["roofline"][keys] = record["roofline_s"]
         if time_s and record["kind"] == "local":
             times_s[LOCAL][keys] = min(time_s, times_s[LOCAL].get(keys, time_s))
@@ -72,20 +72,20 @@ def draw(times_s, title, out):
         axes.set_xscale("log", base=2)
         axes.set_xticks(keys, [f"{count // 1024}k" if count % 1024 == 0 else str(count) for count in keys])
         axes.minorticks_off()
-        axes.set_xlabel("keys a rank")
+        axes.set_xlabel("keys per rank")
         axes.grid(alpha=0.25)
     left.set_yscale("log")
-    left.set_ylabel("time of a step, µs")
+    left.set_ylabel("time per step, µs")
     right.set_yscale("log", base=2)
     right.yaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
-    right.set_ylabel("time over that of the fastest local peer")
+    right.set_ylabel("time / time of the fastest local peer")
     figure.suptitle(title)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(out, dpi=160)
 
 
 def _named(record):
-    """With another name where weights are split."""
+    """The record, renamed from "ours" to "split" if its weights are split."""
     return (
         record | {"what": record["what"].replace("ours", "split")} if record.get("tensor_parallel", 1) > 1 else record
     )
@@ -97,11 +97,11 @@ def draw_steps(records, out):
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    from tree_attention.cost.machine import machine
+    from tree_attention.cost.machine import preset_machine
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    rate = machine(records[0]["device"].split()[1].lower()).gpu.read_bytes_per_s
+    rate = preset_machine(records[0]["device"].split()[1].lower()).gpu.read_bytes_per_s
     timed = sorted((_named(record) for record in records if record["tpot_s"]), key=lambda r: r["context_tokens"])
     for what, (label, colour, style, marker) in OF_STEPS.items():
         line = [record for record in timed if record["what"] == what]
@@ -122,8 +122,8 @@ def draw_steps(records, out):
     axes.set_yscale("log")
     axes.set_yticks([3, 5, 10, 20, 50], ["3", "5", "10", "20", "50"])
     axes.minorticks_off()
-    axes.set_xlabel("tokens of context")
-    axes.set_ylabel("a token, ms")
+    axes.set_xlabel("context, tokens")
+    axes.set_ylabel("ms per token")
     axes.grid(alpha=0.25)
     axes.set_title(f"{records[0]['model']}, {records[0]['dtype']}, {records[0]['device']}", fontsize=11)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)

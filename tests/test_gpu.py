@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig
 
 from architectures import GREEDY, one_process, prompt, tiny
-from test_chunk import of_a_rank as chunk_of_a_rank
+from test_prefill_attention import of_a_rank as chunk_of_a_rank
 from tree_attention import (
     InputError,
     Layout,
@@ -24,7 +24,7 @@ from tree_attention import (
     tree_reduce,
 )
 from tree_attention.hf import TreeCache, load_tensor_parallel, prefill
-from tree_attention.hf.tensor import AXES
+from tree_attention.hf.tensor_parallel import AXES
 from tree_attention.testing import RankPool, assert_within_rounding, oracle, peaked_inputs
 
 pytestmark = [
@@ -170,12 +170,12 @@ def static(group, name, step):
         for dtype, way in ((torch.float32, step), (torch.bfloat16, step), (torch.bfloat16, "eager")):
             model = tiny(name, "tree_attention").cuda().to(dtype)
             cache = TreeCache(model.config, group, block_tokens=4, max_tokens=tokens.shape[1])
-            cache.step = way
+            cache.step_mode = way
             out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
             got = torch.stack(out.logits)
             assert same_on_all_ranks(got)
-            assert isinstance(cache.placement.link, SymmetricLink)
-            assert [kept.graph is not None for kept in cache.steps.values()] == [way != "eager"]
+            assert isinstance(cache.exchange.link, SymmetricLink)
+            assert [kept.graph is not None for kept in cache.captured_steps.values()] == [way != "eager"]
             of_dtype.append((out.sequences.cpu(), got.cpu(), cache.received_bytes))
         assert torch.equal(of_dtype[0][0], tokens), (name, padded)
         assert (of_dtype[0][1] - logits).abs().max() < 2e-4 * logits.abs().max()
@@ -205,19 +205,19 @@ def split(group, folder, name, step, sequence=1):
             model = load_tensor_parallel(folder, mesh, dtype=dtype)
             assert {weight.device for weight in model.parameters()} == {torch.device("cuda", group.rank())}
             cache = TreeCache(model.config, mesh["sequence"], block_tokens=4, max_tokens=tokens.shape[1])
-            cache.step = way
+            cache.step_mode = way
             alive.append(cache)
             out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
             got = torch.stack(out.logits)
             assert same_on_all_ranks(got)
-            assert [kept.graph is not None for kept in cache.steps.values()] == [way != "eager"]
+            assert [kept.graph is not None for kept in cache.captured_steps.values()] == [way != "eager"]
             of_dtype.append((out.sequences.cpu(), got.cpu()))
             if dtype == torch.float32 and not padded:  # a batch of one has kernels of its own
                 cache = TreeCache(model.config, mesh["sequence"], max_tokens=tokens.shape[1], step=way)
                 out = model.generate(ids[:1], attention_mask=mask[:1], past_key_values=cache, **GREEDY)
                 assert torch.equal(out.sequences.cpu(), tokens[:1])
                 assert (torch.stack(out.logits).cpu() - logits[:, :1]).abs().max() < 2e-4 * logits.abs().max()
-                assert [kept.graph is not None for kept in cache.steps.values()] == [way != "eager"]
+                assert [kept.graph is not None for kept in cache.captured_steps.values()] == [way != "eager"]
         assert torch.equal(of_dtype[0][0], tokens), (name, padded)
         assert (of_dtype[0][1] - logits).abs().max() < 2e-4 * logits.abs().max()
         if step == "captured":

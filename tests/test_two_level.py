@@ -227,8 +227,8 @@ class Stand(SymmetricLink):
         self.group = group
         self.scattered = []
 
-    def fits(self, partial):
-        return True
+    def obstacle(self, spec):
+        return None
 
     def reduce(self, partial, *, scatter=False):
         self.scattered.append(scatter)
@@ -374,7 +374,7 @@ def generate_over(group, nodes, static):
     topology = TwoLevel(group, nodes)
     found = sharded(topology, "llama", True, "parallel", static)
     cache = TreeCache(tiny("llama", "tree_attention").config, topology)
-    cache.placement.reduce(random_partial(group.rank()))
+    cache.exchange.reduce(random_partial(group.rank()))
     return *found, cache.received_bytes
 
 
