@@ -25,10 +25,10 @@ from .reduce import (
     Reduction,
     check_name,
     check_no_gradient,
+    choose_exchange,
     misfit,
     ranks_of,
     reduction_obstacle,
-    resolve_reduction,
 )
 
 FUSED = {"fused": "symmetric", "fused_scatter": "symmetric_scatter"}  # -> the exchange that the launch contains
@@ -50,6 +50,7 @@ class Route(Reduction):
         algorithm_obstacles: algorithm -> why it cannot run the call. From `explain`, of all algorithms.
     """
 
+    algorithm: str
     backend: str
     backend_obstacles: dict[str, str]
 
@@ -125,25 +126,24 @@ def resolve(
     if sinks is not None and (sinks.shape != q.shape[2:3] or sinks.device != q.device):
         raise InputError(f"sinks must be [{q.shape[2]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}")
     check_name(algorithm, DECODE_ALGORITHMS)
-    process_group, rank, world_size = ranks_of(group)
-    check_no_gradient(world_size, q, k, v)
-    spec, link, obstacles = call.spec(), group if isinstance(group, Link) else None, {}
-    if algorithm in FUSED and (fault := misfit(FUSED[algorithm], spec, group, world_size)):
+    ranks, spec = ranks_of(group), call.spec()
+    check_no_gradient(ranks[2], q, k, v)
+    link, obstacles = group if isinstance(group, Link) else None, {}
+    if algorithm in FUSED and (fault := misfit(FUSED[algorithm], spec, group, ranks[2])):
         raise InputError(f"{algorithm} {fault}")
     chosen, tried = choose_backend(call, backend)
-    if algorithm in ("auto", *FUSED):
+    if link is not None and algorithm in ("auto", *FUSED):
         name = "fused" if algorithm == "auto" else algorithm
         triton = None if chosen == "triton" else tried.get("triton") or BACKENDS["triton"].obstacle(call)
         obstacle = _obstacle(name, call, group, backend, triton)
         if obstacle is None:
-            return call, Route(name, FUSED[name], process_group, rank, world_size, link, spec, {}, "triton", tried)
+            return call, Route(FUSED[name], *ranks, link, spec, {}, name, "triton", tried)
         if algorithm in FUSED and q.numel() > 0:
             raise Unavailable(f"algorithm {algorithm!r} {obstacle}: use algorithm='auto'")
         obstacles[name] = obstacle
-    reduction = resolve_reduction(spec, group, FUSED.get(algorithm, algorithm))
-    link, obstacles = reduction.link, obstacles | reduction.algorithm_obstacles
-    name, exchange = reduction.algorithm, reduction.exchange
-    return call, Route(name, exchange, process_group, rank, world_size, link, spec, obstacles, chosen, tried)
+    exchange, *known, passed_over = choose_exchange(spec, group, ranks, FUSED.get(algorithm, algorithm))
+    fields: Any = (exchange, *known, obstacles | passed_over, exchange, chosen, tried)
+    return call, Route(*fields)
 
 
 def _obstacle(name: str, call: AttentionCall, group: Group | Link, backend: str, triton: str | None) -> str | None:

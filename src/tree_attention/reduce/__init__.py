@@ -26,7 +26,7 @@ from ..errors import InputError, Unsupported
 from ..group import Group
 from ..partial import Partial, PartialSpec, spec_of
 from .collectives import all_gather, all_reduce, reduce_scatter
-from .link import AssumedRanks, Link, process_group_of, ranks_of
+from .link import AssumedRanks, Link, Ranks, process_group_of, ranks_of
 from .shared_memory import SharedMemoryLink
 from .symmetric import SymmetricLink, link_obstacle
 from .tree import recursive_doubling
@@ -89,7 +89,8 @@ def tree_reduce(partial: Partial, group: Group | Link = None, *, algorithm: str 
     Example:
         >>> out, lse = tree_reduce(Partial(out, lse), group, algorithm="reduce_scatter")
     """
-    reduction = resolve_reduction(spec_of(partial), group, algorithm)
+    check_name(algorithm, ALGORITHMS)
+    reduction = Reduction(*choose_exchange(spec_of(partial), group, ranks_of(group), algorithm))
     check_no_gradient(reduction.world_size, *partial)
     return run_reduction(partial, reduction)
 
@@ -98,12 +99,11 @@ def tree_reduce(partial: Partial, group: Group | Link = None, *, algorithm: str 
 class Reduction:
     """How partials are merged over the ranks, resolved from values that all ranks share."""
 
-    algorithm: str  # never "auto"
     exchange: str  # the entry of ALGORITHMS by which partials are exchanged
     group: ProcessGroup | None  # None for one process
     rank: int
     world_size: int
-    link: Link | None  # the link that the algorithm runs over, if any
+    link: Link | None  # the link that the exchange runs over, if any
     spec: PartialSpec
     algorithm_obstacles: dict[str, str]  # algorithm -> why "auto" passed over it
 
@@ -120,15 +120,13 @@ class Reduction:
         return received_bytes(self.exchange, **how, itemsize=spec.dtype.itemsize, node_sizes=sizes)
 
 
-def resolve_reduction(spec: PartialSpec, group: Group | Link, algorithm: str) -> Reduction:
-    """Check the request and choose the algorithm. No communication."""
-    check_name(algorithm, ALGORITHMS)
-    process_group, rank, size = ranks_of(group)
+def choose_exchange(spec: PartialSpec, group: Group | Link, ranks: Ranks, algorithm: str) -> tuple[Any, ...]:
+    """Check the request, choose the algorithm, and return the fields of a Reduction. No communication."""
     link, obstacles = group if isinstance(group, Link) else None, {}
     if link is not None and algorithm in ("auto", *link.algorithms) and link.carrier is not link:
-        return resolve_reduction(spec, link.carrier, "auto")
+        return choose_exchange(spec, link.carrier, ranks_of(link.carrier), "auto")
     if algorithm != "auto":
-        fault = reduction_obstacle(algorithm, spec, group, size)
+        fault = reduction_obstacle(algorithm, spec, group, ranks[2])
         if fault is not None:
             raise InputError(f"{algorithm} {fault}")
     elif link is not None and link.algorithms:
@@ -137,9 +135,8 @@ def resolve_reduction(spec: PartialSpec, group: Group | Link, algorithm: str) ->
         if fault is not None:
             obstacles[algorithm], algorithm = fault, "auto"
     if algorithm == "auto":
-        algorithm = choose_algorithm(spec.device.type, size)
-    link = None if ALGORITHMS[algorithm].link is None else link
-    return Reduction(algorithm, algorithm, process_group, rank, size, link, spec, obstacles)
+        algorithm = choose_algorithm(spec.device.type, ranks[2])
+    return algorithm, *ranks, None if ALGORITHMS[algorithm].link is None else link, spec, obstacles
 
 
 def run_reduction(partial: Partial, reduction: Reduction) -> Partial:

@@ -12,6 +12,8 @@ from ..group import Group, rank_and_size, resolve_group
 from ..partial import Partial, PartialSpec, empty
 from .collectives import pack, unpack
 
+Ranks = tuple[ProcessGroup | None, int, int]  # process group, this rank, number of ranks
+
 
 class Link:
     """A faster way to merge partials over the ranks of `group` than its collectives.
@@ -107,7 +109,7 @@ def process_group_of(group: Group | Link) -> ProcessGroup | None:
     return group.group if isinstance(group, Link) else resolve_group(group)
 
 
-def ranks_of(group: Group | Link) -> tuple[ProcessGroup | None, int, int]:
+def ranks_of(group: Group | Link) -> Ranks:
     """Return (process group, this rank, number of ranks)."""
     process_group = process_group_of(group)
     return process_group, *(group.rank_and_size() if isinstance(group, Link) else rank_and_size(process_group))
