@@ -15,9 +15,9 @@ from tree_attention.cost.decode import ALGORITHMS, AttentionShape, RankGroup, de
 from tree_attention.cost.machine import GPUS, LINKS, MACHINES, override, preset_machine
 from tree_attention.cost.mesh import CHUNK_TOKENS, MASKED_CHUNK_TOKENS, SUMMED_NUMBERS, estimate_mesh
 from tree_attention.cost.model import PRESETS, load_model_spec, parse_config, preset_names
-from tree_attention.hf.prefill import CHUNK_TOKENS as PREFILL_CHUNK_TOKENS
-from tree_attention.hf.prefill import MASKED_CHUNK_TOKENS as PREFILL_MASKED_CHUNK_TOKENS
-from tree_attention.hf.sums import ROWS, WIDTH
+from tree_attention.hf.link_sums import ROWS, WIDTH
+from tree_attention.hf.parallel_prefill import CHUNK_TOKENS as PREFILL_CHUNK_TOKENS
+from tree_attention.hf.parallel_prefill import MASKED_CHUNK_TOKENS as PREFILL_MASKED_CHUNK_TOKENS
 from tree_attention.reduce import received_bytes
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -23,8 +24,9 @@ from tree_attention import InputError, TreeAttentionError, Unsupported
 from tree_attention.hf import Session, load_tensor_parallel
 from tree_attention.hf import save as saving
 from tree_attention.hf.chat_template import ChatTemplate
-from tree_attention.hf.layers import ReplicatedWindowLayer, ShardedLayer
-from tree_attention.hf.tensor import AXES
+from tree_attention.hf.layers import ShardedLayer
+from tree_attention.hf.tensor_parallel import AXES
+from tree_attention.hf.window_layer import ReplicatedWindowLayer
 
 TEXT = "".join(f"{i} times {i} is {i * i}. " for i in range(12))
 TEMPLATE = """{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}
@@ -55,10 +57,10 @@ def ask(session, prompt):
 
 def contents(session):
     """What this rank keeps of keys: (slots, numbers) of each layer; of a whole layer its last tokens."""
-    placement, found = session.cache.placement, []
+    ranks, found = session.cache.ranks, []
     for layer in session.cache.layers:
         if isinstance(layer, ShardedLayer):
-            slots = placement.layout.slots(0, layer.length, placement.rank)
+            slots = ranks.slots(0, layer.length)
             found.append((slots, layer.keys[:, :, : layer.held].clone()))
         elif isinstance(layer, ReplicatedWindowLayer):
             layer.from_ring()
@@ -297,14 +299,17 @@ def test_an_older_answer_does_not_wait_for_a_newer_one():
 def test_an_iterator_that_its_own_writer_collects_waits_for_nobody():
     """Python's garbage collection runs in whatever thread is at hand."""
     session = opened(None, "llama")
-    answers = []
+    answers, asked = [], threading.Event()
 
     def close(*_):
-        answers.pop().close() if answers else None
+        assert asked.wait(60)
+        if answers:
+            assert threading.current_thread() is not threading.main_thread()
+            answers.pop().close()
 
-    answers.append(session.ask("What?", **SAMPLED))
-    next(answers[0])
     hook = session.model.register_forward_pre_hook(close)
+    answers.append(session.ask("What?", **SAMPLED))
+    asked.set()
     session.read("More.")
     hook.remove()
     assert not answers

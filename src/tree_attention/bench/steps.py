@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import Unsupported
 from ..group import first_fault, gather_objects
 from ..hf import TreeCache
-from ..hf.tensor import sequence_axis, tensor_ranks
+from ..hf.tensor_parallel import sequence_axis, tensor_ranks
 
 VARIANTS = ("ours eager", "ours captured", "ours compiled", "stock eager", "stock compiled")
 TENSOR_PARALLEL_VARIANTS = VARIANTS[:3]  # ours: for a model whose weights are split over ranks
@@ -113,8 +113,8 @@ def _filled(model: Any, context: int, variant: str, max_tokens: int) -> Any:
             layer.values.normal_()
             layer.cumulative_length.fill_(context)
     else:
-        cache = TreeCache(model.config, sequence_axis(model), max_tokens=max_tokens)
-        cache.step = variant.removeprefix("ours ")
+        step = variant.removeprefix("ours ")
+        cache = TreeCache(model.config, sequence_axis(model), max_tokens=max_tokens, step=step)
         for layer in cache.layers:
             layer.lazy_initialization(first, first)
             layer.grow(1)
@@ -135,8 +135,7 @@ def _here_bytes(weight: Any) -> int:
 
 def _held_bytes(cache: Any, context: int) -> int:
     """Bytes of keys and values of `context` tokens on this rank."""
-    placement = getattr(cache, "placement", None)
-    held = context if placement is None else placement.layout.local_length(context, placement.rank)
+    held = cache.ranks.held(context) if hasattr(cache, "ranks") else context
     return sum(buffer[:, :, :1].nbytes * held for layer in cache.layers for buffer in (layer.keys, layer.values))
 
 

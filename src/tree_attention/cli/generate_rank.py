@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..group import gather_objects
 from ..hf import Session
 from ..hf.chat_template import ChatTemplate
-from ..hf.prefill import CHUNK_TOKENS
+from ..hf.parallel_prefill import CHUNK_TOKENS
 from .models import check_positions, check_step_mode, generate_kwargs, load_model, open_session
 from .options import GenerateOptions
 from .terminal import print_summary, reading_bar, say

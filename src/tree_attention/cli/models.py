@@ -13,7 +13,7 @@ from ..errors import InputError, TreeAttentionError
 from ..group import Group, gather_objects
 from ..hf import Session, load_tensor_parallel
 from ..hf.chat_template import ChatTemplate
-from ..hf.tensor import AXES, check_tensor_parallel, sequence_axis
+from ..hf.tensor_parallel import AXES, check_tensor_parallel, sequence_axis
 from ..reduce import TwoLevel
 from .options import ChatOptions, DecodingOptions, GenerateOptions
 

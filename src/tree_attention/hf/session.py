@@ -14,11 +14,12 @@ from ..reduce import TwoLevel
 from .answer import Answer
 from .cache import TreeCache
 from .chat_template import ChatTemplate
-from .layers import ReplicatedWindowLayer, ShardedLayer
-from .prefill import can_prefill, prefill
+from .layer_state import copy_cache, restore_on_error
+from .layers import ShardedLayer
+from .parallel_prefill import can_prefill, prefill
 from .save import describe, load_cache, read_manifest_of, save_cache
-from .state import copy_cache, undone_on_error
-from .tensor import check_axes, sequence_axis, tensor_group
+from .tensor_parallel import check_axes, sequence_axis, tensor_group
+from .window_layer import ReplicatedWindowLayer
 
 MAX_NEW_TOKENS = 512
 STATE_CHUNK_TOKENS = 4096  # per forward pass of a model that every rank reads in full
@@ -100,8 +101,8 @@ class Session:
         self._finish()
         prefix = self.template.prefix(started=self.tokens.shape[1] > 0, in_question=self.in_question)
         tokens = torch.cat([self.tokens, self._encode(prefix), self._encode(text)], 1)
-        self.cache.placement.check_room(tokens.shape[1])
-        with undone_on_error(self.cache):
+        self.cache.ranks.check_capacity(tokens.shape[1])
+        with restore_on_error(self.cache):
             self._feed(tokens, chunk_tokens, on_progress)
         self.tokens, self.in_question = tokens, True
 
@@ -138,7 +139,7 @@ class Session:
         if max_new_tokens != configured:
             generate_kwargs["max_new_tokens"] = max_new_tokens
         tokens = torch.cat([self.tokens, self._question(prompt)], 1)
-        self.cache.placement.check_room(tokens.shape[1] + max_new_tokens - 1)
+        self.cache.ranks.check_capacity(tokens.shape[1] + max_new_tokens - 1)
 
         def keep(written: Tensor) -> None:
             self.tokens, self.in_question = written, False
@@ -158,15 +159,7 @@ class Session:
     def fork(self) -> "Session":
         """Return an independent session that continues from here, with a copy of the cache."""
         self._finish()
-        placement = self.cache.placement
-        cache = TreeCache(
-            self.model.config,
-            placement.given,
-            block_tokens=placement.layout.block,
-            max_tokens=placement.max_tokens,
-            step=self.cache.step,
-        )
-        copy_cache(self.cache, cache)
+        cache = copy_cache(self.cache)
         tokens = self.tokens.clone()
         return Session(self.model, self.tokenizer, cache, tokens, in_question=self.in_question, template=self.template)
 
@@ -218,7 +211,7 @@ class Session:
         """
         group = sequence_axis(model) if group is None else group
         sequence = group.group if isinstance(group, TwoLevel) else resolve_group(group)
-        manifest = read_manifest_of(model, Path(folder), [sequence, tensor_group(model)])
+        manifest = read_manifest_of(model, Path(folder), sequence, tensor_group(model))
         cache = TreeCache(model.config, group, max_tokens=max_tokens, **cache_kwargs)
         load_cache(cache, Path(folder), manifest, model.device, tensor=tensor_group(model))
         about = manifest["about"]
@@ -240,11 +233,11 @@ class Session:
         if can_prefill(self.cache):
             prefill(self.model, tokens, self.cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
             return
-        check_axes(self.model, self.cache.placement.group)
+        check_axes(self.model, self.cache.ranks.group)
         if chunk_tokens is not None and chunk_tokens < 1:
             raise InputError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
         done, last, chunk_tokens = self.cache.get_seq_length(), tokens.shape[1] - 1, chunk_tokens or STATE_CHUNK_TOKENS
-        self.cache.reserve(max(last, self.cache.placement.reserved))
+        self.cache.reserve(last)
         for start in range(done, last, chunk_tokens):
             stop = min(start + chunk_tokens, last)
             positions = torch.arange(start, stop, device=tokens.device)[None]
@@ -258,7 +251,7 @@ class Session:
         """Return `tokens` followed by the answer, without the token that ends it: the template ends an answer."""
         if tokens.is_cuda:
             torch.cuda.set_device(tokens.device)  # every thread has its own current device
-        with undone_on_error(self.cache):
+        with restore_on_error(self.cache):
             self._feed(tokens)
             written = self.model.generate(
                 tokens,
