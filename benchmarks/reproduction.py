@@ -1,9 +1,9 @@
-"""The paper's evaluation, again: docs/reproduction.md with its figures, and the records behind them.
+"""Reproduces the paper's evaluation: writes docs/reproduction.md with its figures, and the records behind them.
 
     python benchmarks/reproduction.py [--docs docs] [--records benchmarks/results/reproduction.jsonl]
 
-Takes some minutes and 5 GB of memory. Needs matplotlib. Measured here: bytes, calls, peaks of memory and errors on CPU
-ranks (reproduction_ranks.py). Simulated, and read from records of GPUs: reproduction_simulated.py.
+Takes some minutes and 5 GB of memory. Requires matplotlib. reproduction_ranks.py measures bytes, calls, peak memory and
+errors on CPU ranks. reproduction_simulated.py simulates, and reads the records of GPUs.
 """
 
 import argparse
@@ -21,8 +21,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--records", type=Path, default=Path("benchmarks/results/reproduction.jsonl"))
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="of the ratio's error bar")
-    parser.add_argument("--memory-keys", type=int, default=MEMORY_KEYS, help="a rank, where memory is counted")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="samples for the error bar of the ratio")
+    parser.add_argument("--memory-keys", type=int, default=MEMORY_KEYS, help="keys per rank where memory is counted")
     options = parser.parse_args(arguments)
     found = sections(options.samples, options.memory_keys)
     draw(found["figure 3"], options.docs / "figures" / "figure3.svg")
@@ -32,8 +32,8 @@ def main(arguments=None):
 
 
 def sections(samples, memory_keys):
-    """Rows of figures by section: what the page is made of, and the records."""
-    counted = reproduction_ranks.measure(memory_keys)
+    """Return the rows of each section, from which the page and the records are made."""
+    counted = reproduction_ranks.count_on_ranks(memory_keys)
     exchange, fits = simulated.asymptotics()
     return {
         "figure 3": simulated.figure_3() + simulated.measured(), "ratio": simulated.ratios(samples),
@@ -52,7 +52,7 @@ def draw(points, out):
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
-    plt.rcParams["svg.hashsalt"] = "reproduction"  # the same bytes every time
+    plt.rcParams["svg.hashsalt"] = "reproduction"  # reproducible file
     figure, panels = plt.subplots(1, 4, figsize=(14, 4.4), layout="constrained", sharey=True)
     colours = {"ring": "#edae49", "all_reduce": "#8a8d91", "ours": "#d1495b"}
     for axes, ranks in zip(panels, (2, 8, 64, 128), strict=True):

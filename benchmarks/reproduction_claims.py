@@ -1,4 +1,4 @@
-"""The table of the paper's claims: each with a verdict, which figures decide where there are any, and what shows it."""
+"""The table of the paper's claims, each with its verdict and its evidence. If there are figures, they decide."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ CONFIRMED, CORRECTED, NOT, UNTESTED = "confirmed", "confirmed with a correction"
 
 
 def claims(found):
-    """Lines of three cells."""
+    """Return rows of three cells: claim, verdict, evidence."""
     return [*_mathematics(found), *_bytes(found), *_times(found)]
 
 
@@ -27,7 +27,7 @@ def _mathematics(found):
     one = calls["all_reduce"] == {"allreduce": 3} and sum(calls["all_gather"].values()) == 1
     return [
         [
-            "the result is exactly attention's (asserted, no table)",
+            "the result is exact attention (asserted, no table)",
             CONFIRMED if exact else NOT,
             f"counted, 4 ranks: largest error against float64 {listed}, the same bits on all ranks; "
             f"tests/test_reduce.py",
@@ -41,23 +41,22 @@ def _mathematics(found):
         [
             "logsumexp and max are associative, so any tree may reduce",
             CONFIRMED if algebra["tree_error"] < 1e-12 else NOT,
-            f"float64, 16 parts, 20 random trees: {algebra['tree_error']:.0e} apart; exact up to rounding only, so a "
-            f"fixed "
-            "order is needed for equal bits",
+            f"float64, 16 parts, 20 random trees: {algebra['tree_error']:.0e} apart; exact up to rounding only, so "
+            "equal bits need a fixed order",
         ],
         [
             "Theorem 1: O(N/p + log p)",
             CORRECTED if holds else NOT,
             f"simulated: a + b N/p + c log2 p fits to rounding (largest relative error "
             f"{max(tree['worst_residual'], three['worst_residual']):.0e}), which follows from rounds and "
-            f"latencies; the paper counts communication as free, here c is {1e6 * tree['c_s']:.0f} us",
+            f"latencies. The paper assumes free communication; here c is {1e6 * tree['c_s']:.0f} us",
         ],
         [
             "Algorithm 3 takes three all-reduces, O(3 (N/p + log p))",
             CORRECTED if once and one else NOT,
-            f"N/p is paid once: b is {1e9 * three['b_s']:.2f} ns a token, one exchange's {1e9 * tree['b_s']:.2f}; and "
-            f"one "
-            "packed exchange does the same (counted: 3 calls against 1, errors above)",
+            f"N/p is paid once: b is {1e9 * three['b_s']:.2f} ns per token, with one exchange "
+            f"{1e9 * tree['b_s']:.2f}. One packed exchange has the same result (counted: 1 call instead of 3, errors "
+            "above)",
         ],
     ]
 
@@ -75,7 +74,7 @@ def _bytes(found):
         if row["what"] in over:
             over[row["what"]].append(row["wire_bytes"] / moved[row["what"], row["ranks"]])
     wire = {what: _range(f"{min(its):.2f}", f"{max(its):.2f}") for what, its in over.items() if its}
-    counted = counted and all(1 <= its < 1.1 for its in over["ring"])  # with headers and acknowledgements
+    counted = counted and all(1 <= its < 1.1 for its in over["ring"])  # including headers and acknowledgements
     sent = {(row["what"], row["gpus"]): row["elements"] for row in volume}
     held = {(row["what"], row["ranks"], row["hidden"]): row for row in found["memory"]}
     ring, tree = held["ring", 2, 2048], held["all_reduce", 2, 2048]
@@ -93,38 +92,35 @@ def _bytes(found):
         [
             "volume: equations 10 to 14",
             CORRECTED if counted else NOT,
-            f"handed over on 2, 3 and 4 ranks, and simulated: as the formulas; on 8 ranks {sent['ring', 8]:,.0f} "
-            f"elements a rank against {sent['all_reduce', 8]:,.0f}. On the wire a ring is "
+            f"passed on by 2, 3 and 4 ranks, and simulated: equal to the formulas. On 8 ranks: {sent['ring', 8]:,.0f} "
+            f"elements per rank against {sent['all_reduce', 8]:,.0f}. On the wire a ring is "
             f"{wire.get('ring', '(not counted)')} times its formula, gloo's three all-reduces "
-            f"{wire.get('all_reduce', '(not counted)')} times. Eq 10 is of all ranks and one hop, eq 14 of one rank",
+            f"{wire.get('all_reduce', '(not counted)')} times. Eq 10 counts all ranks and one hop, eq 14 one rank",
         ],
         [
             "peak memory: equations 8 and 9",
             CORRECTED if eq_8 else NOT,
-            f"counted: {ring['extra_bytes'] / 1e6:.2f} MB and {tree['extra_bytes'] / 1e6:.2f} MB beside K and V, 2 "
-            f"ranks; "
-            f"on {wide['ranks']} ranks a ring takes {wide['extra_bytes'] / wide['kv_bytes']:.1f} times K and V, eq 8 "
-            f"has 1",
+            f"counted: {ring['extra_bytes'] / 1e6:.2f} MB and {tree['extra_bytes'] / 1e6:.2f} MB in addition to K and "
+            f"V, 2 ranks. On {wide['ranks']} ranks a ring needs {wide['extra_bytes'] / wide['kv_bytes']:.1f} times K "
+            "and V, eq 8 has 1",
         ],
         [
             "half the peak memory",
             CONFIRMED if 1.9 < peaks < 2.1 else NOT,
-            f"counted, 2 ranks, the attention block alone: {peaks:.2f} times; weights and the other layers' caches, "
-            f"which a "
-            "model adds on both sides, are not in it",
+            f"counted, 2 ranks, the attention block alone: {peaks:.2f} times; without weights and the caches of other "
+            "layers, which a model adds on both sides",
         ],
         [
             "figure 4: 524 MB apart at hidden 2048, 1040 MB at 4096",
             CONFIRMED if gap else NOT,
-            f"counted on CPU ranks: {gaps[0]:.1f} and {gaps[1]:.1f} MB, 64,000 keys a rank"
+            f"counted on CPU ranks: {gaps[0]:.1f} and {gaps[1]:.1f} MB, 64,000 keys per rank"
             + ("" if found["gpu peak"] else "; not measured on GPUs yet"),
         ],
         [
             "the reduction is topology-aware",
             CORRECTED if hosts["two_level"] < hosts["all_reduce"] else NOT,
-            f"that is left to NCCL. Measured, 2 emulated hosts of 4 CPU ranks, bytes that leave a host in a step: "
-            f"three "
-            f"all-reduces {hosts['all_reduce'] / 1e3:.0f} kB, two levels {hosts['two_level'] / 1e3:.0f} kB "
+            f"the paper leaves that to NCCL. Measured, 2 emulated hosts of 4 CPU ranks, bytes sent per host and step: "
+            f"three all-reduces {hosts['all_reduce'] / 1e3:.0f} kB, two levels {hosts['two_level'] / 1e3:.0f} kB "
             f"(docs/scaling.md)",
         ],
     ]
@@ -153,22 +149,22 @@ def _times(found):
             "close to 8 x at 128 GPUs and 5.12M tokens",
             CONFIRMED if 6 < ratio["all_reduce"] < 10 else NOT,
             f"simulated, against Algorithm 3: {ratio['all_reduce']:,.0f} times (a ring over all adapters of a node: "
-            f"{wide:,.0f}); the advantage is larger than claimed, and why the paper's is 8 we do not know (below)",
+            f"{wide:,.0f}); the advantage is larger than claimed, and we do not know why the paper's is 8 (below)",
         ],
         [
             "6.3: a ring cannot hide its messages: compute O(1e-5) s, moving O(1e-3) s",
             CORRECTED if overlap["read_s"] > 5e-5 and overlap["read_s"] < overlap["inside_s"] else NOT,
-            f"it cannot; but reading {overlap['kv_bytes'] / 1e6:.0f} MB takes {1e6 * overlap['read_s']:.0f} us at the "
+            f"it cannot. But reading {overlap['kv_bytes'] / 1e6:.0f} MB takes {1e6 * overlap['read_s']:.0f} us at the "
             f"H100's "
             f"measured rate, moving them {1e3 * overlap['inside_s']:.1f} ms over NVLink, "
             f"{1e3 * overlap['across_s']:.1f} ms "
-            f"between nodes (assumed): {overlap['ratio']:.0f} times in a node, not 100",
+            f"between nodes (assumed): {overlap['ratio']:.0f} times within a node, not 100",
         ],
         [
             "up to 4 x end to end, Llama 3.1 8B on 8 H100s",
             UNTESTED,
             f"simulated against a ring with raw KV heads {ends_here[0]:.1f} to {ends_here[-1]:.1f} times, with heads "
-            f"repeated, as in the paper's script, {repeated[0]:.1f} to {repeated[-1]:.1f}; most of it is prefill "
+            f"repeated, as in the paper's script, {repeated[0]:.1f} to {repeated[-1]:.1f}. Most of the time is prefill "
             f"(below)",
         ],
         [
@@ -179,7 +175,7 @@ def _times(found):
         [
             "runs on AMD MI300X, and on RTX 4090 over PCIe",
             UNTESTED,
-            "no such hardware here; what runs on CPUs and H100s is torch.distributed, which both have",
+            "we have no such hardware. CPUs and H100s run torch.distributed, which both support",
         ],
     ]
 

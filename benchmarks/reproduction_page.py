@@ -1,4 +1,4 @@
-"""docs/reproduction.md: sections with their figures. The table of claims comes from reproduction_claims.py."""
+"""Writes docs/reproduction.md, section by section. The table of claims comes from reproduction_claims.py."""
 
 import textwrap
 from dataclasses import replace
@@ -10,22 +10,22 @@ from reproduction_simulated import BLOCK, DECODED, GPUS, LABELS, READ_TOKEN_S, S
 
 
 def page(found):
-    """The page, from the rows of each section."""
+    """Return the page, made from the rows of each section."""
     return "\n\n".join(
         [
-            "# The paper's evaluation, again",
+            "# The paper's evaluation, reproduced",
             "Written by `python benchmarks/reproduction.py`; do not edit.",
             text(
-                """**Nothing beyond two GPUs was measured.** Paper: arXiv 2408.04093v4. Each figure says what it is:
-                **measured** on two H100s or two H200s (records of the commands in benchmarks/results),
+                """**Nothing beyond two GPUs was measured.** Paper: arXiv 2408.04093v4. Each figure states its origin:
+                **measured** on two H100s or two H200s (records in benchmarks/results),
                 **counted** on CPU ranks, real processes with gloo, or
-                **simulated** on H100 nodes of 8 with one 400 Gb/s adapter a GPU (cost/machine.py has each constant and
-                its source, cost/simulate.py what is modelled and what is not). Block: batch 1, 16 heads x 128,
-                bfloat16. Assumed jitter in the simulation: kernels 2 %, messages 20 %. "ours" is `fused` in one node
-                and `two_level` beyond."""
+                **simulated** on H100 nodes of 8 with one 400 Gb/s adapter per GPU (cost/machine.py lists each constant
+                with its source, benchmarks/simulator/simulate.py states what is modelled). Attention block: batch 1, 16
+                heads x 128, bfloat16. Assumed jitter in the simulation: kernels 2 %, messages 20 %. "ours" is `fused`
+                within one node and `two_level` across nodes."""
             ),
             "## The claims",
-            table(["the paper says", "", "what shows it"], claims(found)),
+            table(["the paper says", "verdict", "evidence"], claims(found)),
             *_figure_3(found),
             *_ratio(found["ratio"]),
             *_theorem(found),
@@ -43,7 +43,7 @@ def _figure_3(found):
     return [
         "## Figure 3: one attention block",
         "![time over tokens](figures/figure3.svg)",
-        "Milliseconds, measured on two H100s, and the simulation of the same two:",
+        "Milliseconds, measured on two H100s, and simulated for the same two:",
         table(
             ["tokens", "what", "measured", "simulated", "ratio"],
             [
@@ -57,7 +57,7 @@ def _figure_3(found):
                 for row in measurements
             ],
         ),
-        "Milliseconds, simulated with one seed, of which nothing was measured:",
+        "Milliseconds, simulated with one seed. None of these was measured:",
         table(
             ["GPUs", "what", *map(tokens, TOKENS)],
             [
@@ -89,19 +89,19 @@ def _ratio(samples):
     return [
         "## The ratio at 128 H100s and 5.12M tokens",
         text(
-            f"""The paper says "close to 8 x". Simulated, median (5 to 95 % of {len(calm)} samples), over seeds, and
-            with every constant of GPU and links off by up to {SPREAD:.0%} as well:"""
+            f"""The paper says "close to 8 x". Simulated: the median (5 to 95 % of {len(calm)} samples) over seeds, and
+            over seeds with every constant of GPU and links varied by up to {SPREAD:.0%}:"""
         ),
         table(["", "seeds", "seeds and constants"], rows),
         text(
-            f"""So the simulation does not give the paper's figure, by far, and no constants within {SPREAD:.0%} of ours
-            do. The ring's part is plain arithmetic: {crossing_bytes / 1e9:.1f} GB go through one adapter of each
-            node for every token, at 50 GB/s {crossing_bytes / 50e9:.2f} s, whatever the latencies. "8 adapters" is
-            a ring whose shards cross over all adapters of a node at once. Time that both sides share brings a ratio
-            down: {1e3 * (ring_s - 8 * tree_s) / 7:.0f} ms added to ring and Algorithm 3 alike (medians over seeds:
-            {1e3 * ring_s:.0f} and {1e3 * tree_s:.3f} ms; the table of one block has one seed) would give 8. The
+            f"""The simulation is far from the paper's figure, and so are all constants within {SPREAD:.0%} of ours. The
+            time of the ring is plain arithmetic: for every token, {crossing_bytes / 1e9:.1f} GB pass through one
+            adapter of each node, which takes {crossing_bytes / 50e9:.2f} s at 50 GB/s, whatever the latencies. "8
+            adapters" is a ring that sends its shards over all adapters of a node at once. Time that both sides share
+            lowers a ratio: {1e3 * (ring_s - 8 * tree_s) / 7:.0f} ms added to both ring and Algorithm 3 (medians over
+            seeds: {1e3 * ring_s:.0f} and {1e3 * tree_s:.3f} ms; the table of one block has one seed) would give 8. The
             published scripts (tree_shard_test.py, ring_shard_test.py at commit 3ba6328) time the first call, which
-            compiles; whether figure 3 was made that way we do not know."""
+            compiles. We do not know whether figure 3 was made that way."""
         ),
     ]
 
@@ -118,9 +118,9 @@ def _theorem(found):
                 for name in dict.fromkeys(row["what"] for row in exchange)
             ],
         ),
-        "Whole steps of 80k to 5.12M tokens on 16 to 1024 GPUs, simulated, fitted by a + b N/p + c log2 p:",
+        "Whole steps of 80k to 5.12M tokens on 16 to 1024 GPUs, simulated, fitted with a + b N/p + c log2 p:",
         table(
-            ["", "a, us", "b, ns a token", "c, us", "largest error of the fit"],
+            ["", "a, us", "b, ns per token", "c, us", "largest error of the fit"],
             [
                 [
                     row["what"],
@@ -134,8 +134,8 @@ def _theorem(found):
         ),
         text(
             f"""b is the time to read the keys and values of a token, {1e9 * READ_TOKEN_S:.3f} ns. `tree` and
-            Algorithm 3 (`all_reduce`) are what the theorem says. `all_gather`, and `two_level`, whose second
-            level is one, grow with the number of ranks and of nodes: they are for few nodes."""
+            Algorithm 3 (`all_reduce`) follow the theorem. `all_gather`, and `two_level`, whose second level is an
+            all-gather, grow with the number of ranks and of nodes: they are meant for few nodes."""
         ),
     ]
 
@@ -145,8 +145,8 @@ def _volume(found):
     return [
         "## Volume: equations 10 to 14",
         text(
-            """Elements that a rank sends for one block of 640k tokens, mean over ranks: counted in the simulation,
-            and by the formulas (eq 10, which is of one iteration and all p ranks, times (p - 1) / p; eq 14):"""
+            """Elements that a rank sends for one block of 640k tokens, mean over ranks: counted in the simulation, and
+            by the formulas (eq 10, which counts one iteration and all p ranks, times (p - 1) / p; eq 14):"""
         ),
         table(
             ["GPUs", "what", "counted", "formula"],
@@ -156,13 +156,13 @@ def _volume(found):
             ],
         ),
         text(
-            """Counted on CPU ranks, what a rank hands to torch.distributed in one step over 512 keys a rank, bytes,
-            mean over ranks; the formula for it (eq 11 for each hop, eq 13, or packed partials n); what that moves
-            between ranks (an all-reduce 2 (p - 1) / p of it, eq 12; an all-gather p - 1 times; the others as handed),
-            and the simulator's count of that:"""
+            """Counted on CPU ranks: the bytes that a rank passes to torch.distributed in one step over 512 keys per
+            rank, mean over ranks; the formula for them (eq 11 for each hop, eq 13, or packed partials n); the bytes
+            that then move between ranks (an all-reduce 2 (p - 1) / p of them, eq 12; an all-gather p - 1 times; the
+            others once), and the simulator's count of those:"""
         ),
         table(
-            ["ranks", "what", "calls", "handed over", "formula", "moves", "simulated", "on the wire"],
+            ["ranks", "what", "calls", "passed on", "formula", "moved", "simulated", "on the wire"],
             [
                 [
                     str(row["ranks"]),
@@ -178,12 +178,12 @@ def _volume(found):
             ],
         ),
         text(
-            """On the wire: bytes that left a rank's network device in a step, headers and acknowledgements included,
-            each rank on a host of its own (network namespaces; "-" where these cannot be had). Eq 12 assumes an
-            all-reduce that moves as little as can be; for messages as small as these gloo's takes more. Eq 14 is in
-            elements; all partials here are float32. Eq 10 counts the bytes of all ranks for one hop, eq 14 those of one
-            rank: of one rank and one step a ring sends (p - 1) 2 b t d. With grouped queries a ring moves KV heads,
-            fewer by that factor; partials stay. Sending q is counted for neither."""
+            """On the wire: bytes that left a rank's network device in a step, including headers and acknowledgements,
+            with each rank on a host of its own (network namespaces; "-" if unavailable). Eq 12 assumes an all-reduce
+            that moves the minimum; for such small messages, gloo's moves more. Eq 14 counts elements; all partials here
+            are float32. Eq 10 counts the bytes of all ranks for one hop, eq 14 those of one rank: one rank of a ring
+            sends (p - 1) 2 b t d in one step. With grouped queries a ring moves only the KV heads, fewer by that
+            factor; partials keep their size. Sending q is counted for neither."""
         ),
     ]
 
@@ -204,16 +204,17 @@ def _memory(found):
     return [
         "## Figure 4: peak memory",
         text(
-            """Counted on CPU ranks, MB: the own keys and values; the most that PyTorch's allocator holds beside q, k
-            and v while a step is prepared and taken (torch.profiler, every allocation of the step), on the rank with
-            most; and what equations 8 and 9 leave for that, 2 b t d + 2 b d and 2 b d + 2 b n_h elements of 16 bits:"""
+            """Counted on CPU ranks, MB: a rank's own keys and values; the peak of PyTorch's allocator, in addition to
+            q, k and v, while a step is prepared and run (torch.profiler, every allocation of the step), on the rank
+            with the most; and that peak by equations 8 and 9: 2 b t d + 2 b d and 2 b d + 2 b n_h elements of 16
+            bits:"""
         ),
-        table(["ranks", "hidden", "keys a rank", "what", "K and V", "beyond", "formula"], rows),
+        table(["ranks", "hidden", "keys per rank", "what", "K and V", "in addition", "formula"], rows),
         text(
-            f"""Ring less Algorithm 3 on two ranks: {gap[2048]:.1f} MB at hidden 2048 and {gap[4096]:.1f} MB at 4096;
-            the paper measured 524 and 1040 MB on two RTX 4090. Eq 8 holds for two ranks, which need one buffer. From
-            three on a shard is sent on while the next one comes in, and the own one stays: 6 b t d. Eq 9 leaves out
-            that partials are float32, packed and unpacked; it does not matter."""
+            f"""Ring minus Algorithm 3 on two ranks: {gap[2048]:.1f} MB at hidden 2048 and {gap[4096]:.1f} MB at 4096;
+            the paper measured 524 and 1040 MB on two RTX 4090. Eq 8 holds for two ranks, which need one buffer. With
+            three or more, a shard is sent on while the next one arrives, and the rank's own stays: 6 b t d. Eq 9
+            ignores that partials are float32, packed and unpacked; the difference is small."""
         ),
         _gpu_peaks(found["gpu peak"]),
     ]
@@ -222,8 +223,8 @@ def _memory(found):
 def _gpu_peaks(rows):
     if not rows:
         return "On GPUs: not measured yet. `bench decode` records it (`peak_extra_bytes`)."
-    return "On GPUs, beyond inputs:\n\n" + table(
-        ["GPUs", "what", "keys a rank", "K and V, MB", "beyond, MB"],
+    return "On GPUs, in addition to the inputs:\n\n" + table(
+        ["GPUs", "what", "keys per rank", "K and V, MB", "in addition, MB"],
         [
             [
                 f"{row['ranks']} x {row['gpu']}", row["what"], str(row["keys"]),
@@ -240,11 +241,11 @@ def _end_to_end(found):
     return [
         "## Table 1: Llama 3.1 8B end to end",
         text(
-            f"""Seconds for prefill and {DECODED} tokens. Measured on two H200s, the model's shape with random weights,
+            f"""Seconds for prefill and {DECODED} tokens. Measured on two H200s: the model's shape with random weights,
             context-parallel prefill and compiled steps:"""
         ),
         table(
-            ["tokens", "GPUs", "chunks of", "prefill", "a token", "together"],
+            ["tokens", "GPUs", "chunk tokens", "prefill", "per token", "total"],
             [
                 [
                     tokens(row["tokens"]), row["gpus"], tokens(row["chunk_tokens"]), f"{row['prefill_s']:.2f}",
@@ -254,8 +255,8 @@ def _end_to_end(found):
             ],
         ),
         text(
-            """Eight H100s of one node, as in the paper: its figures, and ours simulated, with the same prefill for all
-            (predicted by the cost model, which meets the measured ones on two H200s within 7 %). "Heads repeated" sends
+            """Eight H100s of one node, as in the paper: its figures and our simulation, with the same prefill for all
+            (predicted by the cost model, which is within 7 % of the measurements on two H200s). "Heads repeated" sends
             each of the 8 KV heads 4 times, as the paper's script does:"""
         ),
         table(
@@ -272,13 +273,13 @@ def _end_to_end(found):
             ],
         ),
         text(
-            f"""What can be compared: the ratios, with care. What cannot: seconds of two H200s with those of eight
-            H100s, and ours with the paper's, whose prefill is a ring and whose script recomputes rotations of the whole
-            cache in each step and does not add decoded tokens to it (commit 3ba6328). Prefill is most of every figure,
-            and it is the same for both sides, so the ratio says little of decoding. At {tokens(slow["tokens"])} the
-            paper's tree takes {slow["paper_tree_s"]:.2f} s, of which the arithmetic of that prefill alone would take
-            {slow["at_peak_s"]:.2f} s at the peak of eight H100s; reading reaches about half of the peak here, so how
-            that figure came about we do not know. Table 2 (Llama 3.2 1B), MI300X and RTX 4090: not tested."""
+            f"""The ratios can be compared, with care. The seconds cannot: neither those of two H200s with those of
+            eight H100s, nor ours with the paper's, whose prefill is a ring, and whose script recomputes the rotations
+            of the whole cache in each step and does not append decoded tokens to it (commit 3ba6328). Prefill is most
+            of every figure and is the same on both sides, so the ratio says little about decoding. At
+            {tokens(slow["tokens"])} the paper's tree takes {slow["paper_tree_s"]:.2f} s. The FLOPs of that prefill
+            alone would take {slow["at_peak_s"]:.2f} s at the peak of eight H100s, and our prefill reaches about half of
+            the peak, so we cannot explain that figure. Not tested: table 2 (Llama 3.2 1B), MI300X and RTX 4090."""
         ),
     ]  # fmt: skip
 

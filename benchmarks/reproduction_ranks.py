@@ -1,9 +1,8 @@
-"""What real processes show of the paper's claims: CPU ranks, gloo. Bytes and calls, peaks of memory, errors.
+"""Counts bytes, calls, peak memory and errors of real processes (CPU ranks, gloo), for the paper's claims.
 
-Bytes and calls are those handed to torch.distributed (tree_attention.testing.record_traffic). Peaks are those of
-PyTorch's allocator, each allocation and release in the order in which torch.profiler saw them; what gloo holds is not
-in them. Where hosts can be emulated (hosts.py: Linux, root), bytes are read from network devices as well, one rank on
-each host.
+Bytes and calls are those passed to torch.distributed (tree_attention.testing.record_traffic). Peaks are those of
+PyTorch's allocator, from the allocations and releases that torch.profiler recorded; memory of gloo is not included. If
+hosts can be emulated (hosts.py: Linux, root), the bytes on network devices are counted as well, with one rank per host.
 """
 
 import json
@@ -23,17 +22,17 @@ from tree_attention.energy import attention_from_energy
 from tree_attention.partial import merge, stack
 from tree_attention.testing import RankPool, oracle, peaked_inputs, record_traffic
 
-HEADS, HEAD_DIM = 16, 128  # the paper's block: hidden 2048
+HEADS, HEAD_DIM = 16, 128  # the paper's attention block: hidden size 2048
 RANKS = (2, 3, 4)
-COUNTED_KEYS = 512  # a rank: counts follow the formulas whatever the length
-MEMORY_KEYS = 64_000  # a rank: those of the paper's figure 4
+COUNTED_KEYS = 512  # per rank; the counts follow the formulas at any length
+MEMORY_KEYS = 64_000  # per rank, as in the paper's figure 4
 EXCHANGES = ("all_reduce", "tree", "all_gather")
 WIRE_STEPS = {"ring": 2} | dict.fromkeys(EXCHANGES, 50)
-SETTLE_S = 0.1  # for the last acknowledgements
+SETTLE_S = 0.1  # until the last acknowledgements are sent
 
 
 def step_of(what, q, k, v, group):
-    """A decode step of these tensors over the ranks, as `tree_decode` or the ring of bench/peers.py does it."""
+    """Return a decode step over the ranks, by `tree_decode` or the ring of bench/peers.py."""
     if what == "ring":
         return SPREAD_PEERS["ring"].prepare(q, k, v, group, local=attend)
     return lambda: tree_decode(q, k, v, group=group, algorithm=what)
@@ -46,7 +45,7 @@ def own_part(group, *, keys, heads=HEADS, dtype=torch.bfloat16):
 
 @torch.no_grad()
 def traffic_here(group, what):
-    """Calls of a step on this rank, and the bytes that it hands over to be sent."""
+    """Return the calls of a step on this rank, and the bytes that it passes on to be sent."""
     step = step_of(what, *own_part(group, keys=COUNTED_KEYS), group)
     step()
     with record_traffic() as calls:
@@ -56,20 +55,22 @@ def traffic_here(group, what):
 
 
 def traffic(pool):
-    """Of each step: the calls of the busiest rank, and the bytes handed over, mean of all ranks."""
+    """Count the calls of the busiest rank in a step, and the bytes passed on, mean over ranks."""
     found = []
     for ranks in RANKS:
         for what in ("ring", *EXCHANGES):
             calls, handed = zip(*pool.run(traffic_here, what, ranks=ranks), strict=True)
-            busiest = max(calls, key=lambda its: sum(its.values()))
+            busiest = max(calls, key=lambda counts: sum(counts.values()))
             row = {"what": what, "ranks": ranks, "keys": COUNTED_KEYS, "calls": busiest}
             found.append(row | {"handed_bytes": sum(handed) / ranks})
     return found
 
 
 def wire():
-    """Bytes that left a rank's host in a step, headers and acknowledgements included, mean over ranks; [] if not to be
-    had."""
+    """Count the bytes that leave a rank's host in a step, including headers and acknowledgements, mean over ranks.
+
+    Returns [] if hosts cannot be emulated.
+    """
     found = []
     for ranks in RANKS if obstacle() is None else ():
         with emulated_hosts(ranks, delay_s=0, rate_bit_per_s=1e11) as hosts:
@@ -83,7 +84,7 @@ def wire():
 
 @torch.no_grad()
 def wire_here():
-    """What each of these ranks does; it prints its own bytes a step."""
+    """Run on each rank of `wire`. Prints the rank's bytes per step."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     group, device, found = dist.group.WORLD, os.environ["GLOO_SOCKET_IFNAME"], {}
@@ -91,7 +92,7 @@ def wire_here():
         step = step_of(what, *own_part(group, keys=COUNTED_KEYS), group)
         step()
         counts = []
-        for count in (0, steps):  # the first: of what is around the steps
+        for count in (0, steps):  # 0: the traffic around the steps
             time.sleep(SETTLE_S)
             before = sent_bytes(device)
             dist.barrier()
@@ -107,7 +108,7 @@ def wire_here():
 
 @torch.no_grad()
 def peak_here(group, what, heads, keys):
-    """Bytes that preparing and taking a step holds at most on this rank, beyond q, k and v; and those of k and v."""
+    """Return the peak bytes on this rank while a step is prepared and run, beyond q, k and v; and those of k and v."""
     q = torch.randn(1, 1, heads, HEAD_DIM).bfloat16()
     k, v = (torch.empty(1, keys, heads, HEAD_DIM, dtype=torch.bfloat16).normal_() for _ in range(2))
     dist.barrier(group)
@@ -125,7 +126,7 @@ def peak_here(group, what, heads, keys):
 
 
 def memory(pool, keys=MEMORY_KEYS):
-    """Peaks on the rank with most: two ranks with hidden sizes 2048 and 4096; four with 2048 and fewer keys."""
+    """Count peaks on the rank with the most: 2 ranks, hidden size 2048 and 4096; 4 ranks, 2048 and fewer keys."""
     cases = [(2, heads, keys) for heads in (HEADS, 2 * HEADS)] + [(4, HEADS, keys // 8)]
     found = []
     for ranks, heads, its_keys in cases:
@@ -143,7 +144,7 @@ def outputs_here(group, dtype):
 
 
 def errors(pool):
-    """Largest error against float64 of outputs on 4 ranks, float32 and bfloat16; of one process's own, for measure."""
+    """Measure the largest errors against float64 on 4 ranks, float32 and bfloat16, and those of one process."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         by_rank = pool.run(outputs_here, dtype, ranks=4)
@@ -160,7 +161,7 @@ def errors(pool):
 
 
 def algebra():
-    """Errors in float64: of the energy's gradient as attention; of partials merged by trees of random shapes."""
+    """Measure float64 errors of the energy's gradient as attention, and of partials merged by random trees."""
     q, k, v = peaked_inputs(B=1, S=256, H=4, H_kv=2, D=32, dtype=torch.float64)
     whole = oracle(q, k, v)
     gradient, _ = attention_from_energy(q, k, v)
@@ -174,8 +175,8 @@ def algebra():
     return {"energy_error": float((gradient - whole.out).abs().max()), "tree_error": by_trees}
 
 
-def measure(keys=MEMORY_KEYS):
-    """All of it, by section."""
+def count_on_ranks(keys=MEMORY_KEYS):
+    """Return the rows of all sections."""
     pool = RankPool(max(RANKS))
     try:
         rows = {"traffic": traffic(pool), "memory": memory(pool, keys), "error": errors(pool)}

@@ -1,4 +1,4 @@
-"""The paper's figures by simulation (tree_attention.cost.simulate, H100 nodes of 8), and what records of GPUs say."""
+"""The paper's figures by simulation (simulator/, H100 nodes of 8), and from the records of real GPUs."""
 
 import json
 from dataclasses import replace
@@ -35,14 +35,14 @@ def ours(ranks):
 
 
 def block_s(name, tokens, ranks, *, where=H100, steps=20, seed=0):
-    """Mean seconds of one attention block, jitter included."""
+    """Return the mean seconds of one attention block, with jitter."""
     shape = replace(BLOCK, keys=tokens / ranks)
     algorithm = ours(ranks) if name == "ours" else name
     return simulate(shape, where, ranks, algorithm, steps=steps, seed=seed, **JITTER).mean_s
 
 
 def figure_3():
-    """Every point of the paper's figure, simulated."""
+    """Simulate every point of the paper's figure 3."""
     return [
         {"what": name, "gpus": ranks, "tokens": tokens, "seconds": block_s(name, tokens, ranks), "how": "simulated"}
         for ranks in GPUS
@@ -52,7 +52,7 @@ def figure_3():
 
 
 def measured(path=MEASURED):
-    """Of the same block on two GPUs: what was measured, and what the simulator says without jitter."""
+    """Return the times measured for the same block on two GPUs, and simulated without jitter."""
     names = {"ring": "ring", "three_all_reduce": "all_reduce", "fused": "ours"}
     found = []
     for record in map(json.loads, path.read_text().splitlines()):
@@ -66,7 +66,7 @@ def measured(path=MEASURED):
 
 
 def uncertain(random):
-    """The H100 machine with each constant of GPU and links off by up to SPREAD, independently."""
+    """Return the H100 machine with each constant of GPU and links varied independently by up to SPREAD."""
 
     def off(what, *names):
         return replace(what, **{name: getattr(what, name) * random.uniform(1 - SPREAD, 1 + SPREAD) for name in names})
@@ -77,9 +77,9 @@ def uncertain(random):
 
 
 def ratios(samples=SAMPLES):
-    """Ring over the others at 128 GPUs and 5.12M tokens: over seeds alone, and over the machine's constants as well.
+    """Simulate all contestants at 128 GPUs and 5.12M tokens, over seeds, and over the machine's constants as well.
 
-    "8 adapters": a ring whose shards cross over all network adapters of a node at once.
+    "8 adapters": a ring that sends its shards over all network adapters of a node at once.
     """
     random = np.random.default_rng(0)
     found = []
@@ -93,7 +93,7 @@ def ratios(samples=SAMPLES):
 
 
 def asymptotics():
-    """Seconds of the exchange alone, no jitter, and how well a + b N/p + c log2 p fits whole steps (Theorem 1)."""
+    """Simulate the exchange alone, without jitter, and fit a + b N/p + c log2 p to whole steps (Theorem 1)."""
     names, sizes = ("tree", "all_reduce", "two_level", "all_gather"), [8 << i for i in range(8)]  # fits: several nodes
     own_s = simulate(replace(BLOCK, keys=0), H100, 1, "tree").mean_s
     exchange = [
@@ -113,7 +113,7 @@ def asymptotics():
 
 
 def volumes():
-    """Elements that a rank sends for one block, counted by the simulator, beside the paper's formulas (b = 1)."""
+    """Count the elements that a rank sends for one block in the simulator; and by the paper's formulas (b = 1)."""
     found = []
     for ranks in (2, 8, 128):
         shape = replace(BLOCK, keys=TOKENS[3] / ranks)
@@ -128,7 +128,7 @@ def volumes():
 
 
 def beside(traffic):
-    """Records of real ranks' traffic, and: what a formula says is handed over, what that moves, and the simulator's."""
+    """Add to records of real traffic: bytes passed on by formula, bytes moved by formula, bytes simulated."""
     d, heads, found = BLOCK.heads * BLOCK.head_dim, BLOCK.heads, []
     for row in traffic:
         p, n = row["ranks"], 4 * (d + heads)  # a packed partial
@@ -138,7 +138,7 @@ def beside(traffic):
             "tree": (None, 1),
             "all_gather": (n, p - 1),
         }[row["what"]]
-        if handed is None:  # recursive doubling; ranks beyond the largest power of two send once and are sent to once
+        if handed is None:  # recursive doubling; ranks beyond the largest power of two send once and receive once
             core = 1 << (p.bit_length() - 1)
             handed = n * (core * (core.bit_length() - 1) + 2 * (p - core)) / p
         run = simulate(replace(BLOCK, keys=row["keys"]), H100, p, row["what"])
@@ -148,17 +148,17 @@ def beside(traffic):
 
 
 def end_to_end():
-    """Table 1: prefill and DECODED tokens of Llama 3.1 8B on 8 H100s, the same prefill on both sides, simulated.
+    """Simulate table 1: prefill and DECODED tokens of Llama 3.1 8B on 8 H100s, with the same prefill on both sides.
 
-    ring_repeated_s: each KV head is sent as often as query heads share it, as the paper's script does. at_peak_s: the
-    arithmetic of the prefill alone at the data sheet's rate.
+    ring_repeated_s: each KV head is sent once per query head that shares it, as in the paper's script. at_peak_s: the
+    FLOPs of the prefill at the data sheet's rate.
     """
     found = []
     for thousands, (tree_s, ring_s) in PAPER_S.items():
         mesh = estimate_mesh(LLAMA, H100, thousands * K, 1, 1, 8)
         prefill_s = estimate_first_token_s(LLAMA, H100, thousands * K, 1, mesh) - mesh.token_s
         beside_s = sum(mesh.parts_s[part] for part in ("weights", "launches", "host")) / LLAMA.layers
-        beside_s -= H100.gpu.launch_s  # the attention's own, which the simulation has
+        beside_s -= H100.gpu.launch_s  # the launch of attention is part of the simulation
         shape = layer_shape(LLAMA, thousands * K / 8, 1, 1)
         repeated = replace(shape, kv_heads=shape.heads)
         head = 2 * LLAMA.vocabulary * LLAMA.hidden  # of the last token only
@@ -177,7 +177,7 @@ def end_to_end():
 
 
 def whole_model():
-    """The same as far as measured: on two H200s, from the records of `bench prefill` and `bench steps`."""
+    """Return the same as measured on two H200s, from the records of `bench prefill` and `bench steps`."""
     records = [json.loads(line) for path in WHOLE_MODEL for line in path.read_text().splitlines()]
     found = []
     for prefill in records:
@@ -193,7 +193,7 @@ def whole_model():
 
 
 def gpu_peaks():
-    """Peaks of memory in records of `bench decode` with one row, where these have them."""
+    """Return the peaks of memory in records of `bench decode` with batch 1, if they have them."""
     records = (json.loads(line) for path in sorted(RESULTS.glob("20*.jsonl")) for line in path.read_text().splitlines())
     names = ("what", "ranks", "keys", "heads", "kv_heads", "head_dim", "peak_extra_bytes")
     return [
@@ -205,7 +205,7 @@ def gpu_peaks():
 
 
 def overlap():
-    """Section 6.3: 640,000 tokens over 8 GPUs; a rank reads its keys and values while the next ones come in."""
+    """Section 6.3: 640,000 tokens over 8 GPUs; a rank reads its keys and values while it receives the next ones."""
     shape, (nvlink, adapter) = replace(BLOCK, keys=640_000 / 8), (H100.inside, H100.across)
     read_s = shape.kv_bytes / H100.gpu.read_bytes_per_s
     return {
@@ -215,7 +215,7 @@ def overlap():
 
 
 def across_hosts():
-    """Bytes that left an emulated host in a step, by algorithm, with the largest batch measured."""
+    """Return the bytes that left an emulated host in a step, per algorithm, with the largest batch."""
     records = list(map(json.loads, EMULATED.read_text().splitlines()))
     largest = max(records, key=lambda record: record["batch"])
     return {name: its["cross_host_bytes"] for name, its in largest["contestants"].items()}

