@@ -173,7 +173,7 @@ def test_a_cache_that_a_pass_broke_off_in_is_refused():
         lambda: model(ids[:, :1], past_key_values=cache),
     ]
     for use in again:
-        with pytest.raises(InputError, match=r"a forward pass broke off.* make a new one on every rank"):
+        with pytest.raises(InputError, match=r"a forward pass was interrupted.* create a new one on every rank"):
             use()
         assert [layer.length for layer in cache.layers] == [TOKENS + 3] * 3 + [TOKENS + 2]
     cache.reset()
@@ -186,7 +186,7 @@ def test_a_layer_without_memory_has_read_nothing(llama):
     ids, cache = prompt(False)[0], TreeCache(llama.config)
     with mock.patch.object(cache.layers[-1], "grow", side_effect=MemoryError), pytest.raises(MemoryError):
         llama(ids, past_key_values=cache)
-    with pytest.raises(InputError, match="a forward pass broke off"):
+    with pytest.raises(InputError, match="a forward pass was interrupted"):
         llama(ids, past_key_values=cache)
 
 

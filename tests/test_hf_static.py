@@ -131,10 +131,10 @@ def test_a_step_of_linear_attention_that_broke_off_is_refused():
     break_off(model, 0, 5)
     with pytest.raises(KeyboardInterrupt):
         model.generate(ids, past_key_values=cache, **GREEDY)
-    with pytest.raises(InputError, match="a forward pass broke off"):
+    with pytest.raises(InputError, match="a forward pass was interrupted"):
         model.generate(torch.cat([ids, ids], 1)[:, : TOKENS + 4], past_key_values=cache, **GREEDY)
     for _ in range(2):  # to undo what failed since does not make it whole
-        with pytest.raises(InputError, match="a forward pass broke off"), restore_on_error(cache):
+        with pytest.raises(InputError, match="a forward pass was interrupted"), restore_on_error(cache):
             cache.check_ready(0)
     cache.reset()
     out = model.generate(ids, past_key_values=cache, **GREEDY)

@@ -122,8 +122,8 @@ class TreeCache(Cache):
         has_state = any(type(layer).__name__ == "LinearAttentionLayer" for layer in self.layers)
         if len(lengths) > 1 or (self.step_state.is_unfinished and has_state):
             raise InputError(
-                "a forward pass broke off, and layers of this TreeCache hold different tokens: make a new one on every "
-                "rank, and pass the whole text again"
+                "a forward pass was interrupted, so layers of this TreeCache hold different tokens: create a new one "
+                "on every rank, and pass the whole text again"
             )
         self.ranks.check_capacity(length)
 
