@@ -65,7 +65,7 @@ class CacheExchange:
 
     def reduce(self, partial: Partial) -> Partial:
         """Merge the partials of all ranks, and count the bytes."""
-        reduction = resolve_reduction(spec_of(partial), self.target, "auto")
+        reduction = resolve_reduction(spec_of(partial), self.target)
         check_no_gradient(reduction.world_size, *partial)
         self.count(reduction.received_bytes)
         return run_reduction(partial, reduction)

@@ -89,8 +89,7 @@ def tree_reduce(partial: Partial, group: Group | Link = None, *, algorithm: str 
     Example:
         >>> out, lse = tree_reduce(Partial(out, lse), group, algorithm="reduce_scatter")
     """
-    check_name(algorithm, ALGORITHMS)
-    reduction = Reduction(*choose_exchange(spec_of(partial), group, ranks_of(group), algorithm))
+    reduction = resolve_reduction(spec_of(partial), group, algorithm)
     check_no_gradient(reduction.world_size, *partial)
     return run_reduction(partial, reduction)
 
@@ -118,6 +117,12 @@ class Reduction:
         spec, sizes = self.spec, () if self.link is None else self.link.node_sizes
         how: Any = {"rows": spec.rows(), "head_dim": spec.shape[3], "world_size": self.world_size}
         return received_bytes(self.exchange, **how, itemsize=spec.dtype.itemsize, node_sizes=sizes)
+
+
+def resolve_reduction(spec: PartialSpec, group: Group | Link, algorithm: str = "auto") -> Reduction:
+    """Return how `tree_reduce` merges partials like `spec`; raises what it would raise. No communication."""
+    check_name(algorithm, ALGORITHMS)
+    return Reduction(*choose_exchange(spec, group, ranks_of(group), algorithm))
 
 
 def choose_exchange(spec: PartialSpec, group: Group | Link, ranks: Ranks, algorithm: str) -> tuple[Any, ...]:
