@@ -27,7 +27,7 @@ lint: install
 	$(BIN)/pyright
 
 docs: install  ## the documentation site, in docs/_build/html; a warning is an error
-	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
 
 dist: install  ## sdist and wheel, checked; the wheel alone runs the command and the core example
 	rm -rf dist

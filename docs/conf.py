@@ -36,6 +36,7 @@ myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 default_role = "code"  # single backticks in our docstrings hold code
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signatures show them; the docstrings give shapes, dtypes and units
 napoleon_numpy_docstring = False
