@@ -1,6 +1,7 @@
 """The documents: their links, README's promises, and troubleshooting.md, which has every error a user can meet."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -91,6 +92,40 @@ def test_readme_is_short():
     assert len(lines) <= 150
     cells = [cell.strip() for line in lines if line.startswith("|") for cell in line.strip("|").split("|")]
     assert max(map(len, cells)) <= 80
+
+
+def records(name, **of):
+    lines = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if of.items() <= record.items()]
+
+
+def test_readmes_numbers_are_those_of_the_records():
+    four, two, cpu = "2026-11-27_4xH200", "2026-11-24_2xH200", "2026-11-22_cpu-2-cores"
+
+    def step_us(what, keys):
+        return 1e6 * records(f"{four}_decode", batch=1, keys=keys, what=what)[0]["graph_s"]
+
+    def token_ms(name, **of):
+        return 1e3 * records(f"{name}_steps", **of)[-1]["tpot_s"]
+
+    added_us = [step_us("fused", keys) - step_us("fused_alone", keys) for keys in (16384, 65536, 262144, 1048576)]
+    at_1m = token_ms(four, context_tokens=1 << 20, what="ours compiled", ranks=4, tensor_parallel=2)
+    at_128k = [token_ms(two, context_tokens=131072, what=f"{who} compiled") for who in ("ours", "stock")]
+    read_s = records(f"{two}_prefill", context_tokens=1 << 20)[0]["seconds"]
+    at_8k = {(r["what"], r["ranks"]): r for r in records(cpu, context_tokens=8192)}
+    ours, best = at_8k["tree_attention", 2], at_8k["tree_attention", 1]
+    assert best["tpot_s"] < at_8k["stock", 1]["tpot_s"]
+    cells = [
+        f"{step_us('fused', 1 << 20):.0f} µs; {step_us('cudnn', 1 << 20):.0f} µs",
+        f"{min(added_us):.1f} to {max(added_us):.1f} µs",
+        f"{at_1m:.1f} ms",
+        f"{at_128k[0]:.1f} ms; {at_128k[1]:.1f} ms",
+        f"{read_s:.0f} s",
+        f"{ours['kv_bytes_per_rank'] / best['kv_bytes_per_rank']:.2f} x, {ours['tpot_s'] / best['tpot_s']:.2f} x",
+    ]
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| what | measured | report |")[2]
+    rows = [line.strip("|").split("|") for line in table.strip().splitlines()[1:7]]
+    assert [row[1].strip() for row in rows] == cells
 
 
 def blocks(page):
