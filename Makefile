@@ -48,7 +48,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(EMPTY)/installed: pyproject.toml constraints.txt  # a fresh environment whenever the dependencies may have changed
 	$(BIN)/python -m venv --clear $(EMPTY)
-	$(EMPTY)/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	$(EMPTY)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt dist/*.whl
 	touch $@
 
 $(OLDEST)/installed: Makefile | install
