@@ -11,7 +11,7 @@ import pytest
 import tree_attention
 
 SOURCE = Path(tree_attention.__file__).parent
-CORE = {"decode", "energy", "errors", "fused", "group", "layout", "local", "packets", "partial", "reduce"}
+CORE = {"decode", "energy", "errors", "fused", "group", "layout", "local", "packets", "partial", "reduce", "route"}
 MAY_IMPORT = {  # unit (a file or folder of the package) -> the units it may import
     "__init__": {"api"},
     "api": CORE,
@@ -24,7 +24,8 @@ MAY_IMPORT = {  # unit (a file or folder of the package) -> the units it may imp
     "reduce": {"errors", "group", "layout", "packets", "partial"},
     "fused": {"fused_kernels", "local", "reduce"},
     "fused_kernels": {"local", "packets", "reduce"},
-    "decode": {"errors", "fused", "group", "local", "partial", "reduce"},
+    "decode": {"errors", "fused", "group", "local", "partial", "reduce", "route"},
+    "route": {"errors", "group", "local", "reduce"},
     "energy": {"errors", "local", "partial"},
     "testing": {"local", "partial"},
     "cost": set(),

@@ -515,7 +515,7 @@ def test_info_shows_its_sections(capfd, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--nproc", 2, "--masked"], ["--nproc", 3, "--head-dim", 1000, "--dtype", "int8"]]
+    "options", [[], ["--nproc", 2, "--masked"], ["--nproc", 3, "--head-dim", 1000, "--dtype", "float64"]]
 )
 def test_info_as_json_gives_every_backend_a_reason(capfd, monkeypatch, options):
     code, out, _ = call(capfd, monkeypatch, "info", "--json", *options)
@@ -537,6 +537,7 @@ def test_info_as_json_gives_every_backend_a_reason(capfd, monkeypatch, options):
         (["--nproc", 0], "sizes must be at least 1"),
         (["--keys", -1], "at least"),
         (["--dtype", "float31"], "dtype must be a torch dtype such as bfloat16, got 'float31'"),
+        (["--dtype", "int8"], "must be float64, float32, bfloat16 or float16, got torch.int8"),
         (["--dtype", "nn"], "dtype must be a torch dtype such as bfloat16, got 'nn'"),
     ],
 )

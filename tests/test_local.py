@@ -12,9 +12,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from tree_attention import InputError, Partial, Unavailable, Unsupported, attend, merge
-from tree_attention.local import BACKENDS, choose_backend
-from tree_attention.local.visibility import Selection, select
+from tree_attention import InputError, Partial, Unavailable, Unsupported, attend, explain, merge
+from tree_attention.local import BACKENDS, check_call, choose_backend
+from tree_attention.local.selection import select
 from tree_attention.partial import stack
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 
@@ -528,12 +528,11 @@ def test_auto_on_the_cpu(dtype):
     for name in (*CHOICES, *HIDDEN):
         how = choices(name, q, k)
         expected = "reference" if name == "softcap" else "cpu_flash"
-        keys = {key: value for key, value in how.items() if key not in ("scale", "softcap")}
-        assert choose_backend(q, k, v, softcap=how.get("softcap"), selection=select(q, k, **keys)) == expected
+        assert explain(q, k, v, **how).backend == expected
         chosen, auto = attend(q, k, v, **how, backend=expected), attend(q, k, v, **how)
         assert torch.equal(auto.out, chosen.out)
         assert torch.equal(auto.lse, chosen.lse)
-    assert choose_backend(q, k, v, backend="reference") == "reference"
+    assert choose_backend(check_call(q, k, v), "reference") == ("reference", {})
 
 
 @pytest.mark.gpu
@@ -542,7 +541,7 @@ def test_auto_on_cuda():
     def chosen(dtype, *, T=1, D=64, D_v=64, masked=False, softcap=None):
         q, k, v = peaked_inputs(T=T, S=9, D=D, D_v=D_v, dtype=dtype, device="cuda")
         mask = torch.ones(1, 1, T, 9, dtype=torch.bool, device="cuda") if masked else None
-        return choose_backend(q, k, v, selection=Selection(mask=mask), softcap=softcap)
+        return explain(q, k, v, mask=mask, softcap=softcap).backend
 
     for dtype in HALVES:
         assert chosen(dtype) == "triton"
@@ -568,8 +567,8 @@ REFUSED_BY_TRITON = [
     ("triton", HALF | {"D": 20}, {}, "needs head dims that are multiples of 8 up to 256, got 20 and 20"),
     ("triton", HALF | {"D_v": 12}, {}, "needs head dims that are multiples of 8 up to 256, got 16 and 12"),
     ("triton", HALF | {"D": 264}, {}, "needs head dims that are multiples of 8 up to 256, got 264 and 264"),
-    ("triton", HALF | {"S": 5, "T": 5}, {"causal": True}, "knows the causal rule by positions only"),
-    ("triton", HALF | {"T": 33}, {}, "takes at most 64 query rows a KV head (T H / H_kv), got 66"),
+    ("triton", HALF | {"S": 5, "T": 5}, {"causal": True}, "supports the causal rule by positions only"),
+    ("triton", HALF | {"T": 33}, {}, "takes at most 64 query rows per KV head (T H / H_kv), got 66"),
 ]
 REFUSED_ON_CUDA = [
     ("cpu_flash", FULL, {}, "runs on CPU tensors, got cuda"),
@@ -611,7 +610,9 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
 def test_triton_has_no_gradient_and_says_so(asking):
     tensors = peaked_inputs(**CALL | HALF, device="cuda" if ON_CUDA else "cpu")
     tensors[asking].requires_grad_()
-    with pytest.raises(Unavailable, match=re.escape("backend 'triton' has no gradient, for which q, k or v ask: use")):
+    with pytest.raises(
+        Unavailable, match=re.escape("backend 'triton' has no gradient, but q, k or v requires one: use")
+    ):
         attend(*tensors, backend="triton")
     assert not attend(*tensors, backend="auto").out.isnan().any()
     with torch.no_grad():

@@ -259,7 +259,7 @@ def test_a_symmetric_link_needs_cuda(pool, ranks):
     """On every rank alike, and before that its arguments are looked at."""
     for (kind, text), *others in pool.run(without_cuda, ranks=ranks):
         assert kind == "Unavailable"
-        assert text.startswith("a SymmetricLink is not to be had, ")
+        assert text.startswith("a SymmetricLink is unavailable: ")
         assert all(f"rank {rank} needs CUDA" in text for rank in range(ranks))
         assert [kind for kind, _ in others] == ["InputError"] * 4
         assert all("must be positive, got" in text for _, text in others)

@@ -19,14 +19,13 @@ import torch
 import triton
 import triton.language as tl
 
-from tree_attention import InputError, Partial, SymmetricLink, Unavailable, attend, merge
-from tree_attention.decode import choose_path
+from tree_attention import InputError, Partial, SymmetricLink, Unavailable, attend, explain, merge
 from tree_attention.fused import ranks_padded
 from tree_attention.fused_kernels import fused_kernel
 from tree_attention.hf.inductor import COLS, WARPS
 from tree_attention.hf.product_kernels import products_kernel
-from tree_attention.local import triton_decode
-from tree_attention.local.triton_decode import _launched, plan, split_arguments, tensors_of
+from tree_attention.local import AttentionCall, KeySelection, triton_decode
+from tree_attention.local.triton_decode import _launched, plan_launch, split_arguments
 from tree_attention.local.triton_kernels import (
     contributors,
     divide,
@@ -36,9 +35,8 @@ from tree_attention.local.triton_kernels import (
     program_of,
     split_kernel,
 )
-from tree_attention.local.visibility import Selection
 from tree_attention.partial import empty, stack
-from tree_attention.reduce.symmetric import exchange_shape
+from tree_attention.reduce.symmetric import exchange_unit
 from tree_attention.reduce.symmetric_kernels import exchange_kernel
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 
@@ -144,13 +142,13 @@ def test_every_tile_has_one_owner(name):
     ],
 )  # fmt: skip
 def test_programs_share_the_groups_evenly_where_nearly_all_can(groups, alike, launched):
-    assert _launched(groups, 132, alike=alike) == launched
+    assert _launched(groups, 132, equal_lengths=alike) == launched
 
 
 def fused_arguments(q, k, v, lens, *, cut, sinks, buffers, rank, epochs, parts, fault, out, capacity, scatter, **how):
     """All arguments of `fused_kernel`, by name; `how` may replace any."""
     tensors, strides, sizes, factors = split_arguments(
-        q, k, v, tensors_of(Selection(local_seqlens=lens)), q.shape[-1] ** -0.5, None, None
+        AttentionCall(q, k, v, KeySelection(local_seqlens=lens), q.shape[-1] ** -0.5, None)
     )
     return {
         "tensors": tensors, "strides": strides, "sizes": sizes, "factors": factors, "parts": parts, "sinks": sinks,
@@ -164,7 +162,7 @@ def fused_arguments(q, k, v, lens, *, cut, sinks, buffers, rank, epochs, parts, 
 def exchange_arguments(partial, *, buffers, rank, epochs, fault, merged, capacity, programs, scatter, **how):
     """All arguments of `exchange_kernel`, by name; `how` may replace any."""
     (*_, H, DV), rows = partial.out.shape, partial.lse.numel()
-    UR, UD, ranks = exchange_shape(rows, DV, len(buffers), programs)
+    UR, UD, ranks = exchange_unit(rows, DV, len(buffers), programs)
     return {
         "out": partial.out, "lse": partial.lse, "buffers": tuple(buffers), "mine": buffers[rank], "epochs": epochs,
         "fault": fault, "merged_out": merged.out, "merged_lse": merged.lse, "rows": rows, "H": H,
@@ -215,7 +213,7 @@ class Ranks:
         for step in ("SPLIT", "PUSH", "COLLECT"):
             for rank, (k, v) in enumerate(zip(ks, vs, strict=True)):
                 length = None if lens is None else lens[rank]
-                cut = plan(q, k, v, Selection(local_seqlens=length), self.programs, self.size)
+                cut = plan_launch(q, k, v, KeySelection(local_seqlens=length), self.programs, self.size)
                 whole = lens is None and k.shape[1] > 0 and k.shape[1] % BN == 0
                 powers = all(d == triton.next_power_of_2(d) >= 16 for d in (q.shape[3], v.shape[3]))
                 arguments = fused_arguments(
@@ -380,7 +378,7 @@ def test_the_exchange_between_ranks(size):
 @pytest.mark.parametrize("programs", [1, 2, 12])
 def test_attend_on_any_number_of_programs(monkeypatch, programs):
     """Other cuts of the keys, the same result to rounding; the same cut, the same bits."""
-    monkeypatch.setattr(triton_decode, "programs_of", lambda device: programs)
+    monkeypatch.setattr(triton_decode, "multiprocessors", lambda device: programs)
     q, k, v = peaked_inputs(B=2, T=2, S=300, H=4, H_kv=2, D=16, dtype=torch.float16, device=DEVICE)
     for how in ({}, {"local_seqlens": torch.tensor([300, 140], device=DEVICE)}):
         one = attend(q, k, v, **how, backend="triton")
@@ -413,32 +411,41 @@ def test_compiled_whole(keys):
 def test_what_is_fused():
     """A step over a SymmetricLink is one launch where the kernel can run it, and is refused by name elsewhere."""
     link = object.__new__(SymmetricLink)  # what is asked of it needs no device
-    link.group, link.rows, link.head_dim = None, 16, 32
+    link.group, link.rows, link.head_dim, link.device = None, 16, 32, torch.device(DEVICE)
+    if DEVICE == "cuda":
+        link.device = torch.device("cuda", torch.cuda.current_device())
 
-    def path(algorithm="auto", backend="auto", selection=None, softcap=None, dtype=torch.float16, **shape):
-        q, k, v = peaked_inputs(**{"B": 2, "H": 8, "H_kv": 2, "D": 32} | shape, dtype=dtype, device=DEVICE)
-        return choose_path(q, k, v, selection or Selection(), softcap, link, backend, algorithm)
+    def path(algorithm="auto", backend="auto", dtype=torch.float16, how=None, **shape):
+        q, k, v = peaked_inputs(**{"B": 2, "H": 8, "H_kv": 2, "D": 32} | shape, dtype=dtype, device=link.device)
+        return explain(q, k, v, group=link, backend=backend, algorithm=algorithm, **how or {})
 
-    everything = Selection(torch.tensor([1, 2]), torch.arange(1), torch.arange(64), 3, torch.ones(1, 1, 1, 64) > 0)
+    positions = {"q_positions": torch.arange(1, device=DEVICE), "k_positions": torch.arange(64, device=DEVICE)}
+    everything = positions | {"local_seqlens": torch.tensor([1, 2]), "window": 3, "softcap": 30.0}
+    everything["mask"] = torch.ones(1, 1, 1, 64, device=DEVICE) > 0
     for algorithm in ("auto", "fused", "fused_scatter"):
-        assert path(algorithm) == path(algorithm, "triton", everything, 30.0) == "fused"
+        for route in (path(algorithm), path(algorithm, "triton", how=everything)):
+            assert route.is_fused
+            assert route.backend == "triton"
+            assert route.algorithm == ("fused" if algorithm == "auto" else algorithm)
     cannot = {
         "has a link for at most 16 rows B T H and head dim 32, got 24 and 32": {"B": 3},
         "has a link for at most 16 rows B T H and head dim 32, got 16 and 40": {"D": 40},
         "has bfloat16 and float16 only, got torch.float32": {"dtype": torch.float32},
         "needs head dims that are multiples of 8 up to 256, got 20 and 20": {"D": 20},
         "has a kernel of its own, got backend 'reference'": {"backend": "reference"},
-        "takes at most 64 query rows a KV head (T H / H_kv), got 68": {"T": 17},
+        "takes at most 64 query rows per KV head (T H / H_kv), got 68": {"T": 17},
     }
     for text, how in cannot.items():
-        assert path(**how) == "apart"
+        route = path(**how)
+        assert not route.is_fused
+        assert route.algorithm_obstacles["fused"] == text
         for algorithm in ("fused", "fused_scatter"):
             with pytest.raises(Unavailable, match=re.escape(f"algorithm '{algorithm}' {text}: use algorithm='auto'")):
                 path(algorithm, **how)
     link.group = type("Two", (), {"rank": lambda self: 0, "size": lambda self: 2})()
     with pytest.raises(InputError, match="fused_scatter needs heads that divide by the ranks, got 7 heads and 2 ranks"):
         path("fused_scatter", H=7, H_kv=1)
-    assert path("fused", H=7, H_kv=1) == "fused"
+    assert path("fused", H=7, H_kv=1).is_fused
 
 
 TYPES = {
@@ -490,7 +497,7 @@ def compile_for_hopper(kernel, arguments, **options):
 
 
 def meta_call(dtype="bfloat16", W=2, B=1, T=1, S=4096, H=32, H_kv=8, D=128, D_v=None, keys=(), softcap=None):
-    """(q, k, v, Selection, plan, the first arguments of `split`) of tensors without memory, for 132 programs."""
+    """(q, k, v, KeySelection, plan, the first arguments of `split`) of tensors without memory, for 132 programs."""
     here = {"device": "meta"}
     q, k, v = (
         torch.empty(*shape, dtype=getattr(torch, dtype), **here)
@@ -506,9 +513,9 @@ def meta_call(dtype="bfloat16", W=2, B=1, T=1, S=4096, H=32, H_kv=8, D=128, D_v=
         "window": {"window": 100},
         "mask": {"mask": torch.empty(B, 1, T, S, dtype=torch.bool, **here)},
     }
-    selection = Selection(**{name: value for key in keys for name, value in told[key].items()})
-    cut = plan(q, k, v, selection, 132, W)
-    split = split_arguments(q, k, v, tensors_of(selection), D**-0.5, softcap, selection.window)
+    selection = KeySelection(**{name: value for key in keys for name, value in told[key].items()})
+    cut = plan_launch(q, k, v, selection, 132, W)
+    split = split_arguments(AttentionCall(q, k, v, selection, D**-0.5, softcap))
     return q, k, v, cut, dict(zip(("tensors", "strides", "sizes", "factors"), split, strict=True))
 
 

@@ -227,8 +227,8 @@ class Stand(SymmetricLink):
         self.group = group
         self.scattered = []
 
-    def fits(self, partial):
-        return True
+    def obstacle(self, spec):
+        return None
 
     def reduce(self, partial, *, scatter=False):
         self.scattered.append(scatter)

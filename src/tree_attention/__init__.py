@@ -11,9 +11,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, at its first use: torch takes seconds to load, and `tree-attention plan` does without."""
+    """Import a public name at its first use: importing torch takes seconds, and `tree-attention plan` runs without."""
     private = name.startswith("_") and name != "__all__"
-    if not private and find_spec(f"{__name__}.{name}") is None:  # a module is for `import` to find
+    if not private and find_spec(f"{__name__}.{name}") is None:  # `import` finds modules by itself
         api = import_module(f"{__name__}.api")
         if name in ("__all__", *api.__all__):
             globals()[name] = value = getattr(api, name)

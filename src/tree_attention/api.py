@@ -1,4 +1,4 @@
-"""The public names, which `tree_attention` loads at the first use of one of them."""
+"""The public names; `tree_attention` imports this module when one of them is first used."""
 
 from .decode import tree_decode
 from .energy import attention_energy, attention_from_energy
@@ -6,13 +6,16 @@ from .errors import InputError, RanksDisagree, TreeAttentionError, Unavailable, 
 from .layout import Layout
 from .local import attend
 from .partial import Partial, merge
-from .reduce import SharedMemoryLink, SymmetricLink, TwoLevel, tree_reduce
+from .reduce import AssumedRanks, SharedMemoryLink, SymmetricLink, TwoLevel, tree_reduce
+from .route import Route, explain
 
 __all__ = [
+    "AssumedRanks",
     "InputError",
     "Layout",
     "Partial",
     "RanksDisagree",
+    "Route",
     "SharedMemoryLink",
     "SymmetricLink",
     "TreeAttentionError",
@@ -22,6 +25,7 @@ __all__ = [
     "attend",
     "attention_energy",
     "attention_from_energy",
+    "explain",
     "merge",
     "tree_decode",
     "tree_reduce",

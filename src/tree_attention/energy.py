@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, Unsupported
-from .local import check
+from .local import check_call
 from .partial import Partial
 
 
@@ -34,18 +34,19 @@ def attention_energy(
     Args:
         q, k, v: as in `attend`, float32 or float64; F is computed in their dtype.
         zeta: `[B, T, H, D_v]`, the source, same dtype and device.
-        q_positions, k_positions, mask, scale, softcap: as in `attend`; the cap acts on the score, not on the source.
+        q_positions, k_positions, mask, scale, softcap: as in `attend`; the cap applies to the score, not to the source.
 
     Returns:
         `[B, T, H]`; -inf, with gradient 0, for a query that sees no key.
 
     Raises:
-        InputError: shapes, dtypes, devices or values that do not fit, 16-bit inputs among them.
+        InputError: shapes, dtypes, devices or values are inconsistent, or the inputs are 16-bit.
     """
     positions = {"q_positions": q_positions, "k_positions": k_positions}
-    visible = check(q, k, v, **positions, mask=mask, scale=scale, softcap=softcap).visible(q, k)
+    call = check_call(q, k, v, **positions, mask=mask, scale=scale, softcap=softcap)
+    visible = call.selection.visible(q, k)
     _check_source(zeta, q, v)
-    scores = _products(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = _products(q, k) * call.scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + _products(zeta, v)
@@ -67,12 +68,12 @@ def attention_from_energy(
 ) -> Partial:
     """`(dF/dzeta, F)` at zeta = 0: exact attention by differentiation, itself differentiable in q, k and v.
 
-    The same numbers as `attend`, by the paper's definition instead of its algorithm; arguments and errors as in
-    `attention_energy`. Works under `torch.no_grad()`; under `torch.inference_mode()` it raises Unsupported.
+    It gives the numbers of `attend` by the paper's definition instead of its algorithm. Arguments and errors are as in
+    `attention_energy`. It works under `torch.no_grad()`; under `torch.inference_mode()` it raises Unsupported.
     """
     if torch.is_inference_mode_enabled():
         raise Unsupported("attention_from_energy needs autograd, which torch.inference_mode forbids: use torch.no_grad")
-    check(q, k, v, scale=scale, softcap=softcap)
+    check_call(q, k, v, scale=scale, softcap=softcap)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     zeta = q.new_zeros((*q.shape[:-1], v.shape[-1]), requires_grad=True)
     with torch.enable_grad():
@@ -91,7 +92,7 @@ def _products(rows: Tensor, keys: Tensor) -> Tensor:
 
 
 def _log_sum_exp(scores: Tensor) -> Tensor:
-    """Over the last dim, shifted by its maximum; `torch.logsumexp` alone has gradient NaN where all scores are -inf."""
+    """Log-sum-exp over the last dim; unlike `torch.logsumexp` its gradient is 0, not NaN, where all scores are -inf."""
     if scores.shape[-1] == 0:
         return scores.logsumexp(-1)
     blind = (scores == float("-inf")).all(-1)

@@ -1,28 +1,28 @@
-"""What can go wrong.
+"""The exceptions of this library.
 
 TreeAttentionError
-├── InputError (ValueError)         an argument is not what it must be
-├── RanksDisagree (RuntimeError)    ranks of one group were called with different things
-├── Unavailable (RuntimeError)      a backend or algorithm that this machine, or this input, does not allow
-└── Unsupported (NotImplementedError)   a use that the library does not have; the text says what to do instead
+├── InputError (ValueError)              an argument is invalid
+├── RanksDisagree (RuntimeError)         the ranks of a group were called with different arguments
+├── Unavailable (RuntimeError)           this machine or this input does not support the requested backend or algorithm
+└── Unsupported (NotImplementedError)    the library does not implement this use; the message names an alternative
 """
 
 
 class TreeAttentionError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base class of every error that this library raises on purpose."""
 
 
 class InputError(TreeAttentionError, ValueError):
-    """An argument is not what it must be; raised before any communication."""
+    """An argument is invalid. Raised before any communication."""
 
 
 class RanksDisagree(TreeAttentionError, RuntimeError):
-    """The ranks of a group were called with different things; raised on all of them alike."""
+    """The ranks of a group were called with different arguments. Raised on every rank."""
 
 
 class Unavailable(TreeAttentionError, RuntimeError):
-    """A backend or algorithm was asked for by name and cannot run here."""
+    """A backend or algorithm was requested by name and cannot run here."""
 
 
 class Unsupported(TreeAttentionError, NotImplementedError):
-    """A use that the library does not have; the text says what to do instead."""
+    """The library does not implement this use. The message says what to do instead."""

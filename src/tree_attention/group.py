@@ -1,4 +1,9 @@
-"""The ranks that share one sequence: who they are, and the vote that they were all called alike."""
+"""Process groups, and the votes by which their ranks agree before any of them goes on.
+
+Votes exchange Python objects. They are for set-up and `verify=True`, not for decode steps. Functions with `*groups`
+work over the product of several groups, such as the sequence axis and the tensor-parallel axis of a mesh; None stands
+for an axis of one rank.
+"""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -14,9 +19,12 @@ Item = TypeVar("Item")
 
 
 def resolve_group(group: Group = None) -> ProcessGroup | None:
-    """The process group behind a group, a 1-D DeviceMesh, or None: all ranks, or None if nothing is initialised.
+    """Return the process group of a group or a 1-D DeviceMesh.
 
-    Raises InputError if this rank is not in the group or the mesh has more than one axis.
+    None means all ranks. The result is None if torch.distributed is not initialized: this process alone.
+
+    Raises:
+        InputError: this rank is not a member, or the mesh has more than one axis.
     """
     if group is None:
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
@@ -34,30 +42,48 @@ def resolve_group(group: Group = None) -> ProcessGroup | None:
 
 
 def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
-    """This rank within the group, and the number of ranks in it; (0, 1) without a group."""
+    """Return this rank within the group and the number of ranks; (0, 1) without a group."""
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
-def gather_objects(mine: Item, group: ProcessGroup | None) -> list[Item]:
-    """What each rank hands in, in rank order; for set-up, not for steps."""
-    of_ranks = [mine]
-    if group is not None and group.size() > 1:
-        of_ranks *= group.size()
-        dist.all_gather_object(of_ranks, mine, group=group)
-    return of_ranks
+def gather_objects(mine: Item, *groups: ProcessGroup | None) -> list[Item]:
+    """Return the objects of all ranks, the same list on each: in rank order, the first group varying fastest."""
+    gathered = [mine]
+    for group in groups:
+        if group is not None and group.size() > 1:
+            by_rank = [gathered] * group.size()
+            dist.all_gather_object(by_rank, gathered, group=group)
+            gathered = [item for items in by_rank for item in items]
+    return gathered
 
 
-def first_fault(fault: str | None, group: ProcessGroup | None) -> str | None:
-    """The text of the first rank that has one, on every rank alike, so that none goes on or raises alone."""
-    return next((text for text in gather_objects(fault, group) if text), None)
+def first_fault(fault: str | None, *groups: ProcessGroup | None) -> str | None:
+    """Return the first rank's fault, or None if no rank has one. All ranks get the same answer and can raise together.
+
+    Example:
+        >>> if fault := first_fault(fault, sequence_group, tensor_group):
+        ...     raise InputError(fault)
+    """
+    return next((text for text in gather_objects(fault, *groups) if text), None)
+
+
+def broadcast_from_first(value: Item, *groups: ProcessGroup | None) -> Item:
+    """Return the object of the rank that is first in every group."""
+    values = [value]
+    for group in groups:
+        if group is not None:
+            dist.broadcast_object_list(values, group=group, group_src=0)
+    return values[0]
 
 
 def check_agreement(described: Mapping[str, object], group: ProcessGroup | None, *, error: str | None = None) -> None:
-    """Raise on every rank alike unless all ranks describe the same thing and none reports an error.
+    """Raise RanksDisagree on every rank unless all ranks describe the same call and none reports an error.
 
-    described: name -> value that must be equal on all ranks; compared as text.
-    error: what this rank found wrong by itself, so that it need not raise alone and leave the others waiting.
-    One small collective of Python objects: for set-up and `verify=True`, not for every step.
+    Args:
+        described: name -> value that must be equal on all ranks; values are compared as text.
+        group: the ranks that vote.
+        error: a fault that this rank found by itself. It is passed here because a rank that raises alone leaves the
+            others waiting.
     """
     votes = gather_objects(({name: str(value) for name, value in described.items()}, error), group)
     failed = {rank: error for rank, (_, error) in enumerate(votes) if error}

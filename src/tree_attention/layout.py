@@ -1,8 +1,8 @@
-"""Who holds which token: block-cyclic over the slots of the cache.
+"""Which rank holds which token: block-cyclic over the slots of the cache.
 
-Slot `s` is the s-th token of the context, counted over all ranks (padding included). Blocks of `block` neighbouring
-slots go to the ranks in turn. The rule needs no state and no maximum length, and it balances prefill, decode and many
-turns: after any number of tokens two ranks differ by at most one block.
+Slot `s` is the s-th token of the context, counted over all ranks, padding included. Blocks of `block` consecutive
+slots are assigned to the ranks round-robin. The rule needs no state and no maximum length. It balances prefill, decode
+and many turns: after any number of tokens, two ranks differ by at most one block.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,10 @@ Index = TypeVar("Index", int, Tensor)
 
 @dataclass(frozen=True)
 class Layout:
-    """`world_size` ranks, `block` neighbouring slots at a time. Indices are ints or integer tensors, counted from 0."""
+    """Block-cyclic layout over `world_size` ranks in blocks of `block` slots.
+
+    Slots and local indices are ints or integer tensors, counted from 0.
+    """
 
     world_size: int
     block: int
@@ -29,28 +32,28 @@ class Layout:
 
     @property
     def cycle(self) -> int:
-        """Slots after which the pattern repeats: every rank holds exactly `block` of them."""
+        """Number of slots after which the pattern repeats; each rank holds `block` of them."""
         return self.world_size * self.block
 
     def owner(self, slot: Index) -> Index:
-        """The rank that holds `slot`."""
+        """Return the rank that holds `slot`."""
         return slot // self.block % self.world_size
 
     def local_index(self, slot: Index) -> Index:
-        """Where its owner holds `slot`."""
+        """Return the index of `slot` among the slots of its owner."""
         return slot // self.cycle * self.block + slot % self.block
 
     def slot(self, local_index: Index, rank: int) -> Index:
-        """The slot that `rank` holds at `local_index`; the inverse of (`owner`, `local_index`)."""
+        """Return the slot that `rank` holds at `local_index`; the inverse of (`owner`, `local_index`)."""
         return local_index // self.block * self.cycle + rank * self.block + local_index % self.block
 
     def local_length(self, length: Index, rank: int) -> Index:
-        """How many of the slots `0 .. length - 1` are held by `rank`."""
+        """Return how many of the slots `0 .. length - 1` `rank` holds."""
         rest = length % self.cycle - rank * self.block
         rest = rest.clamp(0, self.block) if isinstance(rest, Tensor) else min(max(rest, 0), self.block)
         return length // self.cycle * self.block + rest
 
     def slots(self, start: int, stop: int, rank: int, *, device: torch.device | str = "cpu") -> Tensor:
-        """The slots from `start` to `stop - 1` that `rank` holds, ascending; int64, possibly empty."""
+        """Return the slots in `start .. stop - 1` that `rank` holds, ascending: int64, possibly empty."""
         local = torch.arange(self.local_length(start, rank), self.local_length(stop, rank), device=device)
         return self.slot(local, rank)

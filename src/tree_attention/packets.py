@@ -1,30 +1,48 @@
-"""Numbers that carry their own flag, for Triton kernels: a reader who sees the epoch sees the number, with no fence.
+"""Packets for Triton kernels: numbers that carry their own flag, so that reading them needs no fence.
 
-A packet is 8 bytes, half float32 and half epoch. An aligned 8-byte store is seen whole or not at all, in the chip's L2
-as over NVLink, so neither side needs a barrier or a fence: the writer stores, the reader looks until the epoch is the
-one it waits for. `SharedMemoryLink` does the same between CPU processes.
+A packet is 8 bytes, half float32 and half epoch. An aligned 8-byte store is atomic, in the chip's L2 and over NVLink.
+So neither side needs a barrier or a fence: the writer stores, and the reader polls until it sees the epoch that it
+waits for. `SharedMemoryLink` uses the same protocol between CPU processes.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import num_threads
 
+UNIT_PACKETS = 1024  # that a program waits for at once
+
+
+def unit_shape(max_rows: int, rows: int, columns: int, *, groups: int, programs: int, depth: int) -> tuple[int, int]:
+    """Return (UR, UD): rows and columns that a program merges at once, `depth` numbers for each element.
+
+    A unit has at most UNIT_PACKETS packets, and is small enough that every program gets one of the units of `groups`
+    blocks `[rows, columns]`. It decides where packets lie, so all ranks compute it from what they share.
+    """
+    UR, UD = max_rows, min(max(1 << (columns - 1).bit_length(), 16), 128)
+    while (UR > 1 or UD > 16) and (
+        UR * UD * depth > UNIT_PACKETS or groups * -(-rows // UR) * -(-columns // UD) < programs
+    ):
+        UR, UD = (UR // 2, UD) if UR > 1 else (UR, UD // 2)
+    return UR, UD
+
 
 @triton.jit
 def send(pointers, numbers, epoch, mask):
-    """Store float32 `numbers` as packets of `epoch` (int32) at int64 `pointers`."""
+    """Store `numbers`, as float32, in packets of `epoch` (int32) at int64 `pointers`."""
     low = numbers.to(tl.float32).to(tl.uint32, bitcast=True).to(tl.int64)
-    tl.store(pointers, low | (epoch.to(tl.int64) << 32), mask=mask, cache_modifier=".wt")  # past L1, to the peer
+    tl.store(
+        pointers, low | (epoch.to(tl.int64) << 32), mask=mask, cache_modifier=".wt"
+    )  # write through L1, to the peer
 
 
 @triton.jit
 def receive(pointers, lse_pointers, mask, epoch, fault, timeout_ns):
-    """(numbers, their log-sum-exps), float32, all tensors of one shape; 0 where the mask is false.
+    """Wait for packets of `epoch`; return (numbers, their log-sum-exps), float32, 0 where the mask is false.
 
-    Waits for packets of `epoch`. Each thread waits for its own and no control flow depends on what another thread saw:
-    threads that look at one address may see it change at different times. Looks again at all of a thread's packets at
-    once, since one look takes as long as many. After timeout_ns it writes 1 to the packet's `fault` address, which the
-    host can read, and traps: that ends the CUDA context. With timeout_ns None it does not wait.
+    All tensors have one shape. Each thread waits for its own packets, and no control flow depends on what another
+    thread read: threads that poll one address may see it change at different times. A thread polls all its packets at
+    once, since one load takes as long as many. After timeout_ns it writes 1 to the packet's `fault` address, which the
+    host can read, and traps, which ends the CUDA context. With timeout_ns None it does not wait.
     """
     if timeout_ns is None:
         packets, lse_packets = tl.load(pointers, mask=mask, other=0), tl.load(lse_pointers, mask=mask, other=0)
@@ -36,11 +54,16 @@ def receive(pointers, lse_pointers, mask, epoch, fault, timeout_ns):
             _receive_asm(each),
             _receive_constraints(each),
             [
-                tl.where(mask, pointers.to(tl.int64), nowhere), tl.where(mask, lse_pointers.to(tl.int64), nowhere),
-                nowhere.to(tl.int32) + epoch, fault.to(tl.int64) + nowhere, nowhere + timeout_ns,
+                tl.where(mask, pointers.to(tl.int64), nowhere),
+                tl.where(mask, lse_pointers.to(tl.int64), nowhere),
+                nowhere.to(tl.int32) + epoch,
+                fault.to(tl.int64) + nowhere,
+                nowhere + timeout_ns,
             ],
-            dtype=(tl.int64, tl.int64), is_pure=False, pack=each,
-        )  # fmt: skip
+            dtype=(tl.int64, tl.int64),
+            is_pure=False,
+            pack=each,
+        )
     return _number(packets), _number(lse_packets)
 
 
@@ -56,7 +79,7 @@ def _receive_constraints(each):
 
 @triton.constexpr_function
 def _receive_asm(each):
-    """PTX that loads a thread's `each` pairs of packets, all at once, until every flag is the epoch."""
+    """Return PTX that loads a thread's `each` pairs of packets, all at once, until every flag is the epoch."""
     packets, first = 2 * each, 2 * each
     epoch, faults, timeout = f"${4 * each}", 5 * each, f"${6 * each}"
     load = [f"@%has{i % each} ld.volatile.global.b64 ${i}, [${first + i}];" for i in range(packets)]

@@ -31,6 +31,32 @@ class Partial(NamedTuple):
     lse: Tensor
 
 
+class PartialSpec(NamedTuple):
+    """Shape `[B, T, H, D_v]` of `out`, dtype and device of a Partial that may not exist yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def rows(self) -> int:
+        """Return the number of rows `B T H`."""
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+    def nbytes(self) -> int:
+        """Return the bytes of out and lse together."""
+        return self.rows() * (self.shape[3] + 1) * self.dtype.itemsize
+
+
+def spec_of(partial: Partial) -> PartialSpec:
+    """Return the shape, dtype and device of a Partial."""
+    return PartialSpec(tuple(partial.out.shape), partial.out.dtype, partial.out.device)
+
+
+def partial_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the Partial that inputs of `dtype` give."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def merge(parts: Partial) -> Partial:
     """Merge the leading dim: out `[N, ...]`, lse `[N, ...]` are N partials over disjoint sets of keys.
 
@@ -46,11 +72,17 @@ def merge(parts: Partial) -> Partial:
 
 
 def stack(parts: Sequence[Partial]) -> Partial:
-    """Put partials of one shape behind one another, ready for `merge`."""
+    """Stack partials of one shape along a new leading dim, ready for `merge`."""
     return Partial(torch.stack([part.out for part in parts]), torch.stack([part.lse for part in parts]))
 
 
 def empty(out_shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Partial:
-    """The identity of `merge`, `(0, -inf)`, for `out_shape = [B, T, H, D_v]`."""
+    """Return the identity of `merge`, `(0, -inf)`, for `out_shape = [B, T, H, D_v]`."""
     out = torch.zeros(out_shape, dtype=dtype, device=device)
     return Partial(out, torch.full(out_shape[:-1], float("-inf"), dtype=dtype, device=device))
+
+
+def add_sinks(partial: Partial, sinks: Tensor) -> Partial:
+    """Merge with one more key per head, of score `sinks` `[H]` and value 0 (an attention sink)."""
+    lse = sinks.to(partial.lse.dtype).expand_as(partial.lse)
+    return merge(stack([partial, Partial(torch.zeros_like(partial.out), lse)]))

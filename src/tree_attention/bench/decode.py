@@ -41,8 +41,7 @@ class Ranks:
 
     def workspace_bytes(self) -> int:
         """Device memory of the link, on this rank."""
-        link = self.link
-        return sum(tensor.nbytes for tensor in (link.buffers[link.rank], link.epochs, link.parts))
+        return self.link.workspace_bytes
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InputError
-from ..local import BACKENDS, choose_backend, triton_decode
-from ..local.visibility import Selection
-from ..reduce import ALGORITHMS, choose_algorithm, level_bytes, received_bytes
-from ..reduce.symmetric import link_obstacle
+from ..local import BACKENDS
+from ..reduce import ALGORITHMS, AssumedRanks, SymmetricLink, level_bytes, link_obstacle, received_bytes
+from ..route import explain
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,9 @@ def info(shape: Shape, as_json: bool) -> int:
 def describe(shape: Shape) -> dict[str, dict[str, Any]]:
     """Section -> name -> what is known."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    q, k, selection = _example(shape, device)
-    backends = {name: backend.obstacle(q, k, k, selection, None) or "can run it" for name, backend in BACKENDS.items()}
+    q, k, mask = _example(shape, device)
+    route = explain(q, k, k, mask=mask, group=AssumedRanks(shape.ranks))
+    backends = {name: route.backend_obstacles.get(name, "can run it") for name in BACKENDS}
     rows = shape.B * shape.T * shape.H
     how: dict[str, Any] = {"rows": rows, "head_dim": shape.D, "world_size": shape.ranks}
     received = {name: received_bytes(name, **how) for name in ALGORITHMS if name != "two_level"}
@@ -67,7 +67,7 @@ def describe(shape: Shape) -> dict[str, dict[str, Any]]:
         "shape": {"step": f"{described}, {shape.dtype}, {shape.ranks} ranks" + (", masked" if shape.masked else "")},
         "backends for it": backends,
         "algorithms for it": algorithms,
-        "auto chooses": {"backend": choose_backend(q, k, k, selection=selection), **_algorithms(shape, device, q, k)},
+        "auto chooses": {"backend": route.backend, **_algorithms(shape, device, q, k)},
     }
 
 
@@ -80,14 +80,14 @@ def _on_two_nodes(ranks: int, rows: int, head_dim: int) -> str:
 
 def _algorithms(shape: Shape, device: str, q: torch.Tensor, k: torch.Tensor) -> dict[str, str]:
     """What "auto" makes of the exchange, without a link and with one, and why."""
-    found = {"algorithm": choose_algorithm(device, shape.ranks)}
+    found = {"algorithm": explain(q, k, k, group=AssumedRanks(shape.ranks)).algorithm}
     if device == "cpu":
         found["with a SharedMemoryLink"] = "shared_memory (TreeCache makes the link on one host)"
     rows = shape.B * shape.T * shape.H
     obstacle = link_obstacle()
     if obstacle is None and torch.cuda.device_count() < shape.ranks:
         obstacle = f"needs a GPU of this host for each of {shape.ranks} ranks, found {torch.cuda.device_count()}"
-    unfused = triton_decode.obstacle(q, k, k, Selection(), None)
+    unfused = explain(q, k, k, group=AssumedRanks(shape.ranks, SymmetricLink)).algorithm_obstacles.get("fused")
     if obstacle is not None:
         found["with a SymmetricLink"] = f"not to be had here: {obstacle}"
     elif unfused is not None:
@@ -134,7 +134,7 @@ def _links() -> dict[str, str]:
     return found
 
 
-def _example(shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor, Selection]:
+def _example(shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """q, k and mask of that shape, without their memory."""
     dtype = getattr(torch, shape.dtype, None)
     if not isinstance(dtype, torch.dtype):
@@ -149,4 +149,4 @@ def _example(shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor, Sel
     q = one.expand(shape.B, shape.T, shape.H, shape.D)
     k = one.expand(shape.B, shape.S_local, shape.H_kv, shape.D)
     mask = torch.empty(1, dtype=torch.bool, device=device).expand(shape.B, 1, shape.T, shape.S_local)
-    return q, k, Selection(mask=mask if shape.masked else None)
+    return q, k, mask if shape.masked else None

@@ -11,7 +11,7 @@ from ..decode import tree_decode
 from ..errors import InputError, Unavailable
 from ..group import Group, rank_and_size, resolve_group
 from ..layout import Layout
-from ..partial import Partial
+from ..partial import Partial, spec_of
 from ..reduce import Link, SharedMemoryLink, SymmetricLink, TwoLevel, choose_algorithm, received_bytes, tree_reduce
 from .cursor import Cursor
 
@@ -72,7 +72,7 @@ class Placement:
 
     def reduce(self, partial: Partial) -> Partial:
         """The merge over all ranks, and a note of its bytes."""
-        linked = self.link is not None and self.link.fits(partial)
+        linked = self.link is not None and self.link.obstacle(spec_of(partial)) is None
         self._note(partial.out.device.type, partial.lse.numel(), partial.out.shape[3], linked=linked)
         return tree_reduce(partial, self.link if linked else self.group)
 

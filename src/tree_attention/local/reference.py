@@ -1,15 +1,15 @@
 """The specification: attention with its log-sum-exp in plain tensor operations, float32 or float64 throughout."""
 
 import torch
-from torch import Tensor
 
-from ..partial import Partial
-from .visibility import Selection
+from ..partial import Partial, partial_dtype
+from .selection import AttentionCall
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
+def attend(call: AttentionCall) -> Partial:
     """`local.attend` after its checks. Memory O(B H T S)."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v, selection, scale, softcap = call
+    dtype = partial_dtype(q.dtype)
     B, T, H, D = q.shape
     H_kv = k.shape[2]
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -1,9 +1,9 @@
-"""PyTorch's fused attention operators that return the log-sum-exp, brought to our conventions.
+"""PyTorch's fused attention operators that return the log-sum-exp, converted to this library's conventions.
 
-They all take `[B, H, S, D]`, round `out` to the inputs' dtype before we widen it again (one rounding per Partial more
-than the reference has), and return a natural-log lse in float32. What differs is what they make of a row that sees no
-key (lse 0, NaN or +inf) and of no keys at all (the CPU operator divides by zero); both are settled here. They
-differentiate `out` and take lse for a constant; here a gradient that passes through lse raises Unsupported.
+They all take `[B, H, S, D]`, round `out` to the inputs' dtype before we widen it again (one more rounding per Partial
+than the reference), and return a natural-log lse in float32. They differ in the result of a row that sees no key (lse
+0, NaN or +inf) and of an empty key set (the CPU operator divides by zero); both are unified here. They differentiate
+`out` but treat lse as a constant; here a gradient that passes through lse raises Unsupported.
 """
 
 from typing import Any
@@ -13,17 +13,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import Unsupported
-from ..partial import Partial
-from .visibility import Selection
+from ..partial import Partial, partial_dtype
+from .selection import AttentionCall
 
 aten = torch.ops.aten
 
 
-def cpu_flash(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
+def cpu_flash(call: AttentionCall) -> Partial:
     """`aten._scaled_dot_product_flash_attention_for_cpu`: any dtype; a mask costs a float copy of itself."""
+    q, k, v, _, scale, _ = call
     B, T, H, _ = q.shape
     H_kv, D_v = k.shape[2], v.shape[3]
-    visible, is_causal = _rules(q, k, selection)
+    visible, is_causal = _mask_and_causal(call)
     bias = None if visible is None else _bias(visible, q.dtype)
     if T == 1:  # the query heads of one KV head become rows of one query block: the KV is read once, not H / H_kv times
         q = q.unflatten(2, (H_kv, -1)).flatten(1, 2).transpose(1, 2)  # [B, 1 * H_kv, G, D] -> [B, G, H_kv, D]
@@ -37,46 +38,49 @@ def cpu_flash(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: floa
     return _partial(out[..., :D_v], lse, visible)
 
 
-def cpu_flash_obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> str | None:
-    if q.device.type != "cpu":
-        return f"runs on CPU tensors, got {q.device.type}"
-    return _softcap_obstacle(softcap)
+def cpu_flash_obstacle(call: AttentionCall) -> str | None:
+    if call.q.device.type != "cpu":
+        return f"runs on CPU tensors, got {call.q.device.type}"
+    return _softcap_obstacle(call)
 
 
-def cuda_flash(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
+def cuda_flash(call: AttentionCall) -> Partial:
     """`aten._scaled_dot_product_flash_attention` (FlashAttention-2, split-KV for few queries)."""
+    q, k, v, selection, scale, _ = call
     out, lse = aten._scaled_dot_product_flash_attention(
         *_heads_first(q, k, v), is_causal=selection.causal, scale=scale
     )[:2]
     return _partial(out, lse, None)
 
 
-def cuda_flash_obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> str | None:
-    return _half_precision_obstacle(q, k, v, selection, softcap)
+def cuda_flash_obstacle(call: AttentionCall) -> str | None:
+    return _half_precision_obstacle(call)
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
-    """`aten._scaled_dot_product_cudnn_attention`: the fastest of PyTorch's on Hopper (shared notes, kernels)."""
+def cudnn(call: AttentionCall) -> Partial:
+    """`aten._scaled_dot_product_cudnn_attention`: the fastest of PyTorch's operators on Hopper (docs/log.md)."""
+    q, k, v, selection, scale, _ = call
     out, lse = aten._scaled_dot_product_cudnn_attention(
         *_heads_first(q, k, v), None, True, is_causal=selection.causal, scale=scale
     )[:2]
     return _partial(out, lse.reshape(out.shape[:-1]), None)
 
 
-def cudnn_obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> str | None:
-    found = _half_precision_obstacle(q, k, v, selection, softcap)
+def cudnn_obstacle(call: AttentionCall) -> str | None:
+    found = _half_precision_obstacle(call)
     if found is None and not torch.backends.cudnn.is_available():
         return "needs cuDNN, which this PyTorch does not have"
     return found
 
 
-def efficient(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None) -> Partial:
-    """`aten._scaled_dot_product_efficient_attention`: masks and float32 on CUDA; no split-KV, and KV heads repeated."""
+def efficient(call: AttentionCall) -> Partial:
+    """`aten._scaled_dot_product_efficient_attention`: masks and float32 on CUDA; no split-KV, repeats KV heads."""
+    q, k, v, _, scale, _ = call
     H, G = q.shape[2], q.shape[2] // k.shape[2]
-    (visible, is_causal), bias = _rules(q, k, selection), None
+    (visible, is_causal), bias = _mask_and_causal(call), None
     if visible is not None:
         S = k.shape[1]
-        bias = pad(_bias(visible, q.dtype), (0, -S % 16))[..., :S]  # the kernel wants rows aligned to 16 elements
+        bias = pad(_bias(visible, q.dtype), (0, -S % 16))[..., :S]  # the kernel needs rows aligned to 16 elements
         bias = bias.expand(q.shape[0], H, -1, -1)
     k, v = k.repeat_interleave(G, 2), v.repeat_interleave(G, 2)
     out, lse = aten._scaled_dot_product_efficient_attention(
@@ -85,19 +89,19 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: floa
     return _partial(out, lse[..., : q.shape[1]], visible)
 
 
-def efficient_obstacle(q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> str | None:
+def efficient_obstacle(call: AttentionCall) -> str | None:
+    q, v = call.q, call.v
     if q.device.type != "cuda":
         return f"runs on CUDA tensors, got {q.device.type}"
     if q.dtype == torch.float64:
         return "does not have float64"
     if q.shape[3] % 8 or v.shape[3] % 8:
         return f"needs head dims that are multiples of 8, got {q.shape[3]} and {v.shape[3]}"
-    return _softcap_obstacle(softcap)
+    return _softcap_obstacle(call)
 
 
-def _half_precision_obstacle(
-    q: Tensor, k: Tensor, v: Tensor, selection: Selection, softcap: float | None
-) -> str | None:
+def _half_precision_obstacle(call: AttentionCall) -> str | None:
+    q, v, selection = call.q, call.v, call.selection
     if q.device.type != "cuda":
         return f"runs on CUDA tensors, got {q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -106,16 +110,16 @@ def _half_precision_obstacle(
         return f"needs one head dim, a multiple of 8 up to 256, got {q.shape[3]} and {v.shape[3]}"
     if not selection.is_everything and not selection.is_causal_only:
         return "has no masks (local_seqlens, positions or mask)"
-    return _softcap_obstacle(softcap)
+    return _softcap_obstacle(call)
 
 
-def _softcap_obstacle(softcap: float | None) -> str | None:
-    return None if softcap is None else "has no softcap"
+def _softcap_obstacle(call: AttentionCall) -> str | None:
+    return None if call.softcap is None else "has no softcap"
 
 
-def _rules(q: Tensor, k: Tensor, selection: Selection) -> tuple[Tensor | None, bool]:
-    """The mask, and whether the operator is to apply the causal rule by itself."""
-    return (None, True) if selection.is_causal_only else (selection.visible(q, k), False)
+def _mask_and_causal(call: AttentionCall) -> tuple[Tensor | None, bool]:
+    """Return the mask, and whether the operator applies the causal rule itself."""
+    return (None, True) if call.selection.is_causal_only else (call.selection.visible(call.q, call.k), False)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -124,7 +128,7 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 def _one_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad the shorter of D and D_v with zeros: they add nothing to a score, and their outputs are cut off."""
+    """Zero-pad the shorter of D and D_v: zeros add nothing to a score, and their outputs are dropped."""
     D, D_v = k.shape[3], v.shape[3]
     if D_v > D:
         return pad(q, (0, D_v - D)), pad(k, (0, D_v - D)), v
@@ -142,7 +146,7 @@ def _group_rows(bias: Tensor, H: int, H_kv: int) -> Tensor:
 
 def _partial(out: Tensor, lse: Tensor, visible: Tensor | None) -> Partial:
     """out `[B, H, T, D_v]`, lse `[B, H, T]` -> Partial; rows without a visible key become `(0, -inf)`."""
-    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    dtype = partial_dtype(out.dtype)
     out, lse = out.to(dtype), lse.to(dtype)
     if torch.is_grad_enabled() and out.requires_grad:
         lse = _WithoutGradient.apply(lse, out)
@@ -153,7 +157,7 @@ def _partial(out: Tensor, lse: Tensor, visible: Tensor | None) -> Partial:
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """lse, which depends on what `out` does, but PyTorch does not say how."""
+    """lse, as a function of the inputs of `out` whose derivative PyTorch does not provide."""
 
     @staticmethod
     def forward(lse: Tensor, out: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""A Partial on every rank -> one. The only place of the core that communicates.
+"""Merge a Partial over the ranks. The only place of the core that communicates.
 
-                 collectives                     bytes a rank receives, n = rows (D_v + 1) 4       result
+                 collectives                     bytes that a rank receives, n = rows (D_v + 1) 4   result
 all_gather       1 all-gather, packed            (P - 1) n                                         all heads
 all_reduce       3 all-reduces (Algorithm 3)     2 (P - 1) / P rows (D_v + 2) 4                    all heads
 tree             ceil(log2 P) exchanges          ceil(log2 P) n                                    all heads
@@ -10,40 +10,57 @@ symmetric        none: one kernel, over NVLink   2 (P - 1) n                    
 symmetric_scatter  the same                      2 (P - 1) / P n                                   H / P heads
 two_level        3 exchanges, 1 of them across   inside (L + S - 2) / S n, across (N - 1) / S n    all heads
 
-P ranks; rows = B T H; float32; two_level: N nodes, L ranks in the largest, S in the smallest. docs/math.md has these
-beside the paper's formulas. With P not a power of two, the last of tree's exchanges waits for two others (tree.py).
+P ranks; rows = B T H; float32; two_level: N nodes, L ranks in the largest, S in the smallest. docs/math.md lists these
+beside the paper's formulas. If P is not a power of two, the last exchange of tree waits for two others (tree.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..errors import InputError, Unsupported
-from ..group import Group, rank_and_size, resolve_group
-from ..partial import Partial, merge
-from .collectives import all_gather, all_reduce, pack, reduce_scatter, unpack
+from ..group import Group
+from ..partial import Partial, PartialSpec, spec_of
+from .collectives import all_gather, all_reduce, reduce_scatter
+from .link import AssumedRanks, Link, process_group_of, ranks_of
 from .shared_memory import SharedMemoryLink
-from .symmetric import SymmetricLink
-from .topology import TwoLevel
-from .tree import tree
-from .two_level import level_bytes, two_level
+from .symmetric import SymmetricLink, link_obstacle
+from .tree import recursive_doubling
+from .two_level import TwoLevel, level_bytes
 
-__all__ = [
-    "ALGORITHMS", "Link", "SharedMemoryLink", "SymmetricLink", "TwoLevel", "check_no_gradient", "check_reduction",
-    "choose_algorithm", "level_bytes", "received_bytes", "tree_reduce",
-]  # fmt: skip
+__all__ = ["AssumedRanks", "SharedMemoryLink", "TwoLevel", "link_obstacle", "process_group_of", "tree_reduce"]
 
-Link = SharedMemoryLink | SymmetricLink | TwoLevel
-ALGORITHMS = (
-    "all_gather", "all_reduce", "tree", "reduce_scatter", "shared_memory", "symmetric", "symmetric_scatter",
-    "two_level",
-)  # fmt: skip
-LINKED = {
-    "shared_memory": SharedMemoryLink, "symmetric": SymmetricLink, "symmetric_scatter": SymmetricLink,
-    "two_level": TwoLevel,
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One way to merge partials over ranks."""
+
+    # (P, n = bytes of a packed partial, D_v) -> bytes that the busiest rank receives; None: see `level_bytes`
+    received: Callable[[int, int, int], float] | None
+    run: Callable[[Partial, ProcessGroup], Partial] | None = None  # None if it runs over a link
+    link: type[Link] | None = None  # the class of link that it needs
+    scatters: bool = False  # each rank gets its own heads only
+
+
+def _scatter_heads(partial: Partial, group: ProcessGroup) -> Partial:
+    return reduce_scatter(partial, group, dim=2)
+
+
+ALGORITHMS = {
+    "all_gather": Algorithm(lambda P, n, _: (P - 1) * n, all_gather),
+    "all_reduce": Algorithm(lambda P, n, D_v: 2 * (P - 1) / P * (n // (D_v + 1) * (D_v + 2)), all_reduce),
+    "tree": Algorithm(lambda P, n, _: (P - 1).bit_length() * n, recursive_doubling),
+    "reduce_scatter": Algorithm(lambda P, n, _: (P - 1) / P * n, _scatter_heads, scatters=True),
+    # packets: each 4 bytes travel with an epoch of 4 bytes
+    "shared_memory": Algorithm(lambda P, n, _: 2 * (P - 1) * n, link=SharedMemoryLink),
+    "symmetric": Algorithm(lambda P, n, _: 2 * (P - 1) * n, link=SymmetricLink),
+    "symmetric_scatter": Algorithm(lambda P, n, _: 2 * (P - 1) / P * n, link=SymmetricLink, scatters=True),
+    "two_level": Algorithm(None, link=TwoLevel),
+}
 
 
 def tree_reduce(partial: Partial, group: Group | Link = None, *, algorithm: str = "auto") -> Partial:
@@ -51,87 +68,128 @@ def tree_reduce(partial: Partial, group: Group | Link = None, *, algorithm: str 
 
     Args:
         partial: this rank's, out `[B, T, H, D_v]` and lse `[B, T, H]`; the same shape, dtype and kind of device on
-            every rank. `(0, -inf)` is a legal partial, on some ranks or on all.
-        group: a process group, a 1-D DeviceMesh, or None for all ranks (without an initialised process group:
-            this process alone); or a link over a process group: a SharedMemoryLink between CPU ranks, a SymmetricLink
-            between GPUs of one host, a TwoLevel over several hosts. Any number of ranks.
-        algorithm: one of `ALGORITHMS`, or "auto": what `choose_algorithm` says.
+            every rank. `(0, -inf)` is a valid partial, on some ranks or on all.
+        group: a process group, a 1-D DeviceMesh, or None for all ranks (this process alone if torch.distributed is not
+            initialized); or a link: a SharedMemoryLink between CPU ranks, a SymmetricLink between GPUs of one host, a
+            TwoLevel over several hosts. Any number of ranks.
+        algorithm: one of `reduce.ALGORITHMS`, or "auto": the link's if it takes the partial, otherwise
+            `choose_algorithm`.
 
     Returns:
-        The merged Partial, the same bits on every rank ("all_reduce": as far as the backend's all-reduce gives them;
-        gloo's and NCCL's do). With "reduce_scatter" and "symmetric_scatter" rank r keeps heads
+        The merged Partial, the same bits on every rank ("all_reduce": if the backend's all-reduce is so; gloo's and
+        NCCL's are). With "reduce_scatter" and "symmetric_scatter", rank r gets heads
         `r H / P .. (r + 1) H / P - 1` only.
 
     Raises:
-        InputError: an unknown algorithm, a group this rank is not in, heads that do not divide by the ranks where each
-            is to get its own, an algorithm that needs a link without one or with more than it has room for.
+        InputError: the algorithm is unknown, needs a link that was not passed or that is too small, or scatters heads
+            that do not divide by the ranks; or this rank is not in the group.
         TreeAttentionError: another rank did not arrive at an earlier exchange over the link.
-        Unsupported: a partial that requires a gradient.
+        Unsupported: the partial requires a gradient.
+
+    Example:
+        >>> out, lse = tree_reduce(Partial(out, lse), group, algorithm="reduce_scatter")
     """
-    process_group = check_reduction(partial, group, algorithm)
-    if process_group is None or process_group.size() == 1:
-        return partial
-    check_no_gradient(process_group, *partial)
-    nodes = len(group.nodes) if isinstance(group, TwoLevel) else 1
-    if isinstance(group, TwoLevel) and nodes == 1 and algorithm in ("auto", "two_level"):
-        return tree_reduce(partial, group.group if group.link is None else group.link)
-    link = group if isinstance(group, Link) and group.fits(partial) else None
+    reduction = resolve_reduction(spec_of(partial), group, algorithm)
+    check_no_gradient(reduction.world_size, *partial)
+    return run_reduction(partial, reduction)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How partials are merged over the ranks, resolved from values that all ranks share."""
+
+    algorithm: str  # never "auto"
+    exchange: str  # the entry of ALGORITHMS by which partials are exchanged
+    group: ProcessGroup | None  # None for one process
+    rank: int
+    world_size: int
+    link: Link | None  # the link that the algorithm runs over, if any
+    spec: PartialSpec
+    algorithm_obstacles: dict[str, str]  # algorithm -> why "auto" passed over it
+
+    @property
+    def scatters(self) -> bool:
+        """True if each rank gets its own heads only."""
+        return ALGORITHMS[self.exchange].scatters
+
+    @property
+    def received_bytes(self) -> float:
+        """Bytes that the busiest rank receives."""
+        spec, sizes = self.spec, () if self.link is None else self.link.node_sizes
+        how: Any = {"rows": spec.rows(), "head_dim": spec.shape[3], "world_size": self.world_size}
+        return received_bytes(self.exchange, **how, itemsize=spec.dtype.itemsize, node_sizes=sizes)
+
+
+def resolve_reduction(spec: PartialSpec, group: Group | Link, algorithm: str) -> Reduction:
+    """Check the request and choose the algorithm. No communication."""
+    check_name(algorithm, ALGORITHMS)
+    process_group, rank, size = ranks_of(group)
+    link, obstacles = group if isinstance(group, Link) else None, {}
+    if link is not None and algorithm in ("auto", *link.algorithms) and link.carrier is not link:
+        return resolve_reduction(spec, link.carrier, "auto")
+    if algorithm != "auto":
+        fault = reduction_obstacle(algorithm, spec, group, size)
+        if fault is not None:
+            raise InputError(f"{algorithm} {fault}")
+    elif link is not None and link.algorithms:
+        algorithm = link.algorithms[0]
+        fault = link.obstacle(spec)
+        if fault is not None:
+            obstacles[algorithm], algorithm = fault, "auto"
     if algorithm == "auto":
-        algorithm = choose_algorithm(
-            partial.out.device.type, process_group.size(), linked=link is not None, nodes=nodes
-        )
-    if isinstance(link, TwoLevel) and algorithm == "two_level":
-        return two_level(partial, link, process_group)
-    if isinstance(link, SharedMemoryLink) and algorithm == "shared_memory":
-        return merge(unpack(link.gather(pack(partial))))
-    if isinstance(link, SymmetricLink) and algorithm in LINKED:
-        return link.reduce(partial, scatter=algorithm == "symmetric_scatter")
-    match algorithm:
-        case "all_gather":
-            return all_gather(partial, process_group)
-        case "all_reduce":
-            return all_reduce(partial, process_group)
-        case "tree":
-            return tree(partial, process_group)
-        case _:
-            return reduce_scatter(partial, process_group, dim=2)
+        algorithm = choose_algorithm(spec.device.type, size)
+    link = None if ALGORITHMS[algorithm].link is None else link
+    return Reduction(algorithm, algorithm, process_group, rank, size, link, spec, obstacles)
 
 
-def check_reduction(partial: Partial, group: Group | Link, algorithm: str) -> ProcessGroup | None:
-    """The process group behind `group`, or what `tree_reduce` raises; no communication."""
-    _check_algorithm(algorithm)
-    process_group = group.group if isinstance(group, Link) else resolve_group(group)
-    check_scatter(partial.out.shape[2], process_group, algorithm)
-    needed = LINKED.get(algorithm)
-    if needed is not None:
-        if not isinstance(group, Link) or not isinstance(group, needed):
-            raise InputError(f"{algorithm} needs a {needed.__name__} as the group, got {type(group).__name__}")
-        if not isinstance(group, TwoLevel) and not group.fits(partial):
-            raise InputError(f"{algorithm} {group.limit(partial)}")
-    return process_group
+def run_reduction(partial: Partial, reduction: Reduction) -> Partial:
+    """Merge this rank's partial with the others' as `reduction` says."""
+    if reduction.world_size == 1:
+        return partial
+    if reduction.link is not None:
+        return reduction.link.reduce(partial, scatter=reduction.scatters)
+    run = ALGORITHMS[reduction.exchange].run
+    if run is None or reduction.group is None:
+        raise Unsupported("AssumedRanks only answer `explain`: pass a group or a link of ranks that exist")
+    return run(partial, reduction.group)
 
 
-def check_no_gradient(process_group: ProcessGroup | None, *tensors: Tensor) -> None:
-    """Raise Unsupported if these ask for a gradient, which would have to pass from rank to rank."""
-    asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if asked and rank_and_size(process_group)[1] > 1:
+def reduction_obstacle(algorithm: str, spec: PartialSpec, group: Group | Link, world_size: int) -> str | None:
+    """Return why an algorithm cannot merge partials like `spec` over `group`; None if it can."""
+    fault = misfit(algorithm, spec, group, world_size)
+    needs_link = ALGORITHMS[algorithm].link is not None
+    return group.obstacle(spec) if fault is None and needs_link and isinstance(group, Link) else fault
+
+
+def misfit(algorithm: str, spec: PartialSpec, group: Group | Link, world_size: int) -> str | None:
+    """Return why the heads or the kind of group do not fit an algorithm; None if they do."""
+    needed = ALGORITHMS[algorithm]
+    if needed.scatters and spec.shape[2] % world_size:
+        return f"needs heads that divide by the ranks, got {spec.shape[2]} heads and {world_size} ranks"
+    if needed.link is not None and not (isinstance(group, Link) and algorithm in group.algorithms):
+        return f"needs a {needed.link.__name__} as the group, got {type(group).__name__}"
+    return None
+
+
+def check_no_gradient(world_size: int, *tensors: Tensor) -> None:
+    """Raise Unsupported if these require a gradient, which would have to pass from rank to rank."""
+    requires_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if requires_grad and world_size > 1:
         raise Unsupported("the exchange between ranks has no gradient: call it under torch.no_grad()")
 
 
-def check_scatter(heads: int, process_group: ProcessGroup | None, algorithm: str) -> None:
-    """Where each rank is to get its own heads, there must be as many for each."""
-    size = rank_and_size(process_group)[1]
-    if algorithm.endswith("scatter") and heads % size:
-        raise InputError(f"{algorithm} needs heads that divide by the ranks, got {heads} heads and {size} ranks")
+def check_name(algorithm: str, names: Sequence[str] | dict[str, Algorithm]) -> None:
+    """Raise InputError unless `algorithm` is "auto" or one of `names`."""
+    if algorithm not in (*names, "auto"):
+        raise InputError(f"algorithm must be 'auto' or one of {', '.join(names)}, got {algorithm!r}")
 
 
 def choose_algorithm(device_type: str, world_size: int, *, linked: bool = False, nodes: int = 1) -> str:
-    """What "auto" stands for; only from values that all ranks share.
+    """Return the algorithm that "auto" stands for, from values that all ranks share.
 
-    nodes: of a TwoLevel that is passed as the group; "two_level" if there are several, otherwise what its one node
-    would take. linked: there is a link that can take the partial; then that. Otherwise "all_gather" on CUDA, one
-    collective and one NCCL launch, and "tree" on the CPU, where gloo's point-to-point calls wake fewer threads than its
-    collectives do (figures in docs/log.md).
+    linked: True if there is a link that takes the partial; then its algorithm. nodes: of a TwoLevel that is passed as
+    the group; "two_level" if there are several. Otherwise "all_gather" on CUDA, one collective and one NCCL launch, and
+    "tree" on the CPU, where gloo's point-to-point calls wake fewer threads than its collectives do (docs/log.md).
     """
     if nodes > 1:
         return "two_level"
@@ -141,35 +199,25 @@ def choose_algorithm(device_type: str, world_size: int, *, linked: bool = False,
 
 
 def received_bytes(
-    algorithm: str, *, rows: int, head_dim: int, world_size: int, device_type: str = "cpu", itemsize: int = 4,
+    algorithm: str,
+    *,
+    rows: int,
+    head_dim: int,
+    world_size: int,
+    device_type: str = "cpu",
+    itemsize: int = 4,
     node_sizes: Sequence[int] = (),
-) -> float:  # fmt: skip
-    """Bytes that the busiest rank receives in one `tree_reduce` of `rows = B T H` rows of `head_dim = D_v`.
+) -> float:
+    """Return the bytes that the busiest rank receives in one `tree_reduce` of `rows = B T H` rows of `head_dim = D_v`.
 
-    device_type: what "auto" is resolved with. itemsize: bytes of an element, 4 but for float64. node_sizes: the ranks
-    of each node, for "two_level" and "auto"; `level_bytes` has each level by itself. One node, or none given: flat.
+    device_type: what "auto" is resolved with. itemsize: bytes per element; 8 for float64. node_sizes: number of ranks
+    of each node, for "two_level" and "auto"; with fewer than two nodes both are resolved as for a plain group.
+    `level_bytes` has each level separately.
     """
-    _check_algorithm(algorithm)
-    packed, share = rows * (head_dim + 1) * itemsize, (world_size - 1) / world_size
+    check_name(algorithm, ALGORITHMS)
     if algorithm == "auto" or (algorithm == "two_level" and len(node_sizes) < 2):
         algorithm = choose_algorithm(device_type, world_size, nodes=len(node_sizes))
-    match algorithm:
-        case "two_level":
-            return sum(level_bytes(rows=rows, head_dim=head_dim, node_sizes=node_sizes, itemsize=itemsize))
-        case "all_gather":
-            return (world_size - 1) * packed
-        case "all_reduce":
-            return 2 * share * rows * (head_dim + 2) * itemsize
-        case "tree":
-            return (world_size - 1).bit_length() * packed
-        case "reduce_scatter":
-            return share * packed
-        case "symmetric_scatter":
-            return 2 * share * packed  # each 4 bytes travel with an epoch
-        case _:
-            return 2 * (world_size - 1) * packed
-
-
-def _check_algorithm(algorithm: str) -> None:
-    if algorithm not in (*ALGORITHMS, "auto"):
-        raise InputError(f"algorithm must be 'auto' or one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    received = ALGORITHMS[algorithm].received
+    if received is None:
+        return sum(level_bytes(rows=rows, head_dim=head_dim, node_sizes=node_sizes, itemsize=itemsize))
+    return received(world_size, rows * (head_dim + 1) * itemsize, head_dim)

@@ -1,4 +1,4 @@
-"""The reductions that are made of collectives: one packed exchange, or the paper's three."""
+"""Reductions by collectives: one packed exchange, or the paper's three all-reduces."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,21 +10,21 @@ from torch.distributed import ProcessGroup
 
 from ..partial import Partial, merge
 
-# torch 2.13 renames it and warns at the old name
+# torch 2.13 renamed it; the old name warns
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def all_gather(partial: Partial, group: ProcessGroup) -> Partial:
-    """Every rank gets every partial, packed in one tensor, and merges them in rank order."""
+    """Gather every rank's partial, packed in one tensor, and merge them in rank order."""
     return merge(unpack(gather(pack(partial), group)))
 
 
 def all_reduce(partial: Partial, group: ProcessGroup) -> Partial:
     """Algorithm 3 of arXiv 2408.04093 as printed: all-reduce the maximum, then the numerator, then the denominator."""
-    partial = Partial(partial.out.contiguous(), partial.lse.contiguous())  # gloo adds up memory, whatever the strides
+    partial = Partial(partial.out.contiguous(), partial.lse.contiguous())  # gloo ignores strides
     peak = partial.lse.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)
-    shift = peak.masked_fill(peak == float("-inf"), 0.0)  # no rank has a key
+    shift = peak.masked_fill(peak == float("-inf"), 0.0)  # rows for which no rank has a key
     denominator = (partial.lse - shift).exp()
     numerator = partial.out * denominator.unsqueeze(-1)
     dist.all_reduce(numerator, dist.ReduceOp.SUM, group)
@@ -33,7 +33,7 @@ def all_reduce(partial: Partial, group: ProcessGroup) -> Partial:
 
 
 def reduce_scatter(partial: Partial, group: ProcessGroup, dim: int) -> Partial:
-    """Rank r gets the merged r-th of P equal pieces along `dim` (1 tokens, 2 heads): one all-to-all, then the merge."""
+    """Merge and scatter: rank r gets the r-th of P equal pieces along `dim` (1: tokens, 2: heads). One all-to-all."""
     pieces = torch.stack(pack(partial).chunk(group.size(), dim))  # [P, ...]: piece r goes to rank r
     received = torch.empty_like(pieces)
     dist.all_to_all_single(received, pieces, group=group)
@@ -41,14 +41,14 @@ def reduce_scatter(partial: Partial, group: ProcessGroup, dim: int) -> Partial:
 
 
 def gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """`[...]` on each rank -> `[P, ...]` on every rank, in rank order."""
-    gathered, arrives = start_gather(tensor, group)
-    arrives()
+    """Gather `[...]` of each rank to `[P, ...]` on every rank, in rank order."""
+    gathered, wait = start_gather(tensor, group)
+    wait()
     return gathered
 
 
 def start_gather(tensor: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[], object]]:
-    """What `gather` gives, and what to call before reading it; until then there is time for other work."""
+    """Start `gather`. Return its result and a function that waits for it; call that before reading the result."""
     gathered = tensor.new_empty((group.size(), *tensor.shape))
     if tensor.numel() == 0:
         return gathered, lambda: None
@@ -58,9 +58,10 @@ def start_gather(tensor: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[
 
 
 def pack(partial: Partial) -> Tensor:
-    """out `[..., D_v]`, lse `[...]` -> `[..., D_v + 1]`: what travels, float32 throughout."""
+    """Pack out `[..., D_v]` and lse `[...]` as `[..., D_v + 1]`, the form in which partials travel."""
     return torch.cat([partial.out, partial.lse.unsqueeze(-1)], -1)
 
 
 def unpack(packed: Tensor) -> Partial:
+    """Return the Partial packed as `[..., D_v + 1]`; views, no copy."""
     return Partial(packed[..., :-1], packed[..., -1])

@@ -1,9 +1,9 @@
-"""An all-gather through memory that the ranks of one host share: for CPU ranks, where gloo's latency is what costs.
+"""`SharedMemoryLink`: an all-gather through memory that CPU ranks of one host share, since gloo's latency is high.
 
-The protocol is the one that fits NVLink too. Each rank pushes its data into a slot that all can read, in packets of 8
-bytes, half data and half epoch: a packet is written and read as one, so whoever sees the epoch sees the data, and no
-barrier is needed. Two slots in turn suffice: a rank writes epoch e + 2 only after every rank has pushed e + 1, and
-so has read e. Waiting is a bounded spin.
+Each rank writes its data into a slot that all ranks can read, in packets of 8 bytes, half data and half epoch. A packet
+is written and read atomically, so a reader that sees the epoch also sees the data, and no barrier is needed. Two
+alternating slots suffice: a rank writes epoch e + 2 only after every rank has written e + 1, and so has read e. Waiting
+is a bounded spin. `SymmetricLink` uses the same protocol over NVLink.
 """
 
 import os
@@ -18,75 +18,83 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..errors import TreeAttentionError, Unavailable
-from ..group import check_agreement, gather_objects
-from ..partial import Partial
+from ..group import broadcast_from_first, check_agreement, gather_objects
+from ..partial import Partial, PartialSpec, merge
+from .collectives import pack, unpack
+from .link import NodeLink
 
 CAPACITY_BYTES = 1 << 20
 SPIN_S, NAP_S, TIMEOUT_S = 0.02, 0.0002, 600.0
 
 
-class SharedMemoryLink:
-    """Memory that all ranks of `group` map, made by all of them together; pass it where a group is taken.
+class SharedMemoryLink(NodeLink):
+    """Memory that all ranks of `group` map. Pass it in place of the group. All ranks construct it together.
 
-    A failed rank leaves nothing behind: the file has no name any more once it is mapped.
+    A crashed rank leaves no file behind: the file is unlinked as soon as every rank has mapped it.
 
     Args:
-        group: ranks on one host, CPU tensors.
-        capacity_bytes: the largest tensor that a rank can hand in. Memory: 4 x ranks x capacity, taken as it is used.
+        group: ranks on one host, with CPU tensors.
+        capacity_bytes: size of the largest partial. Memory: 4 x ranks x capacity, allocated on first use.
 
     Raises:
-        RanksDisagree: on every rank, about capacity_bytes.
-        Unavailable: on every rank, if the ranks do not see the same memory (several hosts).
+        RanksDisagree: on every rank, if capacity_bytes differs between ranks.
+        Unavailable: on every rank, if the ranks do not share memory (several hosts).
     """
+
+    algorithms = ("shared_memory",)
 
     def __init__(self, group: ProcessGroup, *, capacity_bytes: int = CAPACITY_BYTES) -> None:
         check_agreement({"capacity_bytes": capacity_bytes}, group)
         self.group, self.capacity_bytes = group, capacity_bytes
+        self.rank, self.world_size = group.rank(), group.size()
         self._epoch = 0
-        size = group.size()
-        name = [_new_file() if group.rank() == 0 else ""]
-        dist.broadcast_object_list(name, group=group, group_src=0)
-        seen = gather_objects(Path(name[0]).exists(), group)
+        name = broadcast_from_first(_new_file() if self.rank == 0 else "", group)
+        seen = gather_objects(Path(name).exists(), group)
         try:
             if not all(seen):
-                raise Unavailable(
-                    f"shared memory needs all ranks on one host, ranks {_where(seen, False)} are elsewhere"
-                )
+                elsewhere = [rank for rank, is_seen in enumerate(seen) if not is_seen]
+                raise Unavailable(f"shared memory needs all ranks on one host, ranks {elsewhere} are elsewhere")
             words = capacity_bytes // 4
-            mapped = torch.from_file(name[0], shared=True, size=2 * size * words, dtype=torch.int64)
-            self._slots = mapped.view(2, size, words).numpy()  # NumPy's calls cost a fifth of torch's on few numbers
+            mapped = torch.from_file(name, shared=True, size=2 * self.world_size * words, dtype=torch.int64)
+            self._slots = mapped.view(
+                2, self.world_size, words
+            ).numpy()  # on few numbers NumPy takes a fifth of torch's time
             self._packets = np.empty((words, 2), dtype=np.int32)
             dist.barrier(group)
         finally:
-            if group.rank() == 0:
-                os.unlink(name[0])
+            if self.rank == 0:
+                os.unlink(name)
 
-    def fits(self, partial: Partial) -> bool:
-        """Whether this partial can be handed in."""
-        nbytes = partial.out.nbytes + partial.lse.nbytes
-        return partial.out.device.type == "cpu" and nbytes <= self.capacity_bytes
-
-    def limit(self, partial: Partial) -> str:
-        """What it takes, and what came."""
-        nbytes = partial.out.nbytes + partial.lse.nbytes
+    def obstacle(self, spec: PartialSpec) -> str | None:
+        if spec.device.type == "cpu" and spec.nbytes() <= self.capacity_bytes:
+            return None
         return (
             f"needs a CPU partial of at most {self.capacity_bytes} bytes (capacity_bytes), "
-            f"got {nbytes} on {partial.out.device}"
+            f"got {spec.nbytes()} on {spec.device}"
         )
 
+    def reduce(self, partial: Partial, *, scatter: bool = False) -> Partial:
+        return merge(unpack(self.gather(pack(partial))))
+
+    def merge_slices(self, pieces: Tensor, place: int) -> Tensor:
+        return pack(merge(unpack(self.gather(pieces)[:, min(place, len(pieces) - 1)])))
+
+    def gather_slices(self, mine: Tensor, place: int, slices: int) -> Tensor:
+        return self.gather(mine)[:slices]
+
     def gather(self, tensor: Tensor) -> Tensor:
-        """`[...]` on each rank, of at most `capacity_bytes` -> `[P, ...]` on every rank, in rank order."""
-        self._epoch = self._epoch % 0x7FFFFFFE + 1  # never 0, what fresh memory holds; even before it wraps to odd
+        """Gather `[...]` of each rank, at most `capacity_bytes`, to `[P, ...]` on every rank, in rank order."""
+        self._epoch = self._epoch % 0x7FFFFFFE + 1  # never 0 (fresh memory); an even maximum keeps slots alternating
         words = tensor.detach().contiguous().view(-1).view(torch.int32).numpy()
         slot = self._slots[self._epoch % 2, :, : len(words)]
         packets = self._packets[: len(words)]
         packets[:, 0], packets[:, 1] = words, self._epoch
-        slot[self.group.rank()] = packets.view(np.int64)[:, 0]
+        slot[self.rank] = packets.view(np.int64)[:, 0]
         received = np.ascontiguousarray(self._wait(slot)[:, 0::2])
-        return torch.from_numpy(received).view(tensor.dtype).view(self.group.size(), *tensor.shape)
+        return torch.from_numpy(received).view(tensor.dtype).view(self.world_size, *tensor.shape)
 
     def _wait(self, slot: np.ndarray) -> np.ndarray:
-        """A copy of `slot` `[P, n]` as int32 `[P, 2 n]`, in which every packet is of this epoch."""
+        """Wait until every packet of `slot` `[P, n]` carries this epoch; return a copy as int32 `[P, 2 n]`."""
         start = time.monotonic()
         while True:
             copy = slot.copy().view(np.int32)
@@ -95,7 +103,7 @@ class SharedMemoryLink:
                 return copy
             waited_s = time.monotonic() - start
             if waited_s > TIMEOUT_S:
-                missing = _where(arrived.all(1).tolist(), False)
+                missing = np.flatnonzero(~arrived.all(1)).tolist()
                 raise TreeAttentionError(f"ranks {missing} did not arrive within {TIMEOUT_S:.0f} s")
             if waited_s > SPIN_S:
                 time.sleep(NAP_S)
@@ -108,7 +116,3 @@ def _new_file() -> str:
     descriptor, name = tempfile.mkstemp(prefix="tree-attention-", dir=memory if memory.is_dir() else None)
     os.close(descriptor)
     return name
-
-
-def _where(flags: list[bool], value: bool) -> list[int]:
-    return [rank for rank, flag in enumerate(flags) if flag is value]

@@ -1,14 +1,14 @@
 """`SymmetricLink`: GPU memory that all ranks of one NVLink domain can write, and the exchange over it in one launch.
 
 Each rank pushes its Partial into every rank's memory as packets that carry their own flag, waits for the others', and
-merges them in rank order: no barrier, no fence, no library call (symmetric_kernels.py). Plain peer-to-peer memory from
-`torch.distributed._symmetric_memory`; NVLink multicast stays off.
+merges them in rank order, without barrier, fence or library call (symmetric_kernels.py). The memory is plain
+peer-to-peer memory from `torch.distributed._symmetric_memory`; NVLink multicast stays off.
 """
 
 import importlib.util
 import os
 import socket
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -17,40 +17,56 @@ from torch.distributed import ProcessGroup
 
 from ..errors import InputError, TreeAttentionError, Unavailable
 from ..group import Group, check_agreement, gather_objects, rank_and_size, resolve_group
-from ..partial import Partial
+from ..partial import Partial, PartialSpec
+from .link import NodeLink
 
-EPOCHS = 1024  # counters, one a program of a launch: more than any GPU has multiprocessors
-FEWEST_COLUMNS, PARTS_BYTES = 16, 1 << 25
-WARPS, ELEMENTS = 4, 1024
+MIN_COLUMNS, MAX_ROWS = 16, 8  # of a unit, what one program merges at once
+PARTS_BYTES = 1 << 25
+WARPS = 4
+MULTICAST_OFF = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
 
-class SymmetricLink:
-    """What the exchange keeps between calls; pass it where a group is taken. All ranks of `group` make it together.
+class KernelState(NamedTuple):
+    """What the kernels of a link need, as the arguments of a torch custom op."""
 
-    One link serves one stream: calls on it must not overlap. Every rank must make the same calls on it, with the same
-    shapes, as often; a CUDA graph may replay them. A call waits on the GPU for the other ranks, and holds
-    multiprocessors meanwhile. What else waits there for another rank at the same time (another link on another
-    stream, NCCL) needs room beside it, or each may wait for what the other keeps out: give each its share (`programs`).
-    CUDA loads a kernel at its first launch and may wait for the device then: with several streams, warm up all kernels
-    before, or set CUDA_MODULE_LOADING=EAGER.
+    buffers: list[Tensor]  # every rank's, int64 `[2 slots, ranks, capacity]` flat, in rank order
+    epochs: Tensor  # int32, one counter per program
+    parts: Tensor  # int64, workspace of a decode step
+    fault: Tensor  # int32 `[ranks]`, pinned: 1 for a rank that did not arrive
+    numbers: list[int]  # capacity, rank, programs, is_alone, timeout_ns
 
-    Args:
-        group: ranks on one host with peer access, a CUDA device each: a process group, a 1-D mesh, or None for all.
-        rows: the most rows `B T H` of one call.
-        head_dim: the largest D_v.
-        programs: multiprocessors that a call may hold. All by default: nothing else waits for ranks meanwhile.
-        timeout_s: how long a kernel waits for another rank. Then it traps, which ends this process's use of CUDA, and
-            `check` names the rank. A rank that is late for a good reason must not be later than this.
+
+class SymmetricLink(NodeLink):
+    """Memory that all ranks of `group` can write over NVLink. Pass it in place of the group.
+
+    All ranks construct it together. One link serves one stream: calls on it must not overlap. Every rank must make the
+    same calls on it, in the same order and with the same shapes; a CUDA graph may replay them.
+
+    A call waits on the GPU for the other ranks and occupies multiprocessors meanwhile. Concurrent kernels that wait for
+    ranks (another link on another stream, NCCL) can starve each other: split the multiprocessors with `programs`. CUDA
+    loads a kernel at its first launch and may wait for the device then: with several streams, warm up all kernels
+    first, or set CUDA_MODULE_LOADING=EAGER.
 
     Memory: `2 ranks rows (D_v + D_v / 16) 8` bytes for packets, and 34 MB + `rows (D_v + 1) 8` for the parts of a
-    decode step; nothing depends on the number of keys.
+    decode step. Nothing depends on the number of keys.
+
+    Args:
+        group: ranks on one host with peer access, one CUDA device each: a process group, a 1-D mesh, or None for all.
+        rows: maximum number of rows `B T H` of one call.
+        head_dim: maximum D_v.
+        programs: number of multiprocessors that a call may occupy. Default: all, which requires that no other kernel
+            waits for ranks at the same time.
+        timeout_s: how long a kernel waits for another rank. Then it traps, which ends this process's use of CUDA, and
+            `check` names the rank. Choose it longer than any legitimate delay of a rank.
 
     Raises:
-        InputError: rows, head_dim, programs or timeout_s not positive, a group this rank is not in.
+        InputError: rows, head_dim, programs or timeout_s is not positive, or this rank is not in the group.
         RanksDisagree: on every rank, if rows, head_dim or programs differ between ranks.
-        Unavailable: on every rank, if one of them cannot: no CUDA, no Triton, several hosts, no peer access, or
-            NVLink multicast turned on by TORCH_SYMM_MEM_DISABLE_MULTICAST=0.
+        Unavailable: on every rank, if one of them lacks a requirement: CUDA, Triton, one host, peer access, or NVLink
+            multicast turned off (TORCH_SYMM_MEM_DISABLE_MULTICAST is neither unset nor 1).
     """
+
+    algorithms = ("symmetric", "symmetric_scatter")
 
     def __init__(
         self,
@@ -70,54 +86,49 @@ class SymmetricLink:
         check_agreement({"rows": rows, "head_dim": head_dim, "programs": programs}, self.group)
         self.rank, self.world_size = rank_and_size(self.group)
         self.rows, self.head_dim, self.timeout_s = rows, head_dim, timeout_s
-        self.programs = _agree(self.group, programs)
-        self.is_alone = programs is None  # no other kernel waits for ranks while one of ours does
+        self.programs = _agree_on_programs(self.group, programs)
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.capacity = rows * (head_dim + -(-head_dim // FEWEST_COLUMNS))  # packets that a rank pushes
-        self.buffers = self._rendezvous()
-        here: dict[str, Any] = {"device": self.device}
-        self.epochs = torch.zeros(EPOCHS, dtype=torch.int32, **here)
-        self.parts = torch.zeros(PARTS_BYTES // 8 + rows * (head_dim + 1), dtype=torch.int64, **here)
-        self.fault = torch.zeros(self.world_size, dtype=torch.int32).pin_memory()
+        self._state = self._allocate(is_alone=programs is None)
         torch.cuda.synchronize()
         if self.group is not None:
-            dist.barrier(self.group)  # nobody pushes into memory that is not zero yet
+            dist.barrier(self.group)  # all buffers are zero before a rank pushes
 
-    def fits(self, partial: Partial) -> bool:
-        """Whether this partial can be handed in."""
-        there = partial.out.dtype == torch.float32 and partial.out.device == self.device
-        return there and self.holds(partial.lse.numel(), partial.out.shape[3])
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory of this link on this rank."""
+        state = self._state
+        return sum(tensor.nbytes for tensor in (state.buffers[self.rank], state.epochs, state.parts))
 
-    def limit(self, partial: Partial) -> str:
-        """What it takes, and what came."""
-        return (
-            f"needs a float32 partial on {self.device} of at most {self.rows} rows B T H and head dim {self.head_dim}, "
-            f"got {partial.lse.numel()}, {partial.out.shape[3]}, {partial.out.dtype} on {partial.out.device}"
-        )
+    def kernel_state(self) -> KernelState:
+        """Return the kernels' arguments. Internal: for the launchers of this package."""
+        return self._state
 
-    def holds(self, rows: int, head_dim: int) -> bool:
-        """Whether there is room for that many rows `B T H` of that D_v."""
-        return rows <= self.rows and head_dim <= self.head_dim
+    def obstacle(self, spec: PartialSpec) -> str | None:
+        if spec.dtype != torch.float32 or spec.device != self.device:
+            return f"needs a float32 partial on {self.device}, got {spec.dtype} on {spec.device}"
+        if spec.rows() > self.rows or spec.shape[3] > self.head_dim:
+            return (
+                f"has a link for at most {self.rows} rows B T H and head dim {self.head_dim}, "
+                f"got {spec.rows()} and {spec.shape[3]}"
+            )
+        return None
 
     def reduce(self, partial: Partial, *, scatter: bool = False) -> Partial:
-        """The merge over ranks in one launch: out `[B, T, H, D_v]` float32, the same bits on every rank.
+        """Merge over the ranks in one launch: out `[B, T, H, D_v]` float32, the same bits on every rank.
 
-        scatter: rank r gets heads `r H / P .. (r + 1) H / P - 1` only, and is sent no others.
+        scatter: rank r receives and returns heads `r H / P .. (r + 1) H / P - 1` only.
         """
         self.check()
         if partial.out.numel() == 0:
             return Partial(*_merged(partial.out, self.world_size, scatter))
-        out, lse = _exchange(
-            partial.out, partial.lse, self.buffers, self.epochs, self.fault, self.capacity, self.rank, self.programs,
-            self.is_alone, int(self.timeout_s * 1e9), scatter,
-        )  # fmt: skip
-        return Partial(out, lse)
+        state = self.kernel_state()
+        return Partial(*_exchange(*partial, state.buffers, state.epochs, state.fault, state.numbers, scatter))
 
     def check(self) -> None:
-        """Raise TreeAttentionError naming the ranks that did not arrive in time, if there are any. No device sync."""
+        """Raise TreeAttentionError naming the ranks that did not arrive in time. No device synchronization."""
         if torch.compiler.is_compiling():
             return
-        absent = [rank for rank, flag in enumerate(self.fault.tolist()) if flag]
+        absent = [rank for rank, flag in enumerate(self._state.fault.tolist()) if flag]
         if absent:
             raise TreeAttentionError(
                 f"ranks {absent} did not arrive within {self.timeout_s:g} s; "
@@ -132,32 +143,45 @@ class SymmetricLink:
             self.check()
             raise
 
-    def _rendezvous(self) -> list[Tensor]:
-        """Every rank's buffer `[2 slots, ranks, capacity]`, in rank order, zeroed here."""
-        count = 2 * self.world_size * self.capacity
+    def _allocate(self, *, is_alone: bool) -> KernelState:
+        from .symmetric_kernels import EPOCHS
+
+        capacity = self.rows * (self.head_dim + -(-self.head_dim // MIN_COLUMNS))  # packets that a rank pushes
+        numbers = [capacity, self.rank, self.programs, int(is_alone), int(self.timeout_s * 1e9)]
+        parts = PARTS_BYTES // 8 + self.rows * (self.head_dim + 1)
+        return KernelState(
+            self._rendezvous(2 * self.world_size * capacity),
+            torch.zeros(EPOCHS.value, dtype=torch.int32, device=self.device),
+            torch.zeros(parts, dtype=torch.int64, device=self.device),
+            torch.zeros(self.world_size, dtype=torch.int32).pin_memory(),
+            numbers,
+        )
+
+    def _rendezvous(self, count: int) -> list[Tensor]:
+        """Return every rank's buffer of `count` packets, in rank order; this rank's is zeroed."""
         if self.group is None or self.world_size == 1:
             return [torch.zeros(count, dtype=torch.int64, device=self.device)]
+        os.environ.setdefault(MULTICAST_OFF, "1")
         import torch.distributed._symmetric_memory as symmetric_memory
 
         mine = symmetric_memory.empty(count, dtype=torch.int64, device=self.device)
         self._memory = symmetric_memory.rendezvous(mine, self.group)
         if self._memory.multicast_ptr:
-            raise Unavailable("NVLink multicast is on: set TORCH_SYMM_MEM_DISABLE_MULTICAST=1")
+            raise Unavailable(f"NVLink multicast is on: set {MULTICAST_OFF}=1")
         mine.zero_()
         return [self._memory.get_buffer(rank, (count,), torch.int64) for rank in range(self.world_size)]
 
 
-def _agree(group: ProcessGroup | None, wanted: int | None) -> int:
-    """The programs of a launch, the fewest that a rank can hold; or raises on every rank what stands in the way."""
-    obstacle = link_obstacle()
+def _agree_on_programs(group: ProcessGroup | None, requested: int | None) -> int:
+    """Return the number of programs of a launch, the minimum over ranks; raise on every rank if one has an obstacle."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     properties = None if device is None else torch.cuda.get_device_properties(device)
-    programs = 0 if properties is None else min(properties.multi_processor_count, wanted or 1 << 30)
-    mine = (obstacle, socket.gethostname(), device, str(getattr(properties, "uuid", device)), programs)
+    programs = 0 if properties is None else min(properties.multi_processor_count, requested or 1 << 30)
+    mine = (link_obstacle(), socket.gethostname(), device, str(getattr(properties, "uuid", device)), programs)
     ranks = gather_objects(mine, group)
-    found = [f"rank {rank} {what}" for rank, (what, *_) in enumerate(ranks) if what]
+    found = [f"rank {rank} {obstacle}" for rank, (obstacle, *_) in enumerate(ranks) if obstacle]
     hosts, devices = {host for _, host, *_ in ranks}, [device for _, _, device, *_ in ranks]
-    uuids = {uuid for *_, uuid, _ in ranks}  # an index may be 0 on every rank, where each sees its own device only
+    uuids = {uuid for *_, uuid, _ in ranks}  # where each rank sees only its own device, every index is 0
     if not found and len(hosts) > 1:
         found = [f"its ranks are on several hosts: {', '.join(sorted(hosts))}"]
     elif not found and len(uuids) < len(devices):
@@ -165,49 +189,56 @@ def _agree(group: ProcessGroup | None, wanted: int | None) -> int:
     elif not found:
         found = _without_peer_access(devices)
     if found:
-        raise Unavailable(f"a SymmetricLink is not to be had, {'; '.join(found)}")
+        raise Unavailable(f"a SymmetricLink is unavailable: {'; '.join(found)}")
     return min(programs for *_, programs in ranks)
 
 
 def link_obstacle() -> str | None:
-    """Why this process cannot take part in a SymmetricLink, whatever the others say; turns NVLink multicast off."""
+    """Return why this process cannot take part in any SymmetricLink; None if it can. Changes nothing."""
     if not torch.cuda.is_available() or torch.version.hip:
         return "needs CUDA"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
-    multicast = os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    multicast = os.environ.get(MULTICAST_OFF, "1")  # if unset, SymmetricLink sets it
     if multicast != "1":
-        return f"needs NVLink multicast off: TORCH_SYMM_MEM_DISABLE_MULTICAST is {multicast!r}, must be '1'"
+        return f"needs NVLink multicast off: {MULTICAST_OFF} is {multicast!r}, must be '1'"
     return None
 
 
 def _without_peer_access(devices: list[Any]) -> list[str]:
-    """What stands in the way between devices of one host; every rank sees the same if all see all devices."""
+    """Return the pairs of devices of one host without peer access, the same on every rank that sees all devices."""
     if max(devices) >= torch.cuda.device_count():
-        return []  # this process sees its own device only; the rendezvous will say
+        return []  # this process sees its own device only; the rendezvous decides
     pairs = [(a, b) for a in devices for b in devices if a < b and not torch.cuda.can_device_access_peer(a, b)]
     return [f"no peer access between devices {a} and {b}" for a, b in pairs]
 
 
 @torch.library.custom_op("tree_attention::exchange", mutates_args=("epochs",))
 def _exchange(
-    out: Tensor, lse: Tensor, buffers: list[Tensor], epochs: Tensor, fault: Tensor, capacity: int, rank: int,
-    programs: int, alone: bool, timeout_ns: int, scatter: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out: Tensor,
+    lse: Tensor,
+    buffers: list[Tensor],
+    epochs: Tensor,
+    fault: Tensor,
+    numbers: list[int],
+    scatter: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launch `exchange_kernel`; arguments as in `KernelState`."""
     from .symmetric_kernels import exchange_kernel
 
+    capacity, rank, programs, is_alone, timeout_ns = numbers
     B, T, H, DV = out.shape
-    W, rows = len(buffers), B * T * H
-    merged_out, merged_lse = _merged(out, W, scatter)
-    UR, UD, ranks = exchange_shape(rows, DV, W, programs)
+    world_size, rows = len(buffers), B * T * H
+    merged_out, merged_lse = _merged(out, world_size, scatter)
+    UR, UD, ranks = exchange_unit(rows, DV, world_size, programs)
     units = -(-rows // UR) * -(-DV // UD)
-    able = torch.cuda.get_device_capability(out.device)[0] >= 9
+    early = bool(is_alone) and torch.cuda.get_device_capability(out.device)[0] >= 9
+    tensors = (out.contiguous(), lse.contiguous(), tuple(buffers), buffers[rank], epochs, fault, merged_out, merged_lse)
+    unit = {"DV": DV, "WORLD": world_size, "W_PAD": ranks, "UR": UR, "UD": UD, "SCATTER": scatter}
+    options = {"PUSH": True, "COLLECT": True, "PDL": early, "launch_pdl": early, "num_warps": WARPS}
+    launch = cast(Any, exchange_kernel)[(min(units, programs),)]
     with torch.cuda.device(out.device):
-        cast(Any, exchange_kernel)[(min(units, programs),)](
-            out.contiguous(), lse.contiguous(), tuple(buffers), buffers[rank], epochs, fault, merged_out, merged_lse,
-            rows, H, capacity, rank, timeout_ns, DV=DV, WORLD=W, W_PAD=ranks, UR=UR, UD=UD, SCATTER=scatter,
-            PUSH=True, COLLECT=True, PDL=alone and able, num_warps=WARPS, launch_pdl=alone and able,
-        )  # fmt: skip
+        launch(*tensors, rows, H, capacity, rank, timeout_ns, **unit, **options)
     return merged_out, merged_lse
 
 
@@ -217,15 +248,16 @@ def _(out: Tensor, lse: Tensor, buffers: list[Tensor], *others: Any) -> tuple[Te
 
 
 def _merged(out: Tensor, world_size: int, scatter: bool) -> tuple[Tensor, Tensor]:
+    """Allocate the merged out and lse."""
     B, T, H, DV = out.shape
     shape = (B, T, H // world_size if scatter else H, DV)
     return out.new_empty(shape), out.new_empty(shape[:-1])
 
 
-def exchange_shape(rows: int, DV: int, world_size: int, programs: int) -> tuple[int, int, int]:
-    """(UR, UD, ranks padded): what a program merges at once; every rank must cut alike, for the packets' places."""
-    UR, UD = 8, max(1 << (min(DV, 128) - 1).bit_length(), FEWEST_COLUMNS)
+def exchange_unit(rows: int, DV: int, world_size: int, programs: int) -> tuple[int, int, int]:
+    """Return (UR, UD, ranks padded): the unit that a program merges at once. It decides where packets lie."""
+    from ..packets import unit_shape
+
     ranks = 1 << (world_size - 1).bit_length()
-    while (UR > 1 or UD > FEWEST_COLUMNS) and (UR * UD * ranks > ELEMENTS or -(-rows // UR) * -(-DV // UD) < programs):
-        UR, UD = (UR // 2, UD) if UR > 1 else (UR, UD // 2)
+    UR, UD = unit_shape(MAX_ROWS, rows, DV, groups=1, programs=programs, depth=ranks)
     return UR, UD, max(ranks, 32 * WARPS // (UR * UD))

@@ -1,11 +1,11 @@
 """The exchange over memory that all ranks can write: push packets, wait for the others', merge in rank order.
 
-A rank's buffer is int64 `[2 slots, ranks, capacity]`: rank r writes place r of every rank's buffer, its own included,
-so that all merge the same numbers in the same order and get the same bits. In a place lie `[rows, DV]` numbers, then
-`[rows, DV / UD]` log-sum-exps, one for each unit that needs it.
+A rank's buffer is int64 `[2 slots, ranks, capacity]`. Rank r writes section r of every rank's buffer, its own included,
+so that all ranks merge the same numbers in the same order and get the same bits. A section holds `[rows, DV]` numbers,
+then `[rows, DV / UD]` log-sum-exps, one for each unit that needs it.
 
-Two slots in turn suffice: a rank pushes epoch e + 2 only after it has every rank's e + 1, which that rank pushed after
-its own epoch e had ended.
+Two alternating slots suffice: a rank pushes epoch e + 2 only after it has every rank's e + 1, which that rank pushed
+after its own epoch e had ended.
 """
 
 import triton
@@ -13,10 +13,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..packets import receive, send
-from .symmetric import EPOCHS as MOST_PROGRAMS
 
-LAST_EPOCH: tl.constexpr = tl.constexpr(0x7FFFFFFE)  # even: the slots keep their turns when the epochs start again at 1
-EPOCHS: tl.constexpr = tl.constexpr(MOST_PROGRAMS)
+LAST_EPOCH: tl.constexpr = tl.constexpr(0x7FFFFFFE)  # even: slots keep alternating when the epochs wrap to 1
+EPOCHS: tl.constexpr = tl.constexpr(1024)  # counters, one per program; more than any GPU has multiprocessors
 
 
 @triton.jit
@@ -24,8 +23,8 @@ def exchange_kernel(
     out, lse, buffers, mine, epochs, fault, merged_out, merged_lse, rows, H, capacity, rank, timeout_ns,
     DV: tl.constexpr, WORLD: tl.constexpr, W_PAD: tl.constexpr, UR: tl.constexpr, UD: tl.constexpr,
     SCATTER: tl.constexpr, PUSH: tl.constexpr, COLLECT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A rank's out `[rows, DV]` and lse `[rows]`, float32 -> the merge over ranks; with SCATTER, of its own heads."""
+):
+    """Merge out `[rows, DV]` and lse `[rows]`, float32, over the ranks; with SCATTER, this rank's heads only."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     if PDL:
         gdc_wait()
@@ -39,10 +38,7 @@ def exchange_kernel(
             live = row < rows
             numbers = tl.load(out + row[:, None] * DV + cols[None, :], mask=live[:, None] & (cols < DV)[None, :])
             row_lse = tl.load(lse + row[:, None] + 0 * cols[None, :], mask=live[:, None])
-            push(
-                buffers, numbers, row_lse, row, cols, live, rows, H, capacity, rank, epoch,
-                DV, WORLD, UD, SCATTER,
-            )  # fmt: skip
+            push(buffers, numbers, row_lse, row, cols, live, rows, H, capacity, rank, epoch, DV, WORLD, UD, SCATTER)
     if PDL:
         gdc_launch_dependents()
     if COLLECT:
@@ -61,13 +57,13 @@ def exchange_kernel(
 
 @triton.jit
 def next_epoch(epochs, program):
-    """The epoch of this launch, from this program's own counter: never 0, which fresh memory holds."""
+    """Return the epoch of this launch from this program's own counter; never 0, the content of fresh memory."""
     return tl.load(epochs + program) % LAST_EPOCH + 1
 
 
 @triton.jit
 def keep_epoch(epochs, program, programs, epoch):
-    """Count this launch, also for programs that a later launch may have more; no two programs share a counter."""
+    """Count this launch, also in the counters that only larger launches use. No two programs share a counter."""
     counter = program + tl.arange(0, EPOCHS) * programs
     tl.store(epochs + counter, tl.zeros([EPOCHS], tl.int32) + epoch, mask=counter < EPOCHS)
 
@@ -76,8 +72,8 @@ def keep_epoch(epochs, program, programs, epoch):
 def push(
     buffers, numbers, lse, row, cols, live, rows, H, capacity, rank, epoch,
     DV: tl.constexpr, WORLD: tl.constexpr, UD: tl.constexpr, SCATTER: tl.constexpr,
-):  # fmt: skip
-    """Write rows `row` `[UR]`, columns `cols` `[UD]` to every rank, or each row to the rank that owns its head."""
+):
+    """Push rows `row` `[UR]`, columns `cols` `[UD]` to every rank; with SCATTER, each row to its head's rank only."""
     per_row: tl.constexpr = (DV + UD - 1) // UD
     place = ((epoch & 1) * WORLD + rank).to(tl.int64) * capacity
     at = row.to(tl.int64)
@@ -95,11 +91,11 @@ def push(
 def collect(
     mine, row, cols, live, rows, capacity, rank, epoch, fault, timeout_ns,
     DV: tl.constexpr, WORLD: tl.constexpr, W_PAD: tl.constexpr, UD: tl.constexpr,
-):  # fmt: skip
-    """Wait for all ranks' packets of these rows and columns, and merge them: out and natural lse, `[UR, UD]` both.
+):
+    """Wait for all ranks' packets of these rows and columns and merge them: out and natural lse, both `[UR, UD]`.
 
-    After timeout_ns the ranks that are missing are noted in `fault`, which the host can read, and the kernel traps.
-    With timeout_ns None nothing waits.
+    After timeout_ns, set the missing ranks' flags in `fault`, which the host can read, and trap. With timeout_ns None,
+    do not wait.
     """
     per_row: tl.constexpr = (DV + UD - 1) // UD
     ranks = tl.arange(0, W_PAD)
@@ -115,13 +111,13 @@ def collect(
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     weight = tl.exp(lse - shift[None, :, :])
     total = tl.sum(weight, 0)
-    safe = tl.maximum(total, 1.0)  # 0 where no rank has a key, otherwise at least 1
+    safe = tl.maximum(total, 1.0)  # total is 0 where no rank has a key, else at least 1
     return tl.sum(weight * out, 0) / safe, tl.where(total > 0, shift + tl.log(safe), float("-inf"))
 
 
 @triton.jit
 def own(row, rows, H, rank, WORLD: tl.constexpr, SCATTER: tl.constexpr):
-    """The rows whose result belongs on this rank."""
+    """Return which rows this rank keeps."""
     if SCATTER:
         return (row < rows) & (row % H // (H // WORLD) == rank)
     else:
@@ -130,7 +126,7 @@ def own(row, rows, H, rank, WORLD: tl.constexpr, SCATTER: tl.constexpr):
 
 @triton.jit
 def out_place(row, H, WORLD: tl.constexpr, SCATTER: tl.constexpr):
-    """Where that result goes: its row of `[B T H, DV]`, or of `[B T H / WORLD, DV]`."""
+    """Return the output row: of `[B T H, DV]`, or with SCATTER of `[B T H / WORLD, DV]`."""
     row = row.to(tl.int64)
     if SCATTER:
         return row // H * (H // WORLD) + row % H % (H // WORLD)

@@ -1,8 +1,8 @@
 """Recursive doubling: in round i each rank swaps its partial with the rank at distance 2^i, and both merge.
 
-Both partners merge in rank order, so they hold the same bits, and after the last round all ranks do. With P not a
-power of two, the ranks past the largest power Q <= P first hand their partial to rank - Q, sit out, and are sent the
-result at the end.
+Both partners merge in rank order, so they hold the same bits, and after the last round all ranks do. If P is not a
+power of two, the ranks past the largest power Q <= P first send their partial to rank - Q, sit out the rounds, and
+receive the result at the end.
 """
 
 import torch
@@ -14,8 +14,8 @@ from ..partial import Partial, merge
 from .collectives import pack, unpack
 
 
-def tree(partial: Partial, group: ProcessGroup) -> Partial:
-    """The merge of all ranks' partials, on every rank."""
+def recursive_doubling(partial: Partial, group: ProcessGroup) -> Partial:
+    """Return the merge of all ranks' partials, on every rank."""
     rank, size = group.rank(), group.size()
     power = 1 << (size.bit_length() - 1)
     mine = pack(partial).contiguous()
@@ -47,7 +47,7 @@ def _exchange(
     receive_from: int | None = None,
     like: Tensor | None = None,
 ) -> Tensor:
-    """Send and receive at once, peers by rank in the group; returns what was received (empty if nothing was)."""
+    """Send and receive concurrently, peers by rank in the group. Return the received tensor, empty if none."""
     received = torch.empty(0) if like is None else torch.empty_like(like)
     operations = []
     if send is not None:

@@ -1,13 +1,13 @@
-"""Inside the node, across the nodes, inside again: what crosses between nodes is one merged partial a node.
+"""`TwoLevel`: inside the node, across the nodes, inside again; one merged partial per node crosses between nodes.
 
-The rows are cut into slices, of which the i-th rank of each node holds the i-th (topology.py).
+The rows are split into slices, and the i-th rank of each node is the holder of slice i.
 
-1. inside: every rank sends each slice to its holder, who merges the node's parts in rank order
-2. across: the holders of a slice swap what they have, and merge it in node order
-3. inside: every holder sends its slice to all
+1. inside: every rank sends each slice to its holder, which merges the node's parts in rank order
+2. across: the holders of a slice exchange it and merge it in node order
+3. inside: every holder sends its slice to all ranks of the node
 
-Each number is merged in the same order wherever it is merged, so all ranks get the same bits. Rows are what is cut, not
-heads: neither must divide, the last slice is filled up.
+Each number is merged in the same order wherever it is merged, so all ranks get the same bits. Rows are split, not
+heads, so neither number needs to divide by the ranks: the last slice is padded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,71 +17,141 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
-from ..partial import Partial, empty, merge
+from ..group import Group, check_agreement, gather_objects, rank_and_size, resolve_group
+from ..partial import Partial, PartialSpec, merge, spec_of
 from .collectives import pack, unpack
-from .shared_memory import SharedMemoryLink
-from .symmetric import SymmetricLink
-from .topology import TwoLevel
+from .link import Link, NodeLink, rows_of
+from .topology import Nodes, check_links, found_nodes, given_nodes, own_seat
 
 
-def two_level(partial: Partial, topology: TwoLevel, group: ProcessGroup) -> Partial:
-    """The merge of all ranks' partials, on every rank; `group` is the topology's."""
-    rows = partial.lse.numel()
-    if rows == 0:
-        return partial
-    pieces = _cut(pack(partial), topology.slices)
-    link = topology.link if topology.link is not None and topology.link.fits(_in_one(pieces)) else None
-    mine = _scatter(pieces, topology, group, link)
-    if topology.place < topology.slices:
-        mine = _across(mine, topology, group)
-    whole = _collect(mine, topology, group, link)
-    return unpack(whole.flatten(0, 1)[:rows].view(*partial.lse.shape, -1))
+class TwoLevel(Link):
+    """The ranks of a group, arranged by node. Pass it in place of the group. All ranks construct it together, once.
+
+    Ranks of one node are near each other; nodes are far apart. Between nodes only one merged partial per node travels,
+    split into as many slices as the smallest node has ranks: slice i is exchanged by the i-th ranks of all nodes. In a
+    larger node the remaining ranks only send their partial and receive the result, so with 8 + 8 + 1 ranks one rank per
+    node uses the network. `nodes` may also split a host, 8 + 4 ranks as 4 + 4 + 4, so that all ranks use it.
+
+    Args:
+        group: a process group, a 1-D DeviceMesh, or None for all ranks.
+        nodes: the ranks (within the group) of each node; or an int, that number of consecutive ranks per node; or None:
+            by host name, and where GPUs of one host cannot access each other's memory, by peer access.
+        link: a link over exactly the ranks of this node, for the exchanges inside it; on every rank or on none.
+            Default: the group's point-to-point calls (NCCL, gloo), which also carry partials too large for the link.
+
+    Attributes:
+        nodes: tuple of tuples of ranks, each ascending, ordered by first rank.
+        peers: the ranks of this rank's node.
+        place: the index of this rank among `peers`.
+        slices: the number of slices of a partial.
+
+    Raises:
+        InputError: on every rank, if `nodes` does not contain each rank of the group once, or differs from the nodes
+            that the links are over; or if this rank is not in the group.
+        RanksDisagree: on every rank, if `nodes` or the kind of link differs between ranks.
+    """
+
+    algorithms = ("two_level",)
+
+    def __init__(
+        self,
+        group: Group = None,
+        nodes: int | Sequence[Sequence[int]] | None = None,
+        *,
+        link: NodeLink | None = None,
+    ) -> None:
+        self.group, self.link = resolve_group(group), link
+        rank, size = rank_and_size(self.group)
+        check_agreement({"nodes": nodes, "link": type(link).__name__}, self.group)
+        given = None if nodes is None else given_nodes(nodes, size)  # raises on every rank or on none
+        seats = gather_objects(own_seat(link), self.group)
+        self.nodes: Nodes = given or found_nodes(seats)
+        check_links(self.nodes, seats)
+        self.peers = next(node for node in self.nodes if rank in node)
+        self.place = self.peers.index(rank)
+        self.slices = min(map(len, self.nodes))
+
+    @property
+    def node_sizes(self) -> tuple[int, ...]:
+        return tuple(map(len, self.nodes))
+
+    @property
+    def carrier(self) -> Link | ProcessGroup | None:
+        """This link; with a single node, the link inside it or else the group."""
+        if len(self.nodes) > 1:
+            return self
+        return self.group if self.link is None else self.link
+
+    def obstacle(self, spec: PartialSpec) -> str | None:
+        return None
+
+    def reduce(self, partial: Partial, *, scatter: bool = False) -> Partial:
+        rows = partial.lse.numel()
+        if rows == 0 or self.group is None:
+            return partial
+        pieces = _sliced(pack(partial), self.slices)
+        has_room = self.link is not None and self.link.obstacle(spec_of(rows_of(pieces))) is None
+        inside = self.link if self.link is not None and has_room else _PointToPoint(self, self.group)
+        mine = inside.merge_slices(pieces, self.place)
+        if self.place < self.slices:
+            mine = _across(mine, self, self.group)
+        whole = inside.gather_slices(mine, self.place, self.slices)
+        return unpack(whole.flatten(0, 1)[:rows].view(*partial.lse.shape, -1))
+
+    def check(self) -> None:
+        if self.link is not None:
+            self.link.check()
 
 
 def level_bytes(*, rows: int, head_dim: int, node_sizes: Sequence[int], itemsize: int = 4) -> tuple[int, int]:
-    """(inside the node, across nodes): bytes that the busiest rank receives on each level, without a link inside."""
+    """Return the bytes (inside the node, across nodes) that the busiest rank receives, without a link inside."""
     slices = min(node_sizes)
     piece = -(-rows // slices) * (head_dim + 1) * itemsize
     largest = max(node_sizes)
     return (largest - 1 + slices - 1) * piece, (len(node_sizes) - 1) * piece
 
 
-def _cut(packed: Tensor, slices: int) -> Tensor:
-    """`[B, T, H, D_v + 1]` -> `[slices, rows of a slice, D_v + 1]`, filled up with rows that are never read."""
+def _sliced(packed: Tensor, slices: int) -> Tensor:
+    """`[B, T, H, D_v + 1]` -> `[slices, rows, D_v + 1]`, padded with rows that are never read."""
     flat = packed.flatten(0, 2)
     return pad(flat, (0, 0, 0, -len(flat) % slices)).view(slices, -1, packed.shape[-1])
 
 
-def _scatter(
-    pieces: Tensor, topology: TwoLevel, group: ProcessGroup, link: SharedMemoryLink | SymmetricLink | None
-) -> Tensor:
-    """This rank's slice `[rows of a slice, D_v + 1]`, merged over its node; not meant to be read if it holds none."""
-    place, size, slices = topology.place, len(topology.peers), topology.slices
-    piece = min(place, slices - 1)
-    match link:
-        case SymmetricLink():
-            if size == slices:
-                return pack(link.reduce(_in_one(pieces), scatter=True)).view_as(pieces[0])
-            return pack(link.reduce(_in_one(pieces))).view_as(pieces)[piece]
-        case SharedMemoryLink():
-            parts = link.gather(pieces)[:, piece]
-        case None:
-            holds = place < slices
-            parts = pieces.new_empty((size if holds else 0, *pieces.shape[1:]))
-            others = [i for i in range(size) if i != place]
-            _swap(
-                {topology.peers[i]: pieces[i] for i in others if i < slices},
-                {topology.peers[i]: parts[i] for i in others if holds},
-                group,
-            )
-            if not holds:
-                return pieces[piece]
-            parts[place] = pieces[place]
-    return pack(merge(unpack(parts)))
+class _PointToPoint:
+    """The exchanges inside a node by sends and receives; methods as in `NodeLink`."""
+
+    def __init__(self, topology: TwoLevel, group: ProcessGroup) -> None:
+        self.peers, self.group = topology.peers, group
+
+    def merge_slices(self, pieces: Tensor, place: int) -> Tensor:
+        holds, slices, size = place < len(pieces), len(pieces), len(self.peers)
+        parts = pieces.new_empty((size if holds else 0, *pieces.shape[1:]))
+        others = [i for i in range(size) if i != place]
+        _swap(
+            {self.peers[i]: pieces[i] for i in others if i < slices},
+            {self.peers[i]: parts[i] for i in others if holds},
+            self.group,
+        )
+        if not holds:
+            return pieces[slices - 1]
+        parts[place] = pieces[place]
+        return pack(merge(unpack(parts)))
+
+    def gather_slices(self, mine: Tensor, place: int, slices: int) -> Tensor:
+        whole = mine.new_empty((slices, *mine.shape))
+        holds = place < slices
+        if holds:
+            whole[place] = mine
+        _swap(
+            {peer: mine for peer in self.peers if holds and peer != self.group.rank()},
+            {self.peers[i]: whole[i] for i in range(slices) if i != place},
+            self.group,
+        )
+        return whole
 
 
 def _across(mine: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
-    """The slice merged over all nodes, in node order."""
+    """Merge this rank's slice over all nodes, in node order."""
     holders = [node[topology.place] for node in topology.nodes]
     parts = mine.new_empty((len(holders), *mine.shape))
     others = [i for i, holder in enumerate(holders) if holder != group.rank()]
@@ -90,40 +160,8 @@ def _across(mine: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
     return pack(merge(unpack(parts)))
 
 
-def _collect(
-    mine: Tensor, topology: TwoLevel, group: ProcessGroup, link: SharedMemoryLink | SymmetricLink | None
-) -> Tensor:
-    """All slices `[slices, rows of a slice, D_v + 1]`."""
-    place, peers, slices = topology.place, topology.peers, topology.slices
-    holds = place < slices
-    match link:
-        case SymmetricLink():
-            nothing = empty((slices, len(mine), mine.shape[-1] - 1), dtype=mine.dtype, device=mine.device)
-            whole = pack(nothing)
-            if holds:
-                whole[place] = mine  # merged with nothing from the others, it stays as it is
-            return pack(link.reduce(_in_one(whole))).view_as(whole)
-        case SharedMemoryLink():
-            return link.gather(mine)[:slices]
-        case None:
-            whole = mine.new_empty((slices, *mine.shape))
-            if holds:
-                whole[place] = mine
-            _swap(
-                {peer: mine for peer in peers if holds and peer != group.rank()},
-                {peers[i]: whole[i] for i in range(slices) if i != place},
-                group,
-            )
-            return whole
-
-
-def _in_one(pieces: Tensor) -> Partial:
-    """`[slices, rows of a slice, D_v + 1]` as a Partial `[1, 1, rows, D_v]`, a shape that links take."""
-    return unpack(pieces.flatten(0, 1)[None, None])
-
-
 def _swap(outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], group: ProcessGroup) -> None:
-    """Send to and receive from ranks of the group, all at once; both hold contiguous tensors by rank."""
+    """Send and receive contiguous tensors, by rank of the group, all concurrently."""
     operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for peer, tensor in outgoing.items()]
     operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for peer, tensor in incoming.items()]
     if operations:

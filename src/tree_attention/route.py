@@ -1,0 +1,159 @@
+"""`Route`: everything that `tree_decode` decides before the first kernel or message, and `explain`, which asks for it.
+
+`resolve` is the only place where a decode step is checked and its backend and algorithm are chosen. The choice depends
+only on values that all ranks share, so all ranks take the same route.
+
+    >>> q = torch.empty(1, dtype=torch.bfloat16, device="cuda").expand(1, 1, 32, 128)      # shapes without memory
+    >>> k = torch.empty(1, dtype=torch.bfloat16, device="cuda").expand(1, 4096, 8, 128)
+    >>> route = explain(q, k, k, group=AssumedRanks(8, SymmetricLink))                     # ranks that do not exist
+    >>> route.backend, route.algorithm, route.received_bytes
+    ('triton', 'fused', 231168.0)
+    >>> print(route)                                                                       # and why not the others
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .errors import InputError, Unavailable
+from .group import Group
+from .local import BACKENDS, AttentionCall, check_call, choose_backend
+from .reduce import (
+    ALGORITHMS,
+    Link,
+    Reduction,
+    check_name,
+    check_no_gradient,
+    misfit,
+    ranks_of,
+    reduction_obstacle,
+    resolve_reduction,
+)
+
+FUSED = {"fused": "symmetric", "fused_scatter": "symmetric_scatter"}  # -> the exchange that the launch contains
+DECODE_ALGORITHMS = (*FUSED, *ALGORITHMS)
+
+
+@dataclass(frozen=True)
+class Route(Reduction):
+    """What one call of `tree_decode` does, on this rank; `print` it, or read its fields.
+
+    Attributes:
+        backend: name of the local backend, in `local.BACKENDS`; "triton" if fused.
+        algorithm: name of the algorithm, never "auto". With one rank, nothing is exchanged.
+        exchange: the algorithm of `tree_reduce` by which partials are exchanged: "symmetric" for "fused".
+        group, rank, world_size: process group, this rank, and number of ranks.
+        link: the link that the exchange runs over, if any.
+        spec: shape, dtype and device of the partials.
+        backend_obstacles: backend -> why it cannot run the call. From `explain`, of all backends.
+        algorithm_obstacles: algorithm -> why it cannot run the call. From `explain`, of all algorithms.
+    """
+
+    backend: str
+    backend_obstacles: dict[str, str]
+
+    @property
+    def is_fused(self) -> bool:
+        """True if decoding and the exchange are one launch."""
+        return self.algorithm in FUSED
+
+    def __str__(self) -> str:
+        launches = "decoding and exchange in one launch" if self.is_fused else "after the backend"
+        lines = [
+            f"rank       {self.rank} of {self.world_size}, {type(self.link or self.group).__name__}",
+            f"backend    {self.backend}",
+            f"algorithm  {self.algorithm} ({launches})",
+            f"received   {self.received_bytes / 1e3:.1f} kB per rank and step",
+            f"result     {'the heads of each rank' if self.scatters else 'all heads, the same bits on every rank'}",
+        ]
+        obstacles = self.backend_obstacles | self.algorithm_obstacles
+        return "\n".join([*lines, *(f"not        {name}: {text}" for name, text in obstacles.items())])
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group | Link = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+    algorithm: str = "auto",
+    **attention: Any,
+) -> Route:
+    """Return the Route that `tree_decode` takes with these arguments. No communication, no kernel.
+
+    Args:
+        q, k, v: as in `tree_decode`. Only shape, dtype and device matter: expanded or meta tensors will do.
+        group: as in `tree_decode`, or `AssumedRanks` to ask about ranks that do not exist.
+        sinks, backend, algorithm: as in `tree_decode`.
+        attention: local_seqlens, q_positions, k_positions, window, mask, page_table, scale and softcap, as in `attend`.
+
+    Returns:
+        The Route, with the obstacles of all backends and algorithms.
+
+    Raises:
+        InputError, Unavailable, Unsupported: what `tree_decode` would raise before it communicates.
+
+    Example:
+        >>> print(explain(q, k, v, group=link))
+    """
+    call, route = resolve(q, k, v, group=group, sinks=sinks, backend=backend, algorithm=algorithm, **attention)
+    backends = {name: candidate.obstacle(call) for name, candidate in BACKENDS.items()}
+    algorithms = {name: _obstacle(name, call, group, backend, backends["triton"]) for name in DECODE_ALGORITHMS}
+    return replace(
+        route,
+        backend_obstacles={name: text for name, text in backends.items() if text},
+        algorithm_obstacles={name: text for name, text in algorithms.items() if text},
+    )
+
+
+def resolve(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group | Link,
+    sinks: Tensor | None,
+    backend: str,
+    algorithm: str,
+    **attention: Any,
+) -> tuple[AttentionCall, Route]:
+    """Check the arguments of `tree_decode` and choose backend and algorithm; arguments and errors as in `explain`."""
+    call = check_call(q, k, v, **attention)
+    if sinks is not None and (sinks.shape != q.shape[2:3] or sinks.device != q.device):
+        raise InputError(f"sinks must be [{q.shape[2]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}")
+    check_name(algorithm, DECODE_ALGORITHMS)
+    process_group, rank, world_size = ranks_of(group)
+    check_no_gradient(world_size, q, k, v)
+    spec, link, obstacles = call.spec(), group if isinstance(group, Link) else None, {}
+    if algorithm in FUSED and (fault := misfit(FUSED[algorithm], spec, group, world_size)):
+        raise InputError(f"{algorithm} {fault}")
+    chosen, tried = choose_backend(call, backend)
+    if algorithm in ("auto", *FUSED):
+        name = "fused" if algorithm == "auto" else algorithm
+        triton = None if chosen == "triton" else tried.get("triton") or BACKENDS["triton"].obstacle(call)
+        obstacle = _obstacle(name, call, group, backend, triton)
+        if obstacle is None:
+            return call, Route(name, FUSED[name], process_group, rank, world_size, link, spec, {}, "triton", tried)
+        if algorithm in FUSED and q.numel() > 0:
+            raise Unavailable(f"algorithm {algorithm!r} {obstacle}: use algorithm='auto'")
+        obstacles[name] = obstacle
+    reduction = resolve_reduction(spec, group, FUSED.get(algorithm, algorithm))
+    link, obstacles = reduction.link, obstacles | reduction.algorithm_obstacles
+    name, exchange = reduction.algorithm, reduction.exchange
+    return call, Route(name, exchange, process_group, rank, world_size, link, spec, obstacles, chosen, tried)
+
+
+def _obstacle(name: str, call: AttentionCall, group: Group | Link, backend: str, triton: str | None) -> str | None:
+    """Return why an algorithm cannot run a call; None if it can. triton: why the Triton backend cannot."""
+    spec, world_size = call.spec(), ranks_of(group)[2]
+    if name in FUSED and misfit(FUSED[name], spec, group, world_size) is None:
+        if call.q.numel() == 0:
+            return "has no query to decode"
+        if triton is not None:
+            return triton
+        if backend not in ("auto", "triton"):
+            return f"has a kernel of its own, got backend {backend!r}"
+    return reduction_obstacle(FUSED.get(name, name), spec, group, world_size)
