@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,27 @@ def test_the_tutorials_program_runs(tmp_path):
     program = program.replace("[:12_000]", "[:1000]").replace("new_tokens = 64", "new_tokens = 8")
     out = run_on_two_ranks(program, tmp_path, fetch(), ROOT / "README.md", "What is this about?")
     assert "MB of keys and values on this rank" in out
+
+
+@pytest.mark.model
+def test_the_guides_for_hugging_face_run_one_after_the_other(tmp_path):
+    """Their blocks continue the first one, which starts the process group."""
+    pages = [(ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("huggingface", "static-cache", "sessions")]
+    found = [block for page in pages for block in re.findall(r"^ *```python\n(.*?)^ *```", page, re.S | re.M)]
+    assert len(found) == 5
+    program = "\n".join([*map(textwrap.dedent, found), "print(session.tokens.shape)", "dist.destroy_process_group()"])
+    (tmp_path / "text.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8")[:500], encoding="utf-8")
+    program = re.sub(r"max_new_tokens=\d+", "max_new_tokens=4", program).replace("140_000", "2000")
+    for written, here in {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": fetch(),
+        "document.txt": tmp_path / "text.txt",
+        "kept": tmp_path / "kept",
+        "generate(**inputs)": "generate(**inputs, max_new_tokens=4)",
+        'about?"):': 'about?", max_new_tokens=4):',
+    }.items():
+        assert written in program
+        program = program.replace(written, str(here))
+    assert "torch.Size([1, " in run_on_two_ranks(program, tmp_path)
 
 
 def test_issue_forms_ask_for_the_environment():
