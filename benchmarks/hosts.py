@@ -1,9 +1,9 @@
-"""Hosts made of namespaces on one machine, and a network of a given delay and rate between them.
+"""Emulates hosts with namespaces on one machine, and a network of a given delay and rate between them.
 
-A host is a network and a UTS namespace: interfaces and a host name of its own, the machine's CPUs and memory. Each has
-one device, a TUN, and a process here carries packets from one to another: a packet leaves when the sender's line is
-free, which is what the rate bounds, and arrives delay_s after it has left. The kernel's own way, netem, is not in every
-kernel; this needs root, /dev/net/tun, and the commands ip, nsenter and unshare. Linux only.
+A host is a network namespace and a UTS namespace: it has its own interfaces and host name, and shares CPUs and memory.
+Each host has one TUN device, and a relay process carries packets between them. A packet leaves when the sender's line
+is free, which limits the rate, and arrives delay_s later. (netem would do the same, but not every kernel has it.)
+Requires Linux, root, /dev/net/tun, and the commands ip, nsenter and unshare.
 
     with emulated_hosts(2, delay_s=1e-3, rate_bit_per_s=1e8) as hosts:
         outputs = run_ranks(hosts, [4, 4], [sys.executable, "program.py"])
@@ -30,7 +30,7 @@ RANK_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class Host:
-    """One emulated host. enter: the words before a command that run it there. device: its network interface."""
+    """One emulated host. enter: command prefix that runs a command there. device: its network interface."""
 
     name: str
     address: str
@@ -39,7 +39,7 @@ class Host:
 
 
 def obstacle() -> str | None:
-    """Why hosts cannot be emulated here, or None."""
+    """Return why hosts cannot be emulated here, or None."""
     missing = [command for command in ("ip", "nsenter", "unshare") if shutil.which(command) is None]
     if missing:
         return f"needs the commands {', '.join(missing)}"
@@ -51,7 +51,7 @@ def obstacle() -> str | None:
 
 @contextmanager
 def emulated_hosts(count: int, *, delay_s: float, rate_bit_per_s: float) -> Iterator[list[Host]]:
-    """`count` hosts in one network. They and the relay end with this process, whatever ends it."""
+    """Start `count` hosts in one network. They and the relay end when this process ends, even if it is killed."""
     with ExitStack() as stack:
         hosts, tuns = [], []
         for i in range(count):
@@ -61,7 +61,7 @@ def emulated_hosts(count: int, *, delay_s: float, rate_bit_per_s: float) -> Iter
             )  # fmt: skip
             stack.callback(_end, space)
             assert space.stdout is not None
-            space.stdout.readline()  # the namespaces are there; they go when `cat` sees the end of our pipe
+            space.stdout.readline()  # the namespaces exist; they end when `cat` reads the end of our pipe
             tun, device = _tun()
             stack.callback(os.close, tun)
             enter = ("nsenter", "-t", str(space.pid), "--net", "--uts")
@@ -88,7 +88,7 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     timeout_s: float = RANK_TIMEOUT_S,
 ) -> list[str]:
-    """Run the command once a rank, with the variables that torchrun sets; each rank's stdout. Raises if one fails."""
+    """Run the command on each rank with torchrun's variables. Returns each rank's stdout; raises if one fails."""
     ranks: list[subprocess.Popen[str]] = []
     size, deadline = sum(ranks_per_host), time.monotonic() + timeout_s
     try:
@@ -117,15 +117,15 @@ def run_ranks(
 
 
 def sent_bytes(device: str) -> int:
-    """What has left this process's host by that device, packet headers included."""
+    """Return the bytes that left this process's host through that device, including packet headers."""
     with open("/proc/self/net/dev") as file:
         [line] = [line for line in file if line.strip().startswith(f"{device}:")]
     return int(line.split(":")[1].split()[8])
 
 
 def carry(tuns: Sequence[int], delay_s: float, rate_bit_per_s: float) -> None:
-    """The relay: packets from each TUN to the one they are addressed to, until stdin ends."""
-    free_s = [0.0] * len(tuns)  # when each sender's line is free again
+    """The relay: carry packets from each TUN to the TUN of their destination until stdin ends."""
+    free_s = [0.0] * len(tuns)  # when the line of each sender is free again
     flying: list[tuple[float, int, int, bytes]] = []
     number = 0
     while True:
@@ -155,7 +155,7 @@ def _packets(tun: int) -> Iterator[bytes]:
 
 
 def _tun() -> tuple[int, str]:
-    """A new TUN device: its descriptor and name."""
+    """Create a TUN device. Returns its descriptor and name."""
     descriptor = os.open(TUN, os.O_RDWR | os.O_NONBLOCK)
     made = fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", b"far%d", IFF_TUN | IFF_NO_PI))
     return descriptor, made[:16].rstrip(b"\0").decode()

@@ -100,10 +100,10 @@ def label_keys(axes, times_s):
 
 
 def draw_steps(records, out):
-    from tree_attention.cost.machine import machine
+    from tree_attention.cost.machine import preset_machine
 
     figure, axes = pyplot("light").subplots(figsize=(7.5, 5), layout="constrained")
-    rate = machine(records[0]["device"].split()[1].lower()).gpu.read_bytes_per_s
+    rate = preset_machine(records[0]["device"].split()[1].lower()).gpu.read_bytes_per_s
     timed = sorted((record for record in records if record["tpot_s"]), key=lambda record: record["context_tokens"])
     meshes = sorted({mesh_of(record) for record in timed if record["what"].startswith("ours")})
     colors = dict(zip(meshes, STEP_COLORS["ours"], strict=False))

@@ -1,9 +1,9 @@
-"""Predicted over measured times, for records of `tree-attention bench decode`, `steps` and `prefill`, as Markdown.
+"""Compares predicted with measured times of `tree-attention bench decode`, `steps` and `prefill`, as Markdown.
 
 python benchmarks/predict.py benchmarks/results/*_2xH*.jsonl
 python benchmarks/predict.py --machine machine.json benchmarks/results/2026-11-25_2xH100*.jsonl
 
-By the preset of the GPU that a record names, or by one calibration for all.
+The prediction uses the preset of the GPU that a record names, or one calibration for all records.
 """
 
 import argparse
@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 
 from tree_attention.cost.calibration import load_calibration
-from tree_attention.cost.decode import Shape, decode_cost
+from tree_attention.cost.decode import AttentionShape, decode_cost
 from tree_attention.cost.machine import MACHINES
-from tree_attention.cost.mesh import first_token_s, outlook
-from tree_attention.cost.model import load_model, preset_names
+from tree_attention.cost.mesh import estimate_first_token_s, estimate_mesh
+from tree_attention.cost.model import load_model_spec, preset_names
 
-ALGORITHMS = {  # what a record names -> how it exchanges; None: one rank's keys, and no exchange
+ALGORITHMS = {  # name in a record -> exchange algorithm; None: no exchange, one rank's keys
     "fused": "fused", "apart": "symmetric", "fused_alone": None, "attend": None, "cudnn": None,
     "three_all_reduce": "all_reduce", "all_gather": "all_gather", "ring": "ring",
 }  # fmt: skip
@@ -24,44 +24,46 @@ OURS = ("fused", "apart", "fused_alone", "attend")
 
 
 def predict(record, given=None):
-    """Seconds of a record's step by the preset of its GPU, or None: no such preset, or nothing that is modelled."""
+    """Return the predicted seconds of a record's step, or None if its GPU has no preset or it is not modelled."""
     machine = given or preset_of(record["gpus"][0])
     if machine is None or record["what"] not in ALGORITHMS:
         return None
-    keys = record["bytes"] / (4 * record["batch"] * record["kv_heads"] * record["head_dim"])  # of ragged rows, the mean
-    shape = Shape(record["batch"], record["heads"], record["kv_heads"], record["head_dim"], keys)
+    keys = record["bytes"] / (4 * record["batch"] * record["kv_heads"] * record["head_dim"])  # the mean, if ragged
+    shape = AttentionShape(record["batch"], record["heads"], record["kv_heads"], record["head_dim"], keys)
     algorithm = ALGORITHMS[record["what"]]
     ranks = 1 if algorithm is None else record["ranks"]
     return decode_cost(shape, machine, ranks, algorithm or "fused").total_s
 
 
 def predict_token(record, given=None):
-    """Seconds of a whole model's step, compiled by us, or None, likewise."""
+    """Return the predicted seconds of our compiled step of a whole model, or None as in `predict`."""
     machine = given or preset_of(record["device"])
     if machine is None or record["model"] not in preset_names() or record["what"] != "ours compiled":
         return None
     tensor = record.get("tensor_parallel", 1)
     sequence = record["ranks"] // tensor
-    return outlook(load_model(record["model"]), machine, record["context_tokens"], 1, tensor, sequence).token_s
+    return estimate_mesh(
+        load_model_spec(record["model"]), machine, record["context_tokens"], 1, tensor, sequence
+    ).token_s
 
 
 def predict_prefill(record, given=None):
-    """Seconds in which a whole model reads a text, or None, likewise. Stock's is one GPU's, in one piece."""
+    """Return the predicted seconds of a whole model's prefill, or None as in `predict`. Stock uses one GPU."""
     machine = given or preset_of(record["device"])
     if machine is None or record["model"] not in preset_names():
         return None
-    model, tokens = load_model(record["model"]), record["context_tokens"]
-    mesh = outlook(model, machine, tokens, 1, 1, record["ranks"])
-    return first_token_s(model, machine, tokens, 1, mesh) - mesh.token_s
+    model, tokens = load_model_spec(record["model"]), record["context_tokens"]
+    mesh = estimate_mesh(model, machine, tokens, 1, 1, record["ranks"])
+    return estimate_first_token_s(model, machine, tokens, 1, mesh) - mesh.token_s
 
 
 def preset_of(gpu):
-    """That whose name is in the GPU's."""
+    """Return the preset whose name is part of the GPU's name, or None."""
     return next((machine for name, machine in MACHINES.items() if name in gpu.lower().replace(" ", "")), None)
 
 
 def read(files, given=None):
-    """Records that were timed and can be predicted, the last one of equal ones, each with `predicted_s`."""
+    """Return the timed records that can be predicted, with `predicted_s`; of repeated ones, the last."""
     found = {}
     for file in files:
         for line in file.read_text().splitlines():
@@ -74,8 +76,8 @@ def read(files, given=None):
 
 
 def table(records):
-    """Lines of Markdown."""
-    yield "| GPUs | batch x keys a rank | heads | what | measured, us | predicted, us | error |"
+    """Yield the lines of a Markdown table."""
+    yield "| GPUs | batch x keys per rank | heads | what | measured, us | predicted, us | error |"
     yield "|---|---|---|---|---|---|---|"
     for record in records:
         measured_us, predicted_us = 1e6 * record["graph_s"], 1e6 * record["predicted_s"]
@@ -87,10 +89,10 @@ def table(records):
 
 
 def model_tables(files, given=None):
-    """Lines of Markdown for records of whole models in these files, steps and prefill; none without such."""
+    """Yield Markdown tables for the records of whole models, steps and prefill; nothing if there are none."""
     records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     for what, unit, scale, measured, predicted in (
-        ("a token", "ms", 1e3, "tpot_s", predict_token),
+        ("per token", "ms", 1e3, "tpot_s", predict_token),
         ("prefill", "s", 1, "seconds", predict_prefill),
     ):
         lines = []
@@ -110,13 +112,13 @@ def model_tables(files, given=None):
 
 
 def gpus(record):
-    """How many, and if weights are split over some of them, as tensor x sequence."""
+    """Number of GPUs, as (tensor x sequence) if the weights are split."""
     tensor = record.get("tensor_parallel", 1)
     return str(record["ranks"]) if tensor == 1 else f"({tensor} x {record['ranks'] // tensor})"
 
 
 def summary(records):
-    """The largest error of each kind, a line each."""
+    """Yield a line per kind with its range of errors."""
     for what in ALGORITHMS:
         errors = [r["predicted_s"] / r["graph_s"] - 1 for r in records if r["what"] == what]
         if errors:
@@ -126,8 +128,8 @@ def summary(records):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="files of records, one JSON document a line")
-    parser.add_argument("--machine", type=Path, help="constants that `tree-attention calibrate` wrote")
+    parser.add_argument("files", type=Path, nargs="+", help="files of records, one JSON document per line")
+    parser.add_argument("--machine", type=Path, help="file written by `tree-attention calibrate`")
     options = parser.parse_args(arguments)
     given = None if options.machine is None else load_calibration(options.machine).machine
     records = read(options.files, given)

@@ -1,9 +1,10 @@
-"""Does the model still read as well? Perplexity and a copy test with the cache over ranks, on the CPU in float32.
+"""Checks the quality of a model whose cache is sharded: perplexity and a copy test, on the CPU in float32.
 
     python benchmarks/quality.py [--ranks 1,2,3] [--tokens 8192] [--text FILE] [--output FILE]
 
-One JSON line for each number of ranks. copy: 64 tokens of the text, a 256-token passage, `distance` further tokens, the
-same passage again; the mean loss over the passage the first time, and over its last 240 tokens the second time.
+Prints one JSON line per number of ranks. copy: 64 tokens of the text, a passage of 256 tokens, `distance` further
+tokens, and the passage again; the mean loss over the passage the first time, and over its last 240 tokens the second
+time.
 """
 
 import argparse
@@ -31,7 +32,7 @@ DISTANCES = (1000, 4000)
 
 @torch.no_grad()
 def losses(model, ids, group=None):
-    """`[tokens - 1]`: nats for each token after the first, given all before it, the cache spread over the group."""
+    """Return the loss in nats of each token after the first, `[tokens - 1]`, with the cache sharded over the group."""
     cache, parts = TreeCache(model.config, group), []
     for start in range(0, ids.shape[1] - 1, CHUNK):
         stop = min(start + CHUNK, ids.shape[1] - 1)
@@ -41,7 +42,7 @@ def losses(model, ids, group=None):
 
 
 def copy_losses(model, ids, distance, group=None):
-    """Mean loss over a passage when it comes first, and when it comes again `distance` tokens later."""
+    """Return the mean loss over a passage at its first occurrence and at its repetition `distance` tokens later."""
     middle = ids.shape[1] // 2
     passage = ids[:, middle : middle + PASSAGE]
     text = torch.cat([ids[:, :LEAD], passage, ids[:, LEAD : LEAD + distance], passage], 1)

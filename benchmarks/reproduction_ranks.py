@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hosts import emulated_hosts, obstacle, run_ranks, sent_bytes
 from tree_attention import attend, tree_decode
-from tree_attention.bench.peers import SPREAD
+from tree_attention.bench.peers import SPREAD_PEERS
 from tree_attention.energy import attention_from_energy
 from tree_attention.partial import merge, stack
 from tree_attention.testing import RankPool, oracle, peaked_inputs, record_traffic
@@ -35,7 +35,7 @@ SETTLE_S = 0.1  # for the last acknowledgements
 def step_of(what, q, k, v, group):
     """A decode step of these tensors over the ranks, as `tree_decode` or the ring of bench/peers.py does it."""
     if what == "ring":
-        return SPREAD["ring"].prepare(q, k, v, group, local=attend)
+        return SPREAD_PEERS["ring"].prepare(q, k, v, group, local=attend)
     return lambda: tree_decode(q, k, v, group=group, algorithm=what)
 
 

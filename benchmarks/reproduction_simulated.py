@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from tree_attention.cost.decode import Shape
-from tree_attention.cost.machine import machine
-from tree_attention.cost.mesh import first_token_s, outlook, shape_of
-from tree_attention.cost.model import load_model
-from tree_attention.cost.simulate import simulate
+from simulator.simulate import simulate
+from tree_attention.cost.decode import AttentionShape
+from tree_attention.cost.machine import preset_machine
+from tree_attention.cost.mesh import estimate_first_token_s, estimate_mesh, layer_shape
+from tree_attention.cost.model import load_model_spec
 
 K = 1024
 TOKENS = [80 * K << i for i in range(7)]  # 80k to 5.12M
 GPUS = (8, 16, 32, 64, 128)
-BLOCK = Shape(batch=1, heads=16, kv_heads=16, head_dim=128, keys=0)  # the paper's attention block, bfloat16
-H100 = machine("h100")
+BLOCK = AttentionShape(batch=1, heads=16, kv_heads=16, head_dim=128, keys=0)  # the paper's attention block, bfloat16
+H100 = preset_machine("h100")
 READ_TOKEN_S = replace(BLOCK, keys=1).kv_bytes / H100.gpu.read_bytes_per_s
 JITTER = {"kernel_jitter": 0.02, "link_jitter": 0.2}  # assumed
 SAMPLES, SPREAD = 100, 0.3
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 MEASURED = RESULTS / "2026-11-25_2xH100_paper.jsonl"
 EMULATED = RESULTS / "2026-11-24_two-level_emulated.jsonl"
 WHOLE_MODEL = [RESULTS / f"2026-11-24_2xH200_{what}.jsonl" for what in ("prefill", "steps")]
-LLAMA, DECODED = load_model("llama-3.1-8b"), 10
+LLAMA, DECODED = load_model_spec("llama-3.1-8b"), 10
 PEAK_FLOPS_PER_S = 989e12  # of an H100, data sheet: 16 bits, dense
 PAPER_S = {32: (0.60, 2.57), 64: (1.08, 4.42), 128: (2.68, 6.38), 256: (2.89, 8.19)}  # table 1: k tokens: tree, ring
 LABELS = {"ring": "ring", "all_reduce": "tree, Algorithm 3", "ours": "ours"}
@@ -155,11 +155,11 @@ def end_to_end():
     """
     found = []
     for thousands, (tree_s, ring_s) in PAPER_S.items():
-        mesh = outlook(LLAMA, H100, thousands * K, 1, 1, 8)
-        prefill_s = first_token_s(LLAMA, H100, thousands * K, 1, mesh) - mesh.token_s
+        mesh = estimate_mesh(LLAMA, H100, thousands * K, 1, 1, 8)
+        prefill_s = estimate_first_token_s(LLAMA, H100, thousands * K, 1, mesh) - mesh.token_s
         beside_s = sum(mesh.parts_s[part] for part in ("weights", "launches", "host")) / LLAMA.layers
         beside_s -= H100.gpu.launch_s  # the attention's own, which the simulation has
-        shape = shape_of(LLAMA, thousands * K / 8, 1, 1)
+        shape = layer_shape(LLAMA, thousands * K / 8, 1, 1)
         repeated = replace(shape, kv_heads=shape.heads)
         head = 2 * LLAMA.vocabulary * LLAMA.hidden  # of the last token only
         seen = LLAMA.heads * LLAMA.prefill_dims * LLAMA.layers * thousands * K  # 2 x a mean of half the tokens

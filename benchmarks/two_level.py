@@ -1,11 +1,11 @@
-"""Two levels against flat, between hosts that are far apart: emulated here (hosts.py), or real under torchrun.
+"""Compares two-level with flat reductions between distant hosts: emulated (hosts.py), or real under torchrun.
 
     python benchmarks/two_level.py [--ranks 4,4] [--delay-ms 1] [--mbit-per-s 100]
     torchrun --nnodes 2 ... benchmarks/two_level.py     # on real hosts: CPU and gloo; bytes are not counted
 
-Contestants take turns. A step's time is from the last rank's start to the last rank's end (on real hosts, whose clocks
-differ: the slowest rank's own time). Bytes are read from the hosts' network devices, headers and acknowledgements
-included. The result of every contestant is compared with a float64 merge, and across ranks. Last line: JSON.
+Contestants take turns. The time of a step is from the last rank's start to the last rank's end; on real hosts, whose
+clocks differ, the slowest rank's own time. Bytes are counters of the hosts' network devices, including headers and
+acknowledgements. Every result is compared with a float64 merge, and across ranks. The last line is JSON.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tree_attention.reduce import level_bytes, received_bytes
 
 FLAT = ("all_gather", "tree", "all_reduce")
 COUNTED_STEPS = 5
-SETTLE_S = 0.05  # for the last acknowledgements
+SETTLE_S = 0.05  # until the last acknowledgements are sent
 
 
 def partial_of(rank: int, shape: tuple[int, int, int, int]) -> Partial:
@@ -36,7 +36,7 @@ def partial_of(rank: int, shape: tuple[int, int, int, int]) -> Partial:
 
 
 def on_rank(options: argparse.Namespace) -> None:
-    """What each rank does; the first prints."""
+    """Run on each rank; the first one prints."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -64,7 +64,7 @@ def on_rank(options: argparse.Namespace) -> None:
 
 
 def _compare(call: Callable[[], Partial], exact: Partial) -> dict[str, float | bool]:
-    """The largest error of any rank, and whether all ranks have the same bits."""
+    """Return the largest error of any rank, and whether all ranks have the same bits."""
     result = call()
     everywhere = [torch.empty_like(result.out) for _ in range(dist.get_world_size())]
     dist.all_gather(everywhere, result.out)
@@ -86,7 +86,7 @@ def _step_seconds(call: Callable[[], Partial], *, one_clock: bool) -> float:
 
 
 def _sent_bytes(call: Callable[[], Partial], device: str) -> float:
-    """Bytes a step that left the busiest host."""
+    """Return the bytes per step that left the busiest host."""
     dist.barrier()
     time.sleep(SETTLE_S)
     before = sent_bytes(device)
@@ -107,7 +107,7 @@ def _report(
     how = {"rows": rows, "head_dim": options.head_dim}
     stated = {name: received_bytes(name, **how, world_size=sum(sizes)) for name in FLAT}
     inside, across = level_bytes(**how, node_sizes=sizes)
-    crossing = across * topology.slices  # what a host receives from the others
+    crossing = across * topology.slices  # bytes that a host receives from the other hosts
     emulated = options.device is not None
     record = {
         "date": time.strftime("%Y-%m-%d"), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
@@ -120,7 +120,7 @@ def _report(
     }  # fmt: skip
     if emulated:
         floor_s = record["delay_s"] + 8 * crossing / record["rate_bit_per_s"]
-        print(f"the line alone, for one partial a host: {floor_s * 1e3:.1f} ms ({crossing / 1e3:.0f} kB)")
+        print(f"lower bound of the network, one partial per host: {floor_s * 1e3:.1f} ms ({crossing / 1e3:.0f} kB)")
     for name, times in step_s.items():
         quarters = statistics.quantiles(times, n=4)
         record["contestants"][name] = {
@@ -130,7 +130,7 @@ def _report(
     ours = record["contestants"]["two_level"]
     for name, its in record["contestants"].items():
         its["times_two_level"] = its["median_s"] / ours["median_s"]
-        bytes_text = "" if sent[name] is None else f", {sent[name] / 1e3:8.0f} kB leave a host"
+        bytes_text = "" if sent[name] is None else f", {sent[name] / 1e3:8.0f} kB sent per host"
         print(
             f"{name:32} {its['median_s'] * 1e3:8.1f} ms{bytes_text}, {its['times_two_level']:5.2f} x two_level, "
             f"error {its['max_error']:.1e}, bits {'the same' if its['same_bits'] else 'DIFFER'}"
@@ -140,7 +140,7 @@ def _report(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks", default="4,4", help="on each emulated host")
+    parser.add_argument("--ranks", default="4,4", help="ranks on each emulated host")
     parser.add_argument("--delay-ms", type=float, default=1.0)
     parser.add_argument("--mbit-per-s", type=float, default=100.0)
     parser.add_argument("--batch", type=int, default=16)
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--device", help=argparse.SUPPRESS)  # of an emulated host, set for its ranks
+    parser.add_argument("--device", help=argparse.SUPPRESS)  # set for the ranks of an emulated host
     options = parser.parse_args()
     if "RANK" in os.environ:
         options.device = options.device and os.environ["GLOO_SOCKET_IFNAME"]
@@ -160,7 +160,7 @@ def main() -> None:
     network = {"delay_s": options.delay_ms / 1e3, "rate_bit_per_s": options.mbit_per_s * 1e6}
     with emulated_hosts(len(ranks), **network) as hosts:
         command = [sys.executable, __file__, *sys.argv[1:], "--device", "emulated"]
-        # c10d warns of addresses without a name, which these hosts have
+        # silence c10d's warnings: these hosts' addresses have no names
         outputs = run_ranks(hosts, ranks, command, env={"TORCH_CPP_LOG_LEVEL": "ERROR"})
     sys.stdout.write(outputs[0])
 

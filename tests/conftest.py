@@ -10,6 +10,8 @@ if not torch.cuda.is_available():  # before anything imports Triton, which looks
 
 from tree_attention.testing import RankPool
 
+pytest.register_assert_rewrite("architectures", "command")
+
 
 def pytest_configure(config):
     """Triton's interpreter turns arrays of one number into numbers; NumPy 2.4 no longer lets it."""
@@ -21,3 +23,28 @@ def pool():
     ranks = RankPool(4)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A small model with its tokenizer."""
+    from command import LAYERS, write_model
+
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, LAYERS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def document(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "document.txt"
+    file.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(18)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """The tiny Llama with our attention; a module's tests must not change it."""
+    from architectures import tiny
+
+    return tiny("llama", "tree_attention")

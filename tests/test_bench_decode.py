@@ -15,9 +15,9 @@ import plot
 import tree_attention.cli
 from tree_attention import attend, tree_decode
 from tree_attention.bench import case as cases
-from tree_attention.bench.case import Case, keys_and_values, make_inputs, reference
+from tree_attention.bench.case import Case, exact_attention, keys_and_values, make_inputs
 from tree_attention.bench.decode import Contestant, _try
-from tree_attention.bench.peers import LOCAL, SPREAD
+from tree_attention.bench.peers import LOCAL_PEERS, SPREAD_PEERS
 from tree_attention.cli.bench_decode import table_rows
 from tree_attention.reduce.collectives import gather
 from tree_attention.testing import oracle
@@ -52,7 +52,7 @@ def inputs_and_reference(group, case):
     cases.REFERENCE_ELEMENTS = 7 * case.batch * case.kv_heads * case.head_dim
     q, lengths, sets = make_inputs(case, group.rank(), group.size(), torch.device("cpu"))
     k, v = keys_and_values(case, sets[0])
-    own, total = reference(q, k, v, lengths, group)
+    own, total = exact_attention(q, k, v, lengths, group)
     shared = gather(q, group), gather(k.contiguous(), group), gather(v.contiguous(), group)
     return *(t.float() for t in shared), lengths, own, total, len(sets)
 
@@ -80,7 +80,7 @@ def test_the_reference_takes_all_keys(pool, layout, ragged):
 def verdicts(group):
     q, _, sets = make_inputs(SMALL, group.rank(), group.size(), torch.device("cpu"))
     pairs = [keys_and_values(SMALL, kv) for kv in sets]
-    exact = reference(q, *pairs[0], None, group)
+    exact = exact_attention(q, *pairs[0], None, group)
     ranks = SimpleNamespace(world=group, link=SimpleNamespace(synchronize=lambda: None))
 
     def absent(k, v):
@@ -203,10 +203,13 @@ def call(capfd, monkeypatch, *arguments):
             ["--heads", 30],
             "keys, batch, heads, kv-heads and head-dim must be at least 1, heads a multiple of kv-heads, ",
         ),
-        (["--batch", "1;2"], "batch must be numbers with commas between them, got '1;2'"),
-        (["--keys", "64,"], "keys must be numbers with commas between them, got '64,'"),
+        (["--batch", "1;2"], "batch must be integers separated by commas, got '1;2'"),
+        (["--keys", "64,"], "keys must be integers separated by commas, got '64,'"),
         (["--layout", "HDN"], "layout must be NHD or HND, got 'HDN'"),
-        (["--peers", "cudnn,flash9"], f"peers must be all, none or some of {', '.join(LOCAL | SPREAD)}, got 'flash9'"),
+        (
+            ["--peers", "cudnn,flash9"],
+            f"peers must be all, none or some of {', '.join(LOCAL_PEERS | SPREAD_PEERS)}, got 'flash9'",
+        ),
         (["--rounds", 0], "nproc and rounds must be at least 1, got 2 and 0"),
         (["--nproc", 0], "nproc and rounds must be at least 1, got 0 and 15"),
         (["--batch", 8], "two sets of K and V must take at most 60 GB, got 69 GB"),
@@ -222,7 +225,7 @@ def test_mistakes(capfd, monkeypatch, options, text):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_gpus(capfd, monkeypatch):
     code, _, err = call(capfd, monkeypatch, "--peers", "none")
-    found = "bench decode needs a CUDA device for each rank: 2 ranks, 0 devices"
+    found = "bench decode needs a CUDA device per rank, got 2 ranks and 0 devices"
     assert (code, err) == (2, f"tree-attention: {found}\n")
 
 

@@ -11,20 +11,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from predict import OURS, model_tables, predict, predict_prefill, predict_token, read, summary, table
 from tree_attention.cost.calibration import Calibration, load_calibration, save_calibration
-from tree_attention.cost.decode import ALGORITHMS, Ranks, Shape, decode_cost, exchange
-from tree_attention.cost.machine import GPUS, LINKS, MACHINES, changed, machine
-from tree_attention.cost.mesh import CHUNK_TOKENS, MASKED_CHUNK_TOKENS, SUMMED_NUMBERS, outlook
-from tree_attention.cost.model import PRESETS, load_model, model_of, preset_names
-from tree_attention.hf.prefill import CHUNK_TOKENS as PREFILL_CHUNK_TOKENS
-from tree_attention.hf.prefill import MASKED_CHUNK_TOKENS as PREFILL_MASKED_CHUNK_TOKENS
-from tree_attention.hf.sums import ROWS, WIDTH
+from tree_attention.cost.decode import ALGORITHMS, AttentionShape, RankGroup, decode_cost, exchange_cost
+from tree_attention.cost.machine import GPUS, LINKS, MACHINES, override, preset_machine
+from tree_attention.cost.mesh import CHUNK_TOKENS, MASKED_CHUNK_TOKENS, SUMMED_NUMBERS, estimate_mesh
+from tree_attention.cost.model import PRESETS, load_model_spec, parse_config, preset_names
+from tree_attention.hf.link_sums import ROWS, WIDTH
+from tree_attention.hf.parallel_prefill import CHUNK_TOKENS as PREFILL_CHUNK_TOKENS
+from tree_attention.hf.parallel_prefill import MASKED_CHUNK_TOKENS as PREFILL_MASKED_CHUNK_TOKENS
 from tree_attention.reduce import received_bytes
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
 STEPS = sorted(FOLDER.glob("*_steps.jsonl"))
 RESULTS = [file for file in sorted(FOLDER.glob("*.jsonl")) if read([file])]
 PREFILL = FOLDER / "2026-11-24_2xH200_prefill.jsonl"
-LLAMA = Shape(1, 32, 8, 128, 65536)
+LLAMA = AttentionShape(1, 32, 8, 128, 65536)
 TINY = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 100, "intermediate_size": 96}
 
 
@@ -37,21 +37,21 @@ def test_presets_say_where_their_numbers_come_from():
 
 def test_unknown_presets_are_listed():
     with pytest.raises(ValueError, match=r"h100, h200, b200.*got 'h300'"):
-        machine("h300")
+        preset_machine("h300")
     with pytest.raises(ValueError, match="nvlink4"):
-        machine("h100", inside="token-ring")
+        preset_machine("h100", inside="token-ring")
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        machine("h100", per_node=0)
+        preset_machine("h100", per_node=0)
 
 
 def test_a_machine_can_have_other_links():
-    other = machine("H100", per_node=4, inside="pcie5", across="ethernet-100g")
+    other = preset_machine("H100", per_node=4, inside="pcie5", across="ethernet-100g")
     assert (other.per_node, other.inside, other.across) == (4, LINKS["pcie5"], LINKS["ethernet-100g"])
     assert other.gpu == GPUS["h100"]
 
 
 def test_one_rank_reads_and_launches():
-    on = machine("h100")
+    on = preset_machine("h100")
     for algorithm in ALGORITHMS:
         cost = decode_cost(LLAMA, on, 1, algorithm)
         assert cost.total_s == 65536 * 8 * 2 * 128 * 2 / on.gpu.read_bytes_per_s + on.gpu.launch_s
@@ -64,37 +64,37 @@ def test_one_rank_reads_and_launches():
 )
 @pytest.mark.parametrize("ranks", [2, 3, 5, 8])
 def test_bytes_are_those_that_the_library_says_it_receives(algorithm, name, ranks):
-    shape = Shape(3, 32, 8, 128, 1000, head_dim_v=64, query_tokens=2)
+    shape = AttentionShape(3, 32, 8, 128, 1000, head_dim_v=64, query_tokens=2)
     expected = received_bytes(name, rows=3 * 2 * 32, head_dim=64, world_size=ranks)
-    assert decode_cost(shape, machine("h100"), ranks, algorithm).inside_bytes == pytest.approx(expected)
+    assert decode_cost(shape, preset_machine("h100"), ranks, algorithm).inside_bytes == pytest.approx(expected)
 
 
 def test_the_papers_volumes():
     """arXiv 2408.04093 eq 10 and 14: 640,000 tokens over 8 GPUs, 16 heads x 128, 16 bits."""
-    shape = Shape(1, 16, 16, 128, 80_000)
-    ring = decode_cost(shape, machine("h100"), 8, "ring")
+    shape = AttentionShape(1, 16, 16, 128, 80_000)
+    ring = decode_cost(shape, preset_machine("h100"), 8, "ring")
     assert ring.inside_bytes == 7 * 2 * 80_000 * 2048 * 2
-    tree = decode_cost(shape, machine("h100"), 8, "all_reduce")
+    tree = decode_cost(shape, preset_machine("h100"), 8, "all_reduce")
     assert tree.inside_bytes == pytest.approx(2 * 7 / 8 * (2048 + 2 * 16) * 4)
     assert ring.exchange_s > 100 * tree.exchange_s
 
 
 def test_an_exchange_by_hand():
     """64 heads x 129 float32 from 16 ranks on 2 nodes of 8, by two levels and by all-gather."""
-    on, shape = machine("h100"), Shape(1, 64, 8, 128, 1000)
+    on, shape = preset_machine("h100"), AttentionShape(1, 64, 8, 128, 1000)
     n, inside, across = 64 * 129 * 4, on.inside, on.across
-    seconds, near, far = exchange(shape, on, Ranks(16, 8), "two_level")
+    seconds, near, far = exchange_cost(shape, on, RankGroup(16, 8), "two_level")
     level = 2 * 7 / 8 * n
     expected = 2 * (inside.latency_s + on.gpu.kernel_s + level / inside.bytes_per_s)
     expected += across.collective_s + n / 8 / across.bytes_per_s + 5 * on.gpu.kernel_s
     assert (seconds, near, far) == (pytest.approx(expected), 2 * level, n / 8)
-    seconds, near, far = exchange(shape, on, Ranks(16, 8), "all_gather")
+    seconds, near, far = exchange_cost(shape, on, RankGroup(16, 8), "all_gather")
     assert (near, far) == (15 * n, n)
     assert seconds > across.collective_s + 14 * inside.latency_s
 
 
 def test_a_ring_hides_its_hops_behind_attention_if_the_link_is_fast_enough():
-    slow = machine("h100")
+    slow = preset_machine("h100")
     assert decode_cost(LLAMA, slow, 4, "ring").exchange_s > 0
     fast = replace(slow, inside=replace(slow.inside, bytes_per_s=1e15, collective_s=1e-9))
     cost = decode_cost(LLAMA, fast, 4, "ring")
@@ -104,12 +104,12 @@ def test_a_ring_hides_its_hops_behind_attention_if_the_link_is_fast_enough():
 
 def test_the_rank_with_most_keys_decides():
     ragged = replace(LLAMA, keys=(10, 65536, 0))
-    assert decode_cost(ragged, machine("h200"), 3) == decode_cost(LLAMA, machine("h200"), 3)
+    assert decode_cost(ragged, preset_machine("h200"), 3) == decode_cost(LLAMA, preset_machine("h200"), 3)
 
 
 def test_arithmetic_counts_where_it_takes_longer_than_memory():
     verify = replace(LLAMA, query_tokens=4096)
-    on = machine("h100")
+    on = preset_machine("h100")
     assert decode_cost(verify, on, 1).read_s == pytest.approx(4 * 32 * 4096 * 65536 * 128 / on.gpu.matmul_flops_per_s)
 
 
@@ -117,21 +117,21 @@ def test_arithmetic_counts_where_it_takes_longer_than_memory():
     ("change", "ranks", "algorithm", "text"),
     [
         ({}, 2, "telepathy", "algorithm must be one of ring"),
-        ({}, 16, "fused", "needs one node, and 16 ranks are on 2"),
+        ({}, 16, "fused", "needs all ranks on one node, got 16 ranks on 2"),
         ({}, 0, "ring", "at least 1"),
         ({"batch": 0}, 2, "ring", "at least 1"),
         ({"keys": -1}, 2, "ring", "keys at least 0"),
-        ({"keys": (1, 2, 3)}, 2, "ring", "each of 2 ranks, got 3"),
+        ({"keys": (1, 2, 3)}, 2, "ring", "one number or one per rank .2., got 3"),
     ],
 )
 def test_what_cannot_be_is_refused(change, ranks, algorithm, text):
     with pytest.raises(ValueError, match=text):
-        decode_cost(replace(LLAMA, **change), machine("h100"), ranks, algorithm)
+        decode_cost(replace(LLAMA, **change), preset_machine("h100"), ranks, algorithm)
 
 
 def test_writing_into_peers_memory_needs_peer_access():
-    with pytest.raises(ValueError, match="pcie4 has not"):
-        decode_cost(LLAMA, machine("rtx4090"), 2, "fused")
+    with pytest.raises(ValueError, match="pcie4 lacks"):
+        decode_cost(LLAMA, preset_machine("rtx4090"), 2, "fused")
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
@@ -180,7 +180,7 @@ def test_a_models_step_is_predicted_where_it_was_measured_in_a_graph(tmp_path):
     assert read([tmp_path / "steps.jsonl"]) == []
     *_, row = rows = list(model_tables([tmp_path / "steps.jsonl"]))
     assert len(rows) == 3
-    mesh = outlook(load_model("llama-3.1-8b"), machine("h200"), 131072, 1, 1, 2)
+    mesh = estimate_mesh(load_model_spec("llama-3.1-8b"), preset_machine("h200"), 131072, 1, 1, 2)
     assert f"| 8.00 | {1e3 * mesh.token_s:.2f} |" in row
 
 
@@ -210,7 +210,7 @@ def test_a_chunk_of_prefill_is_the_librarys():
     ],
 )
 def test_presets_have_the_published_sizes(name, weights, active, key_bytes):
-    model = load_model(name)
+    model = load_model_spec(name)
     assert model.weights == pytest.approx(weights, rel=2e-3)
     assert model.flops_per_token / 2 == pytest.approx(active, rel=2e-3)
     assert (model.key_bytes, preset_names().count(name)) == (key_bytes, 1)
@@ -226,14 +226,14 @@ def test_weights_are_those_of_the_model_that_transformers_builds(name, tmp_path)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     expected = sum(weight.numel() for weight in built.parameters())
-    assert load_model(str(tmp_path)).weights == pytest.approx(expected, rel=1e-5)  # the norms of heads and latents
+    assert load_model_spec(str(tmp_path)).weights == pytest.approx(expected, rel=1e-5)  # the norms of heads and latents
 
 
 def test_what_a_config_leaves_out():
-    model = model_of(TINY, "tiny")
+    model = parse_config(TINY, "tiny")
     assert (model.heads, model.kv_heads, model.head_dim, model.layers, model.kv_itemsize) == (4, 4, 16, 6, 2)
     assert model.embedding_weights == 0, "tied by default, as transformers has it"
-    nested = model_of({"text_config": TINY, "vision_config": {"hidden_size": 7}, "dtype": "float32"}, "nested")
+    nested = parse_config({"text_config": TINY, "vision_config": {"hidden_size": 7}, "dtype": "float32"}, "nested")
     assert (nested.hidden, nested.kv_itemsize) == (64, 4)
 
 
@@ -250,14 +250,14 @@ def test_what_a_config_leaves_out():
     ],
 )
 def test_windows(fields, windows):
-    model = model_of(TINY | fields, "tiny")
+    model = parse_config(TINY | fields, "tiny")
     assert list(model.windows) == windows
     assert model.held_tokens(100) == [100 if window is None else window for window in windows]
     assert model.held_tokens(5) == [5 if window is None else min(window, 5) for window in windows]
 
 
 def test_experts_that_a_batch_meets():
-    model = model_of(TINY | {"num_local_experts": 8, "num_experts_per_tok": 2}, "moe")
+    model = parse_config(TINY | {"num_local_experts": 8, "num_experts_per_tok": 2}, "moe")
     one = 3 * 64 * 96
     assert model.read_bytes(1) == pytest.approx((model.dense_weights + 6 * 2 * one) * 2)
     assert model.read_bytes(2) == pytest.approx((model.dense_weights + 6 * (8 - 8 * 0.75**2) * one) * 2)
@@ -268,30 +268,30 @@ def test_experts_that_a_batch_meets():
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"num_attention_heads": None}, "no configuration of a model with attention: num_attention_heads missing"),
-        ({"hidden_size": "wide"}, "hidden_size must be a number"),
+        ({"num_attention_heads": None}, "not the configuration of a model with attention: num_attention_heads missing"),
+        ({"hidden_size": "wide"}, "hidden_size must be an integer"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads, got 4 and 3"),
         ({"layer_types": ["full_attention"]}, "each of 6 layers, got 1"),
         ({"intermediate_size": None}, "intermediate_size missing"),
-        ({"vocab_size": 0}, "vocab_size must be a number of at least 1, got 0"),
+        ({"vocab_size": 0}, "vocab_size must be an integer of at least 1, got 0"),
     ],
 )
 def test_configs_that_are_none(fields, text):
     with pytest.raises(ValueError, match=text):
-        model_of(TINY | fields, "tiny")
+        parse_config(TINY | fields, "tiny")
 
 
 def test_files_that_are_no_config(tmp_path):
     with pytest.raises(ValueError, match=r"llama-3.1-8b.*got 'llama-9'"):
-        load_model("llama-9")
+        load_model_spec("llama-9")
     for content, text in (("{", "must be a JSON document"), ("[]", "must hold a JSON object, got list")):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=text):
-            load_model(str(tmp_path))
+            load_model_spec(str(tmp_path))
 
 
 def test_a_calibration_comes_back_as_it_was_written(tmp_path):
-    found = Calibration(changed(machine("rtx4090"), per_node=3), "3 x some card", "2026-11-25")
+    found = Calibration(override(preset_machine("rtx4090"), per_node=3), "3 x some card", "2026-11-25")
     save_calibration(found, tmp_path / "machine.json")
     assert load_calibration(tmp_path / "machine.json") == found
 
@@ -323,7 +323,7 @@ def _set(*path, to):
 )
 def test_malformed_calibrations_are_refused(change, text, tmp_path):
     file = tmp_path / "machine.json"
-    save_calibration(Calibration(machine("h100"), "1 x card", "2026-11-25"), file)
+    save_calibration(Calibration(preset_machine("h100"), "1 x card", "2026-11-25"), file)
     document = json.loads(file.read_text())
     change(document)
     file.write_text(json.dumps(document))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from test_cli import COMMAND, TORCHRUN, alive_in, run, wait_for_all, write_model
+from command import COMMAND, TORCHRUN, alive_in, run, wait_for_all, write_model
 from tree_attention.hf import Session
 
 LAYERS = 40  # so that a save is many files

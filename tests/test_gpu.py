@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_chunk import of_a_rank as chunk_of_a_rank
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig
 
 from architectures import GREEDY, one_process, prompt, tiny
-from test_chunk import of_a_rank as chunk_of_a_rank
 from tree_attention import (
     InputError,
     Layout,
@@ -24,7 +24,7 @@ from tree_attention import (
     tree_reduce,
 )
 from tree_attention.hf import TreeCache, load_tensor_parallel, prefill
-from tree_attention.hf.tensor import AXES
+from tree_attention.hf.tensor_parallel import AXES
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 
 pytestmark = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tree_attention import attend
-from tree_attention.bench.peers import LOCAL, SPREAD, streaming_read
+from tree_attention.bench.peers import LOCAL_PEERS, SPREAD_PEERS, streaming_read
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs, record_traffic
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -28,7 +28,7 @@ def spread(group, name, held, layout, dtype):
     held = held[: group.size()]
     q, k, v = peaked_inputs(S=sum(held), **SHAPE, dtype=dtype)
     k, v = (layout_of(t.split(held, 1)[group.rank()].contiguous(), layout) for t in (k, v))
-    step = SPREAD[name].prepare(q, k, v, group, local=attend)
+    step = SPREAD_PEERS[name].prepare(q, k, v, group, local=attend)
     outs, recorded = [], []
     for _ in range(STEPS):
         with record_traffic() as calls:
@@ -41,7 +41,7 @@ def spread(group, name, held, layout, dtype):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("held", [EVEN, UNEVEN], ids=["even", "uneven"])
-@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize("name", SPREAD_PEERS)
 def test_spread_peers(pool, name, held, layout, ranks):
     dtype = torch.float32
     results = pool.run(spread, name, held, layout, dtype, ranks=ranks)
@@ -69,9 +69,9 @@ def test_what_travels(pool, name, expected):
         assert sorted(calls) == sorted(expected)
 
 
-@pytest.mark.parametrize("name", LOCAL | SPREAD)
+@pytest.mark.parametrize("name", LOCAL_PEERS | SPREAD_PEERS)
 def test_what_cannot_run_says_so(name):
-    assert (LOCAL | SPREAD)[name].obstacle(*peaked_inputs(dtype=torch.bfloat16))
+    assert (LOCAL_PEERS | SPREAD_PEERS)[name].obstacle(*peaked_inputs(dtype=torch.bfloat16))
 
 
 def test_the_read_covers_every_word():
@@ -111,15 +111,15 @@ def test_the_read_on_a_gpu(stages):
 @pytest.mark.filterwarnings("default")  # the packages are not ours
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("B", [1, 4])
-@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("name", LOCAL_PEERS)
 def test_local_peers(name, B, layout):
     q, k, v = peaked_inputs(B=B, S=2048, H=32, H_kv=8, D=128, dtype=torch.bfloat16, device="cuda")
     exact, plain = oracle(q, k, v).out, attend(q, k, v).out.bfloat16()
     k, v = layout_of(k, layout), layout_of(v, layout)
-    obstacle = LOCAL[name].obstacle(q, k, v)
+    obstacle = LOCAL_PEERS[name].obstacle(q, k, v)
     if obstacle:
         pytest.skip(obstacle)
-    step = LOCAL[name].prepare(q, k, v, None)
+    step = LOCAL_PEERS[name].prepare(q, k, v, None)
     for _ in range(2):
         assert step().shape == q.shape
         assert_within_rounding(step(), exact, plain)

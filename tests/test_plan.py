@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from tree_attention.cli.app import app
 from tree_attention.cost.calibration import Calibration, load_calibration, save_calibration
-from tree_attention.cost.decode import Ranks, Shape, all_reduce, decode_cost
-from tree_attention.cost.machine import changed, machine
-from tree_attention.cost.mesh import HOST_S, RESERVED_BYTES, first_token_s, outlook
-from tree_attention.cost.model import load_model, model_of
+from tree_attention.cost.decode import AttentionShape, RankGroup, all_reduce_cost, decode_cost
+from tree_attention.cost.machine import override, preset_machine
+from tree_attention.cost.mesh import HOST_S, RESERVED_BYTES, estimate_first_token_s, estimate_mesh
+from tree_attention.cost.model import load_model_spec, parse_config
 from tree_attention.cost.plan import make_plan, over_contexts
 
-LLAMA, H200 = load_model("llama-3.1-8b"), machine("h200")
+LLAMA, H200 = load_model_spec("llama-3.1-8b"), preset_machine("h200")
 M = 1 << 20
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "intermediate_size": 96}
 
@@ -35,17 +35,19 @@ def planned(*arguments):
 
 
 def test_memory_of_a_mesh():
-    mesh = outlook(LLAMA, H200, M, 4, 8, 2)
+    mesh = estimate_mesh(LLAMA, H200, M, 4, 8, 2)
     assert mesh.weights_bytes == pytest.approx(16.06e9 / 8, rel=1e-3)
     assert mesh.kv_bytes == 4 * M * 32 * 4096 / 16
     assert RESERVED_BYTES < mesh.workspace_bytes < 7e9  # 4 x 32768 tokens a chunk
     assert mesh.fits
-    assert not outlook(LLAMA, replace(H200, gpu=replace(H200.gpu, memory_bytes=mesh.used_bytes - 1)), M, 4, 8, 2).fits
+    assert not estimate_mesh(
+        LLAMA, replace(H200, gpu=replace(H200.gpu, memory_bytes=mesh.used_bytes - 1)), M, 4, 8, 2
+    ).fits
 
 
 def test_a_token_is_weights_keys_and_launches():
-    parts = outlook(LLAMA, H200, M, 1, 1, 2).parts_s
-    layer = decode_cost(Shape(1, 32, 8, 128, M / 2), H200, 2)
+    parts = estimate_mesh(LLAMA, H200, M, 1, 1, 2).parts_s
+    layer = decode_cost(AttentionShape(1, 32, 8, 128, M / 2), H200, 2)
     assert parts["KV"] == pytest.approx(32 * layer.read_s)
     assert parts["exchange"] == pytest.approx(32 * layer.exchange_s)
     assert parts["weights"] == pytest.approx(7.505e9 * 2 / 4.57e12, rel=1e-3)
@@ -55,23 +57,23 @@ def test_a_token_is_weights_keys_and_launches():
 
 
 def test_a_batch_has_a_launch_for_each_product():
-    parts = outlook(LLAMA, H200, M, 2, 1, 2).parts_s
+    parts = estimate_mesh(LLAMA, H200, M, 2, 1, 2).parts_s
     assert parts["launches"] == pytest.approx(32 * (8 * 8e-6 + 5 * 3e-6) + 8e-6)
 
 
 def test_sums_go_through_peer_memory_where_it_is_and_they_fit():
     def tensor_s(batch=1, ranks=2, **links):
-        return outlook(LLAMA, changed(H200, **links), 1024, batch, ranks, 1).parts_s["tensor"] / 64
+        return estimate_mesh(LLAMA, override(H200, **links), 1024, batch, ranks, 1).parts_s["tensor"] / 64
 
     assert tensor_s() == pytest.approx(3e-6 + 1.5e-6 + 8 * 4096 / 321e9)
     assert tensor_s(ranks=4) == pytest.approx(3e-6 + 1.5e-6 + 3 * 8 * 4096 / 321e9)
     for batch, ranks in ((64, 2), (9, 8)):  # the largest, which is not slower than NCCL's
-        assert tensor_s(batch, ranks) <= all_reduce(2 * batch * 4096, H200, Ranks(ranks, 8))[0]
+        assert tensor_s(batch, ranks) <= all_reduce_cost(2 * batch * 4096, H200, RankGroup(ranks, 8))[0]
     for batch, ranks, links in (
         (65, 2, {}), (10, 8, {}), (1, 2, {"inside": "infinity-fabric"}), (1, 2, {"per_node": 1})
     ):  # fmt: skip
-        where = changed(H200, **links)
-        expected = all_reduce(2 * batch * 4096, where, Ranks(ranks, where.per_node))[0]
+        where = override(H200, **links)
+        expected = all_reduce_cost(2 * batch * 4096, where, RankGroup(ranks, where.per_node))[0]
         assert tensor_s(batch, ranks, **links) == pytest.approx(expected), (batch, ranks, links)
 
 
@@ -87,26 +89,28 @@ def test_keys_are_divided_by_tensor_ranks_up_to_the_kv_heads_only():
 
 
 def test_windows_stay_whole_on_every_sequence_rank():
-    model = model_of(TINY | {"sliding_window": 1000, "layer_types": ["sliding_attention", "full_attention"]}, "tiny")
-    mesh = outlook(model, H200, 8000, 1, 1, 4)
+    model = parse_config(
+        TINY | {"sliding_window": 1000, "layer_types": ["sliding_attention", "full_attention"]}, "tiny"
+    )
+    mesh = estimate_mesh(model, H200, 8000, 1, 1, 4)
     assert mesh.kv_bytes == (1000 + 2000) * model.key_bytes
     assert mesh.parts_s["KV"] == pytest.approx(3000 * model.key_bytes / H200.gpu.read_bytes_per_s)
 
 
 def test_with_windows_alone_the_search_for_a_context_ends():
-    model = model_of(TINY | {"sliding_window": 1000}, "tiny")
+    model = parse_config(TINY | {"sliding_window": 1000}, "tiny")
     assert make_plan(model, H200, context=M, batch=1, gpus=2).pays_from_tokens is None
     assert over_contexts(model, H200, batch=1, gpus=2)[-1][0] == 1 << 30
 
 
 def test_kv_heads_that_do_not_divide_evenly():
     """6 KV heads over 4 tensor ranks: two ranks have 2, and these decide."""
-    model = model_of(TINY | {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 16}, "tiny")
-    assert outlook(model, H200, 1000, 1, 4, 1).kv_bytes == 2 * 1000 * 2 * 2 * 16 * 2
+    model = parse_config(TINY | {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 16}, "tiny")
+    assert estimate_mesh(model, H200, 1000, 1, 4, 1).kv_bytes == 2 * 1000 * 2 * 2 * 16 * 2
 
 
 def test_the_meshes_are_all_that_there_are():
-    meshes = make_plan(LLAMA, machine("h200", per_node=4), context=1024, batch=1, gpus=8).meshes
+    meshes = make_plan(LLAMA, preset_machine("h200", per_node=4), context=1024, batch=1, gpus=8).meshes
     assert [(mesh.tensor, mesh.sequence) for mesh in meshes] == [
         (1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (1, 8), (2, 4), (4, 2), (8, 1),
     ]  # fmt: skip
@@ -115,27 +119,27 @@ def test_the_meshes_are_all_that_there_are():
 
 
 def test_tensor_ranks_that_heads_do_not_divide_by_are_left_out_with_a_word():
-    made = make_plan(LLAMA, machine("h200", per_node=6), context=1024, batch=1, gpus=6)
+    made = make_plan(LLAMA, preset_machine("h200", per_node=6), context=1024, batch=1, gpus=6)
     assert {mesh.tensor for mesh in made.meshes} == {1, 2}
-    assert any("3, 6 tensor ranks are left out: 32 query heads" in note for note in made.notes)
+    assert any("3, 6 tensor ranks are left out: they do not divide 32 query heads" in note for note in made.notes)
 
 
 @pytest.mark.parametrize("gpu", ["rtx4090", "mi300x"])
 def test_without_peer_access_nothing_is_fused(gpu):
-    meshes = make_plan(LLAMA, machine(gpu), context=1024, batch=1, gpus=2).meshes
+    meshes = make_plan(LLAMA, preset_machine(gpu), context=1024, batch=1, gpus=2).meshes
     assert [mesh.algorithm for mesh in meshes] == ["none", "all_gather", "none"]
 
 
 @pytest.mark.parametrize("context", [8192, M])
 def test_nothing_is_chosen_that_cannot_be_loaded(context):
     """4 KV heads: 8 tensor ranks are shown, and would be the fastest on short contexts, but not here."""
-    made = make_plan(load_model("qwen3-30b-a3b"), H200, context=context, batch=4, gpus=8)
-    assert {mesh.tensor for mesh in made.meshes if not mesh.loads} == {8}
+    made = make_plan(load_model_spec("qwen3-30b-a3b"), H200, context=context, batch=4, gpus=8)
+    assert {mesh.tensor for mesh in made.meshes if not mesh.loadable} == {8}
     assert made.fewest is not None
     assert made.fastest is not None
     assert max(made.fewest.tensor, made.fastest.tensor) <= 4
     assert "8 x 1" not in made.verdict
-    assert any("that is for other engines, and not chosen here" in note for note in made.notes)
+    assert any("Only other engines support that: not chosen" in note for note in made.notes)
 
 
 def test_fewest_and_fastest():
@@ -152,15 +156,15 @@ def test_fewest_and_fastest():
 @pytest.mark.parametrize(
     ("model", "context", "batch", "gpus", "verdict"),
     [
-        ("llama-3.1-8b", 8192, 1, 8, "Use tensor parallelism alone (8 GPUs)"),
+        ("llama-3.1-8b", 8192, 1, 8, "Use tensor parallelism only (8 GPUs)"),
         ("llama-3.1-8b", M, 4, 16, "Shard the sequence: 13."),
-        ("llama-3.1-70b", M, 4, 16, "Shard the sequence: no mesh without that has the memory."),
+        ("llama-3.1-70b", M, 4, 16, "Shard the sequence: no mesh without sequence sharding has enough memory."),
         ("llama-3.1-8b", 1024, 1, 1, "One GPU is enough"),
         ("deepseek-v3", 1024, 1, 2, "Nothing fits: 2 x 1 still needs 33"),
     ],
 )
 def test_verdicts(model, context, batch, gpus, verdict):
-    made = make_plan(load_model(model), H200, context=context, batch=batch, gpus=gpus)
+    made = make_plan(load_model_spec(model), H200, context=context, batch=batch, gpus=gpus)
     assert made.verdict.startswith(verdict)
     assert (made.fewest is None) == verdict.startswith("Nothing")
 
@@ -168,11 +172,11 @@ def test_verdicts(model, context, batch, gpus, verdict):
 @pytest.mark.parametrize(("model", "gpus"), [("llama-3.1-8b", 16), ("deepseek-v3", 16), ("llama-3.1-70b", 16)])
 def test_sharding_pays_from_the_context_on_that_is_named(model, gpus):
     def fastest_shards(context):
-        fastest = make_plan(load_model(model), H200, context=context, batch=1, gpus=gpus).fastest
+        fastest = make_plan(load_model_spec(model), H200, context=context, batch=1, gpus=gpus).fastest
         assert fastest is not None
         return fastest.sequence > 1
 
-    found = make_plan(load_model(model), H200, context=1024, batch=1, gpus=gpus).pays_from_tokens
+    found = make_plan(load_model_spec(model), H200, context=1024, batch=1, gpus=gpus).pays_from_tokens
     assert found is not None
     assert fastest_shards(found)
     assert fastest_shards(2 * found)
@@ -192,10 +196,10 @@ def test_over_contexts_ends_where_nothing_fits():
 
 def test_the_first_token_takes_the_arithmetic_at_least():
     for tensor, sequence in ((1, 1), (2, 1), (1, 2), (4, 4)):
-        mesh = outlook(LLAMA, H200, 131072, 1, tensor, sequence)
+        mesh = estimate_mesh(LLAMA, H200, 131072, 1, tensor, sequence)
         flops = 131072 * (2 * 6.98e9 + 2 * 32 * 256 * 131072 / 2 * 32)
         least_s = flops / mesh.gpus / H200.gpu.matmul_flops_per_s
-        assert least_s < first_token_s(LLAMA, H200, 131072, 1, mesh) < 2 * least_s
+        assert least_s < estimate_first_token_s(LLAMA, H200, 131072, 1, mesh) < 2 * least_s
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("131072", 131072), ("128k", 131072), ("1M", M), ("1.5m", 3 * M // 2)])
@@ -225,7 +229,7 @@ GOOD = {"--model": "llama-3.1-8b", "--context": "1M", "--gpu": "h200", "--gpus":
         ({"--context": "0"}, "context, batch and gpus must be at least 1, got 0, 1 and 8"),
         ({"--context": "long"}, "context must be a number of tokens such as 131072, 128k or 1M, got 'long'"),
         ({"--batch": "0"}, "at least 1, got 1048576, 0 and 8"),
-        ({"--gpus": "12"}, "gpus must fill nodes of 8, or fit one, got 12"),
+        ({"--gpus": "12"}, "gpus must fit one node of 8 or fill whole nodes, got 12"),
         ({"--gpu": "h300"}, "GPU must be one of h100, h200, b200, mi300x, a100, rtx4090, got 'h300'"),
         ({"--gpu": None}, "name one of --gpu"),
         ({"--machine": "m.json"}, "name one of --gpu"),
@@ -248,11 +252,11 @@ def test_a_config_without_attention_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}')
     ended = run("plan", "--model", tmp_path, "--context", "1k", "--gpu", "h100")
     assert ended.exit_code == 2
-    assert "no configuration of a model with attention: num_attention_heads missing" in ended.stderr
+    assert "not the configuration of a model with attention: num_attention_heads missing" in ended.stderr
 
 
 def test_a_calibration_is_used_and_named(tmp_path):
-    slow = machine("h200")
+    slow = preset_machine("h200")
     slow = replace(slow, gpu=replace(slow.gpu, read_bytes_per_s=slow.gpu.read_bytes_per_s / 2))
     save_calibration(Calibration(slow, "8 x some other card", "2026-11-25"), tmp_path / "m.json")
     with_it = planned("--model", "llama-3.1-8b", "--context", "1M", "--machine", tmp_path / "m.json")
@@ -282,7 +286,7 @@ def test_planning_loads_neither_torch_nor_transformers():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--nproc", 1), "needs 2 ranks at least, got 1"),
+        (("--nproc", 1), "needs at least 2 ranks, got 1"),
         (("--output", "nowhere/m.json"), "output must be a file in a folder that exists, got nowhere/m.json"),
         (("--device", "abacus"), "device must be auto, cpu or cuda, got 'abacus'"),
     ],
@@ -303,7 +307,7 @@ def test_calibrate_does_not_take_the_cpu_for_a_lonely_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     ended = run("calibrate")
     assert ended.exit_code == 2
-    assert "one is here: --device cpu" in ended.stderr
+    assert "found one GPU: --device cpu" in ended.stderr
 
 
 @pytest.mark.slow

@@ -17,11 +17,13 @@ from tree_attention import (
     Unsupported,
     attend,
     explain,
+    fused_kernels,
     tree_decode,
     tree_reduce,
 )
 from tree_attention.local import BACKENDS, run_backend
 from tree_attention.reduce import ALGORITHMS, choose_algorithm, link_obstacle, received_bytes
+from tree_attention.reduce.symmetric import KernelState
 from tree_attention.route import DECODE_ALGORITHMS
 from tree_attention.testing import peaked_inputs, record_traffic
 
@@ -190,3 +192,36 @@ def test_asking_for_a_link_changes_nothing(monkeypatch):
     assert "TORCH_SYMM_MEM_DISABLE_MULTICAST" not in os.environ
     monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "0")
     assert "needs NVLink multicast off" in link_obstacle()
+
+
+class WritesOnes:
+    """Takes the place of a kernel: launched on any grid, it fills the argument at `place`."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, **constants):
+        arguments[self.place].fill_(1.0)
+
+
+def test_a_fused_step_compiles_whole(monkeypatch):
+    """Over a link without GPUs: from the link's private state to the launch nothing breaks the graph."""
+    link = object.__new__(SymmetricLink)
+    link.group, link.rank, link.world_size, link.rows, link.head_dim = None, 0, 1, 64, 64
+    link.device = torch.device("cpu")
+    packets, counters = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    link._state = KernelState([packets], counters, packets.clone(), counters.clone(), [4, 0, 3, 1, 10**9])
+    monkeypatch.setattr(fused_kernels, "fused_kernel", WritesOnes(10))
+    q, k, v = peaked_inputs(S=20, H=4, H_kv=2, D=16, dtype=torch.float16)
+    how = {"mask": torch.ones(1, 1, 1, 20) > 0, "sinks": torch.zeros(4), "softcap": 3.0}
+    assert explain(q, k, v, group=link, **how).is_fused
+
+    def step(q, k, v):
+        return 2 * tree_decode(2 * q, k, v, group=link, **how)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert step(q, k, v).eq(2).all()
+    assert compiled(q, k, v).eq(2).all()

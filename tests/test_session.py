@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -22,9 +23,10 @@ from architectures import BLOCK, tiny
 from tree_attention import InputError, TreeAttentionError, Unsupported
 from tree_attention.hf import Session, load_tensor_parallel
 from tree_attention.hf import save as saving
-from tree_attention.hf.layers import ReplicatedWindowLayer, ShardedLayer
-from tree_attention.hf.session import Frame, frame_of
-from tree_attention.hf.tensor import AXES
+from tree_attention.hf.chat_template import ChatTemplate
+from tree_attention.hf.layers import ShardedLayer
+from tree_attention.hf.tensor_parallel import AXES
+from tree_attention.hf.window_layer import ReplicatedWindowLayer
 
 TEXT = "".join(f"{i} times {i} is {i * i}. " for i in range(12))
 TEMPLATE = """{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}
@@ -55,10 +57,10 @@ def ask(session, prompt):
 
 def contents(session):
     """What this rank keeps of keys: (slots, numbers) of each layer; of a whole layer its last tokens."""
-    placement, found = session.cache.placement, []
+    ranks, found = session.cache.ranks, []
     for layer in session.cache.layers:
         if isinstance(layer, ShardedLayer):
-            slots = placement.layout.slots(0, layer.length, placement.rank)
+            slots = ranks.slots(0, layer.length)
             found.append((slots, layer.keys[:, :, : layer.held].clone()))
         elif isinstance(layer, ReplicatedWindowLayer):
             layer.from_ring()
@@ -66,9 +68,18 @@ def contents(session):
     return found
 
 
-def test_frames():
-    assert frame_of(tokenizer()) == Frame("", "\n\n", "\n\n")
-    assert frame_of(tokenizer(TEMPLATE)) == Frame("<user>", "</><assistant>", "</><user>")
+def test_chat_templates():
+    from_tokenizer, plain = ChatTemplate.from_tokenizer, ChatTemplate.plain
+    assert from_tokenizer(tokenizer()) == ChatTemplate("", "\n\n", "\n\n")
+    assert from_tokenizer(tokenizer(TEMPLATE)) == ChatTemplate("<user>", "</><assistant>", "</><user>")
+    assert plain(tokenizer(TEMPLATE)) == ChatTemplate("", "", "\n\n")
+
+
+@pytest.mark.parametrize("content", ["m.content | upper", "m.content + m.content", "'message'"])
+def test_a_template_that_does_not_contain_each_message_once_is_refused(content):
+    template = TEMPLATE.replace("m.content", content)
+    with pytest.raises(InputError, match="must contain each message once, unchanged"):
+        ChatTemplate.from_tokenizer(tokenizer(template))
 
 
 def talk(group, name, folder, max_tokens):
@@ -220,9 +231,16 @@ def stopped_early(group, how):
     torch.manual_seed(0)
     answer = session.ask("What is this?", **SAMPLED)
     if group is not None and group.rank() == 0:
-        next(answer)
+        if how == "dropped":
+            del answer
+        elif how == "closed unread":
+            answer.close()
+        else:
+            next(answer)
         if how == "closed":
             answer.close()
+        if "closed" in how:
+            assert list(answer) == []
             assert session.tokens.shape[1] == session.cache.get_seq_length() + 1
     else:
         list(answer)
@@ -230,18 +248,20 @@ def stopped_early(group, how):
     return session.tokens[0].tolist()
 
 
-@pytest.mark.parametrize("how", ["closed", "left"])
+@pytest.mark.parametrize("how", ["closed", "left", "dropped", "closed unread"])
 def test_who_stops_early_keeps_the_answer(pool, how):
     assert pool.run(stopped_early, how, ranks=2) == [stopped_early(None, how)] * 2
 
 
+@pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("call", ["read", "save", "fork", "rewind"])
-def test_an_answer_that_was_left_is_ended_first(tmp_path, call):
+def test_an_answer_that_was_left_is_ended_first(tmp_path, call, begun):
     session, expected = opened(None, "llama"), opened(None, "llama")
     arguments = {"read": ["More."], "save": [tmp_path], "fork": [], "rewind": [3]}[call]
     torch.manual_seed(0)
     left = session.ask("What?", **SAMPLED)
-    next(left)
+    if begun:
+        next(left)
     getattr(session, call)(*arguments)
     torch.manual_seed(0)
     list(expected.ask("What?", **SAMPLED))
@@ -250,17 +270,46 @@ def test_an_answer_that_was_left_is_ended_first(tmp_path, call):
     assert session.cache.get_seq_length() == expected.cache.get_seq_length()
 
 
+def test_an_answer_raises_once_what_ended_it():
+    """By whichever comes first, its last piece or the session's next call, and then goes on."""
+    session = opened(None, "llama")
+    before = session.tokens
+    answer = session.ask("What?", temprature=1.0)
+    with pytest.raises(ValueError, match="temprature"):
+        session.rewind(0)
+    assert list(answer) == []
+    with pytest.raises(ValueError, match="temprature"):
+        list(session.ask("What?", temprature=1.0))
+    session.rewind(0)
+    assert torch.equal(session.tokens, before)
+
+
+def test_an_older_answer_does_not_wait_for_a_newer_one():
+    session = opened(None, "llama")
+    older = session.ask("What?", **SAMPLED)
+    newer = session.ask("Who?", **SAMPLED)
+    before = session.tokens.shape[1]
+    list(older)
+    older.close()
+    assert session.tokens.shape[1] == before
+    newer.close()
+    assert session.tokens.shape[1] == before + len("\n\nWho?\n\n") + SAMPLED["max_new_tokens"]
+
+
 def test_an_iterator_that_its_own_writer_collects_waits_for_nobody():
     """Python's garbage collection runs in whatever thread is at hand."""
     session = opened(None, "llama")
-    answers = []
+    answers, asked = [], threading.Event()
 
     def close(*_):
-        answers.pop().close() if answers else None
+        assert asked.wait(60)
+        if answers:
+            assert threading.current_thread() is not threading.main_thread()
+            answers.pop().close()
 
-    answers.append(session.ask("What?", **SAMPLED))
-    next(answers[0])
     hook = session.model.register_forward_pre_hook(close)
+    answers.append(session.ask("What?", **SAMPLED))
+    asked.set()
     session.read("More.")
     hook.remove()
     assert not answers
@@ -351,6 +400,19 @@ def test_saves_of_other_layers(pool, tmp_path, name, max_tokens):
             assert found == [alone[1:]] * ranks
 
 
+def briefly_asked(group, name):
+    """A first question shorter than a block, and an answer that ends within it; then one that goes on."""
+    session = Session.open(tiny(name, "tree_attention"), tokenizer(), group, block_tokens=16)
+    list(session.ask("W", max_new_tokens=2, do_sample=False, eos_token_id=None))
+    session.read("")
+    return session.tokens[0].tolist(), ask(session, "What is this?")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", STATEFUL])
+def test_ranks_may_have_no_tokens(pool, name):
+    assert pool.run(briefly_asked, name, ranks=3) == [briefly_asked(None, name)] * 3
+
+
 def branches(group):
     """A fork, the original, and the original taken back, each asked the same."""
     session = opened(group, "llama")
@@ -393,7 +455,7 @@ def refusals(group, folder):
     small = Session.open(session.model, session.tokenizer, group, max_tokens=100)
     small.read("x" * 60)
     try:
-        list(small.ask("y", max_new_tokens=60))
+        small.ask("y", max_new_tokens=60)  # refused by the call, not by the first piece
     except InputError as error:
         texts.append(str(error))
     assert session.tokens.shape[1] == before

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tree_attention.cost.cluster import Cluster
-from tree_attention.cost.decode import ALGORITHMS, MERGE_KERNELS, PACK_KERNELS, Shape, decode_cost
-from tree_attention.cost.machine import machine
-from tree_attention.cost.simulate import Ragged, simulate
+from simulator.cluster import Cluster
+from simulator.simulate import Ragged, simulate
+from tree_attention.cost.decode import ALGORITHMS, MERGE_KERNELS, PACK_KERNELS, AttentionShape, decode_cost
+from tree_attention.cost.machine import preset_machine
 from tree_attention.layout import Layout
 from tree_attention.reduce import received_bytes
 
-H100 = machine("h100")
-SHAPE = Shape(batch=2, heads=8, kv_heads=2, head_dim=64, keys=3000.0)
+H100 = preset_machine("h100")
+SHAPE = AttentionShape(batch=2, heads=8, kv_heads=2, head_dim=64, keys=3000.0)
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 JITTER = {"kernel_jitter": 0.05, "link_jitter": 0.3}
 CREDIT = None  # a message that takes no time: "I have room"
@@ -201,7 +201,7 @@ def test_one_and_two_gpus_take_about_what_was_measured():
     for file in ("2026-11-25_2xH100.jsonl", "2026-11-25_2xH100_paper.jsonl"):
         for row in map(json.loads, (RESULTS / file).read_text().splitlines()):
             if row["what"] in names:
-                shape = Shape(row["batch"], row["heads"], row["kv_heads"], row["head_dim"], row["keys"])
+                shape = AttentionShape(row["batch"], row["heads"], row["kv_heads"], row["head_dim"], row["keys"])
                 run = simulate(shape, H100, 1 if row["kind"] == "alone" else 2, names[row["what"]])
                 ratios[row["what"]].append(row["graph_s"] / run.mean_s)
     assert {len(found) for found in ratios.values()} == {7}
@@ -215,7 +215,7 @@ def test_one_and_two_gpus_take_about_what_was_measured():
     [
         ({"algorithm": "sum"}, "algorithm"),
         ({"algorithm": "fused", "ranks": 16}, "one node"),
-        ({"ranks": 12}, "whole"),
+        ({"ranks": 12}, "several nodes must be complete"),
         ({"steps": 0}, "steps"),
         ({"link_jitter": -0.1}, "jitter"),
         ({"stragglers": {8: 2.0}}, "stragglers"),

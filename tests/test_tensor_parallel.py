@@ -9,29 +9,36 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from architectures import ARCHITECTURES, BLOCK, GREEDY, NEW_TOKENS, TOKENS, one_process, prompt, readings, tiny
+from architectures import (
+    ARCHITECTURES,
+    BLOCK,
+    GREEDY,
+    NEW_TOKENS,
+    OLD,
+    TOKENS,
+    assert_like_one_process,
+    one_process,
+    prompt,
+    readings,
+    tiny,
+)
 from test_session import TEXT, ask, tokenizer
 from test_smollm2 import smollm2
 from tree_attention import InputError, TreeAttentionError, Unsupported
-from tree_attention.cli.inputs import load_model
-from tree_attention.cost.model import model_of
+from tree_attention.cli.models import load_model
+from tree_attention.cost.model import parse_config
 from tree_attention.hf import Session, TreeCache, load_tensor_parallel, prefill
-from tree_attention.hf.tensor import AXES, check_tensor_parallel
+from tree_attention.hf.tensor_parallel import AXES, check_tensor_parallel
 
-OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
-TOLERANCE = 2e-5  # as in test_hf.py
 PLANNED = [name for name in ARCHITECTURES if name != "gpt_oss"]  # for which transformers has no plan
-
-one_process = functools.cache(one_process)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """`folder(name)`: where the tiny model of an architecture lies."""
+    """`folder(name)` returns the folder with the tiny model of an architecture."""
     made = {}
 
     def of(name):
@@ -45,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 def mesh_of(sequence, tensor):
-    """Of this rank; meshes of fewer than the pool's 4 ranks lie side by side."""
+    """Return this rank's mesh; the pool's 4 ranks form several meshes if these are smaller."""
     copies = 4 // (sequence * tensor)
     return init_device_mesh("cpu", (copies, sequence, tensor), mesh_dim_names=("copy", *AXES))[AXES]
 
@@ -54,24 +61,15 @@ def here(weight):
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
-def assert_like_one_process(results, tokens, logits):
-    for its_tokens, its_logits in results:
-        assert torch.equal(its_tokens, tokens)
-        assert torch.equal(its_logits, results[0][1])
-    assert (results[0][1] - logits).abs().max() <= TOLERANCE * logits.abs().max()
-
-
 def written(model, mesh, padded, reading, static, step="captured"):
     ids, mask = prompt(padded)
-    cache = TreeCache(
-        model.config, mesh["sequence"], block_tokens=BLOCK, max_tokens=TOKENS + NEW_TOKENS - 1 if static else None
-    )
-    cache.step = step
+    max_tokens = TOKENS + NEW_TOKENS - 1 if static else None
+    cache = TreeCache(model.config, mesh["sequence"], block_tokens=BLOCK, max_tokens=max_tokens, step=step)
     how = {"prefill_chunk_size": 16} if reading == "chunked" else {}
     if reading == "parallel":
         prefill(model, ids, cache, attention_mask=mask if padded else None, chunk_tokens=24)
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, **how, **GREEDY)
-    assert bool(cache.steps) == static
+    assert bool(cache.captured_steps) == static
     return out.sequences, torch.stack(out.logits)
 
 
@@ -111,12 +109,12 @@ def compiled_whole(group, folder):
 
 @pytest.mark.slow
 def test_torch_compile_takes_a_step_whole(pool, folder):
-    """Its all-reduces, too, in one graph. (Over the sequence it does not on CPUs, whose link is Python.)"""
+    """The graph includes the all-reduces. (Not over the sequence on CPUs, whose link is Python.)"""
     assert_like_one_process(pool.run(compiled_whole, folder("llama")), *one_process("llama", True))
 
 
 def parts(group, folder, shape, drawn):
-    """Of each weight its whole shape and this rank's part; heads in the cache; sums that tell weights apart."""
+    """Return this rank's part of each weight, and the heads in the layers of its cache."""
     mesh = mesh_of(*shape)
     model = load_tensor_parallel(AutoConfig.from_pretrained(folder) if drawn else folder, mesh)
     cache = TreeCache(model.config, mesh["sequence"], block_tokens=BLOCK)
@@ -143,14 +141,14 @@ def test_a_rank_has_its_part_of_the_weights_and_of_the_heads(pool, folder, drawn
 
 
 def drawn_tokens(group, folder, use_cache):
-    """Sampling with the automatic cache, each rank with a seed of its own."""
+    """Sample with the automatic cache and a different seed on each rank."""
     ids, mask = prompt(padded=True)
     rank = group.rank() if group else 0
     model = load_tensor_parallel(folder, mesh_of(2, 2)) if group else tiny("llama", "eager")
     torch.manual_seed(100 + rank)
     out = model.generate(ids, attention_mask=mask, **GREEDY | {"do_sample": True, "use_cache": use_cache})
     if group and use_cache:
-        assert out.past_key_values.placement.group.size() == 2
+        assert out.past_key_values.ranks.group.size() == 2
     return out.sequences, torch.stack(out.logits)
 
 
@@ -161,7 +159,7 @@ def test_no_seed_takes_ranks_apart(pool, folder, use_cache):
 
 
 def with_other_rounding(group, folder):
-    """The second half of the sequence axis adds in another order, as another group's all-reduce may."""
+    """The second half of the sequence axis rounds differently, as another group's all-reduce may."""
     mesh = mesh_of(2, 2)
     model = load_tensor_parallel(folder, mesh)
     with torch.no_grad():
@@ -177,7 +175,7 @@ def test_logits_have_the_same_bits_however_groups_add(pool, folder):
 
 
 def refused(group, folder):
-    """Texts of what is refused, on every rank alike."""
+    """Return the texts of the errors, which must be the same on every rank."""
     mesh, texts = mesh_of(2, 2), []
     model = load_tensor_parallel(folder, mesh)
     ids = prompt(False)[0]
@@ -229,13 +227,13 @@ def test_the_planner_knows_how_a_model_can_be_split(name, heads):
         try:
             check_tensor_parallel(config, ranks)
         except InputError:
-            assert not model_of(config.to_dict(), name).can_split(ranks)
+            assert not parse_config(config.to_dict(), name).can_split(ranks)
         else:
-            assert model_of(config.to_dict(), name).can_split(ranks)
+            assert parse_config(config.to_dict(), name).can_split(ranks)
 
 
 def talk(group, folder, shape, save, name="llama"):
-    """Two questions; between them the session is saved."""
+    """Ask two questions, and save the session in between."""
     model = load_tensor_parallel(folder, mesh_of(*shape)) if shape else tiny(name, "tree_attention")
     session = Session.open(model, tokenizer(), block_tokens=BLOCK) if shape else Session.open(model, tokenizer(), group)
     session.read(TEXT, chunk_tokens=64)
@@ -265,13 +263,13 @@ def test_a_save_is_taken_up_on_other_ranks_of_the_sequence(pool, folder, tmp_pat
         assert pool.run(goes_on, folder(name), shape, save) == [expected[1]] * 4
     [text] = set(pool.run(goes_on, folder(name), (2, 1), save))
     assert text == (
-        "the save in SAVE is of a model split over 2 ranks by tensor parallelism, and holds their heads apart; "
-        "this one is split over 1: load the model over 2"
+        "the save in SAVE is of a model split over 2 ranks by tensor parallelism, and has a file for the heads "
+        "of each; this model is split over 1: load it over 2"
     )
 
 
 def half_a_disk(group, folder, save):
-    """The second save fails on one rank of the second half of the heads."""
+    """The second save fails on one rank, which has the second half of the heads."""
     from tree_attention.hf import save as saving
 
     session = Session.open(load_tensor_parallel(folder, mesh_of(2, 2)), tokenizer(), block_tokens=BLOCK)
@@ -312,7 +310,7 @@ def last_json(ended):
 
 @pytest.mark.slow
 def test_generate_on_the_command_line(folder):
-    """Two by two ranks draw what one process draws with that seed."""
+    """A mesh of 2 x 2 ranks samples what one process samples with that seed."""
     ended = command(
         "generate", "--model", folder("llama"), "--prompt", "x" * 100, "--nproc", 4, "--tensor-parallel", 2, "--sample",
         "--max-new-tokens", 8, "--device", "cpu", "--block-tokens", 4, "--verify", "--json",
@@ -328,7 +326,7 @@ def test_generate_on_the_command_line(folder):
 
 @pytest.mark.slow
 def test_bench_steps_on_the_command_line(folder):
-    """Weights that are drawn; each rank reads its part of them, and one of two KV heads of all tokens."""
+    """Random weights: each rank reads its part of them, and one of two KV heads of all tokens."""
     ended = command(
         "bench", "steps", "--config", Path(folder("llama")) / "config.json", "--contexts", 64, "--tokens", 4,
         "--nproc", 2, "--tensor-parallel", 2, "--device", "cpu", "--ways", "ours captured",
@@ -366,7 +364,7 @@ def test_nproc_is_a_product(pool, folder):
 
 @pytest.mark.model
 def test_smollm2_over_its_three_kv_heads():
-    """A third of its 9 heads on each rank; its word embedding is its head, too."""
+    """Each rank has a third of the 9 heads; the word embedding is also the output weight."""
     ended = command(
         "generate", "--model", smollm2.fetch(), "--prompt", smollm2.topics["assert"], "--nproc", 3,
         "--tensor-parallel", 3, "--max-new-tokens", 12, "--device", "cpu", "--verify", "--json",

@@ -374,7 +374,7 @@ def generate_over(group, nodes, static):
     topology = TwoLevel(group, nodes)
     found = sharded(topology, "llama", True, "parallel", static)
     cache = TreeCache(tiny("llama", "tree_attention").config, topology)
-    cache.placement.reduce(random_partial(group.rank()))
+    cache.exchange.reduce(random_partial(group.rank()))
     return *found, cache.received_bytes
 
 

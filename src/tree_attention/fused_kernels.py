@@ -1,7 +1,7 @@
-"""Decoding and the merge over ranks in one kernel: split, merge the chip's parts, push, wait, merge the ranks', round.
+"""Decoding and the merge over ranks in one kernel: split, merge this GPU's parts, push, wait, merge the ranks', round.
 
-No program waits before all of its own work is published, and there are no more programs than multiprocessors, so that
-none waits for one that cannot start (what else may hold them: `SymmetricLink`).
+No program waits before it has published all of its own work, and there are no more programs than multiprocessors, so no
+program waits for one that cannot start. `SymmetricLink` says what else may occupy multiprocessors.
 """
 
 import triton
@@ -19,11 +19,11 @@ def fused_kernel(
     DV_PAD: tl.constexpr, B_PAD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
     UR: tl.constexpr, UD: tl.constexpr, PARTS: tl.constexpr, WORLD: tl.constexpr, W_PAD: tl.constexpr,
     SCATTER: tl.constexpr, SPLIT: tl.constexpr, PUSH: tl.constexpr, COLLECT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """`tensors` to `parts` as in `split`; buffers to timeout_ns as in `exchange_kernel`; sinks `[H]` or None.
 
-    out: `[B, T, H, DV]`, with SCATTER `[B, T, H / WORLD, DV]`, in its own dtype. SPLIT, PUSH, COLLECT: the steps; all
-    but in tests, where programs run one after the other and cannot wait for one another.
+    out: `[B, T, H, DV]`, with SCATTER `[B, T, H / WORLD, DV]`, in the dtype of its pointer. SPLIT, PUSH, COLLECT: which
+    steps to run; all, except in tests, where programs run one after the other and cannot wait for each other.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     B, T, _, H_kv, _ = sizes
@@ -40,7 +40,7 @@ def fused_kernel(
         split(
             tensors, strides, sizes, factors, work, parts, epoch,
             G, BM, BN, D, DV, D_PAD, DV_PAD, B_PAD, EVEN, STAGES,
-        )  # fmt: skip
+        )
     if PDL:
         gdc_launch_dependents()
     if PUSH:
@@ -60,12 +60,12 @@ def fused_kernel(
             numbers, lse = collect(
                 mine, row, cols, live, rows, capacity, rank, epoch, fault, timeout_ns, DV, WORLD, W_PAD, UD
             )
-            if sinks is not None:  # one more key of value 0
+            if sinks is not None:  # one more key, of value 0
                 sink = tl.load(sinks + row % H, mask=live, other=0.0).to(tl.float32)
                 numbers /= 1 + tl.exp(sink[:, None] - tl.where(lse == float("-inf"), 0.0, lse))
             at = out_place(row, H, WORLD, SCATTER)
             tl.store(
                 out + at[:, None] * DV + cols[None, :], numbers.to(out.dtype.element_ty),
                 mask=live[:, None] & (cols < DV)[None, :],
-            )  # fmt: skip
+            )
         keep_epoch(epochs, program, programs, epoch)

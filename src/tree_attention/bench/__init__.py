@@ -1,1 +1,1 @@
-"""Measurements, as functions that run on each rank and return plain records."""
+"""Measurements: functions that every rank calls and that return plain records, the same on every rank."""

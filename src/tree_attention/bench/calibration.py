@@ -1,33 +1,34 @@
-"""The constants of cost/machine.py, measured on the ranks that call it: GPUs in CUDA graphs, CPUs call by call."""
+"""Measures the constants of cost/machine.py on the calling ranks: GPUs in CUDA graphs, CPUs call by call."""
 
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..cost.machine import Gpu, Link, Machine, machine
+from ..cost.machine import GpuSpec, LinkSpec, Machine, preset_machine
 from ..errors import Unavailable
 from ..local import attend
 from ..partial import Partial
 from ..reduce import SymmetricLink
 from ..reduce.collectives import gather
-from .timing import Captured, Run, capture, seconds_in_turns
+from .timing import CapturedCalls, TimedWork, capture, median_seconds
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 ROUNDS = 7
-SMALLEST_S = 1e-9  # where a difference of two measurements comes out below zero
+SMALLEST_S = 1e-9  # used if a difference of two measurements is negative
 
 
 @torch.no_grad()
-def calibrate(device: torch.device) -> Machine:
-    """This machine's constants, the same on every rank; all ranks of one host call it, at least two.
+def measure_machine(device: torch.device) -> Machine:
+    """Return the constants of this host, the same on every rank. At least two ranks, all on this host, call it.
 
-    The link between nodes cannot be measured on one: it is the preset of an H100 node, and its source says so.
+    The link between nodes cannot be measured on one host: it is the preset of an H100 node, and its source says so.
     """
     on_gpu = device.type == "cuda"
     big_bytes, small_bytes, keys = (1 << 32, 16 << 10, 16384) if on_gpu else (1 << 27, 16 << 10, 1024)
@@ -39,16 +40,17 @@ def calibrate(device: torch.device) -> Machine:
     width = 8192 if on_gpu else 1024
     a, b = (torch.randn(width, width, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32) for _ in "ab")
     multiply_s = _seconds([lambda: a @ b] * 4, device)
-    gpu = Gpu(
-        _name(device), _memory_bytes(device), read_bytes_per_s, 2 * width**3 / multiply_s, launch_s, kernel_s,
+    source = (
         f"measured: a read of {big_bytes >> 20} MiB; a decode step of {decode_bytes >> 20} MiB of keys and values less "
-        f"its read; a small kernel; a product of {width} x {width} matrices",
-    )  # fmt: skip
+        f"its read; a small kernel; a product of {width} x {width} matrices"
+    )
+    rates = (read_bytes_per_s, 2 * width**3 / multiply_s)
+    gpu = GpuSpec(_name(device), _memory_bytes(device), *rates, launch_s, kernel_s, source)
     return Machine(_name(device), gpu, _link(big_bytes, small_bytes, kernel_s, device), _across(), _per_node(device))
 
 
 def _reads(size_bytes: int, device: torch.device) -> list[Callable[[], Any]]:
-    """Steps that read so many bytes, far more than caches hold."""
+    """Steps that each read `size_bytes`, far more than the caches hold."""
     words = torch.ones(size_bytes // 4, dtype=torch.int32, device=device)
     if device.type == "cpu":
         return [words.view(torch.float32).sum]
@@ -58,7 +60,7 @@ def _reads(size_bytes: int, device: torch.device) -> list[Callable[[], Any]]:
 
 
 def _decodes(keys: int, device: torch.device) -> tuple[list[Callable[[], Any]], int]:
-    """Decode steps without an exchange over several sets in turn, and the bytes of one."""
+    """Decode steps without an exchange, each on another set of keys and values, and the bytes of one step."""
     how: dict[str, Any] = {"device": device, "dtype": torch.bfloat16 if device.type == "cuda" else torch.float32}
     q = torch.randn(1, 1, HEADS, HEAD_DIM, **how)
     sets = [[torch.randn(1, KV_HEADS, keys, HEAD_DIM, **how).transpose(1, 2) for _ in "kv"] for _ in range(8)]
@@ -66,7 +68,7 @@ def _decodes(keys: int, device: torch.device) -> tuple[list[Callable[[], Any]], 
     return [lambda kv=kv: attend(q, *kv).out for kv in sets], read_bytes
 
 
-def _link(big_bytes: int, small_bytes: int, kernel_s: float, device: torch.device) -> Link:
+def _link(big_bytes: int, small_bytes: int, kernel_s: float, device: torch.device) -> LinkSpec:
     size = dist.get_world_size()
     sent_bytes = big_bytes // 4
     move_s = _seconds([_shift(sent_bytes, device)] * 2, device)
@@ -74,19 +76,19 @@ def _link(big_bytes: int, small_bytes: int, kernel_s: float, device: torch.devic
     small = torch.zeros(small_bytes // 4, device=device)
     world: Any = dist.group.WORLD
     collective_s = _seconds([lambda: gather(small, world)] * 16, device) - (size - 2) * latency_s
-    return Link(
-        "measured", sent_bytes / move_s, latency_s, max(collective_s, latency_s),
-        f"measured with {size} ranks: each sends {sent_bytes >> 20} MiB to the next; {how}; an all-gather of 16 KiB",
-        peer_access=how.startswith("SymmetricLink"),
-    )  # fmt: skip
+    source = (
+        f"measured with {size} ranks: each sends {sent_bytes >> 20} MiB to the next; {how}; an all-gather of 16 KiB"
+    )
+    times_s, peer_access = (latency_s, max(collective_s, latency_s)), how.startswith("SymmetricLink")
+    return LinkSpec("measured", sent_bytes / move_s, *times_s, source, peer_access)
 
 
 def _latency(kernel_s: float, device: torch.device) -> tuple[float, str]:
-    """Seconds of a small message, and by what it was measured: the exchange kernel where there can be one."""
+    """Seconds of a small message, and how it was measured: with the exchange kernel if SymmetricLink is available."""
     if device.type == "cuda":
         try:
             link = SymmetricLink(rows=HEADS, head_dim=HEAD_DIM)
-        except Unavailable as obstacle:  # on every rank alike
+        except Unavailable as obstacle:  # the same on every rank
             note = f"a small send and receive, since SymmetricLink is unavailable ({obstacle})"
         else:
             part = Partial(torch.zeros(1, 1, HEADS, HEAD_DIM, device=device), torch.zeros(1, 1, HEADS, device=device))
@@ -99,7 +101,7 @@ def _latency(kernel_s: float, device: torch.device) -> tuple[float, str]:
 
 
 def _shift(size_bytes: int, device: torch.device) -> Callable[[], Tensor]:
-    """A step in which every rank sends so many bytes to the next one."""
+    """A step in which every rank sends `size_bytes` to the next rank."""
     rank, size = dist.get_rank(), dist.get_world_size()
     out = torch.zeros(size_bytes // 4, device=device)
     came = torch.empty_like(out)
@@ -114,36 +116,30 @@ def _shift(size_bytes: int, device: torch.device) -> Callable[[], Tensor]:
 
 
 def _seconds(steps: Sequence[Callable[[], Any]], device: torch.device) -> float:
-    """Of one step: the slowest rank's, the median of ROUNDS rounds, the steps having run before."""
+    """Seconds per step: the median over ROUNDS rounds of the slowest rank's time, after a warm-up."""
     for step in steps:
         step()
     if device.type == "cuda":
         torch.cuda.synchronize()
         graph = capture(steps)
-        if not isinstance(graph, Captured):
-            raise Unavailable(f"calibrate times CUDA graphs: {graph}")
-        return seconds_in_turns({0: Run(graph.replay, ahead=True)}, ROUNDS)[0] / len(steps)
-    turns = []
+        if not isinstance(graph, CapturedCalls):
+            raise Unavailable(f"calibrate needs CUDA graphs: {graph}")
+        return median_seconds({0: TimedWork(graph.replay, ahead=True)}, ROUNDS)[0] / len(steps)
+    rounds_s = []
     for _ in range(ROUNDS):
         dist.barrier()
         start = time.perf_counter()
         for step in steps:
             step()
-        turns.append((time.perf_counter() - start) / len(steps))
-    slowest = torch.tensor(turns, dtype=torch.float64)
+        rounds_s.append((time.perf_counter() - start) / len(steps))
+    slowest = torch.tensor(rounds_s, dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return statistics.median(slowest.tolist())
 
 
-def _across() -> Link:
-    preset = machine("h100").across
-    return Link(
-        preset.name,
-        preset.bytes_per_s,
-        preset.latency_s,
-        preset.collective_s,
-        f"not measured, a preset: {preset.source}",
-    )
+def _across() -> LinkSpec:
+    preset = preset_machine("h100").across
+    return replace(preset, source=f"not measured, a preset: {preset.source}")
 
 
 def _per_node(device: torch.device) -> int:
@@ -155,7 +151,7 @@ def _name(device: torch.device) -> str:
 
 
 def _memory_bytes(device: torch.device) -> float:
-    """Of the GPU; of a CPU rank its share."""
+    """Memory of the GPU, or a CPU rank's share of the host memory."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / dist.get_world_size()

@@ -1,7 +1,7 @@
-"""Decode steps over GPUs: ours, other people's kernels and exchanges, and the ceiling; first whether they are right.
+"""Checks and times one decode step over GPUs: ours, other kernels and exchanges, and a streaming read as the ceiling.
 
-Every contestant's output is compared with a float64 reference, before it is timed and again after. Then all take turns.
-K and V lie in several sets that are used in rotation, so that no cache holds them from one call to the next.
+Every contestant's output is compared with a float64 reference before it is timed and again after. All contestants take
+turns. There are several sets of K and V, used in rotation, so that no cache holds them from one call to the next.
 """
 
 import math
@@ -21,18 +21,18 @@ from ..local import attend
 from ..partial import merge
 from ..reduce import SymmetricLink
 from ..reduce.collectives import gather, pack, unpack
-from .case import ROTATED_BYTES, Case, keys_and_values, make_inputs, reference
-from .peers import LOCAL, SPREAD, Peer, Step, streaming_read
-from .timing import Captured, Run, capture, one_line, seconds_in_turns, waiting_seconds
+from .case import ROTATED_BYTES, Case, exact_attention, keys_and_values, make_inputs
+from .peers import LOCAL_PEERS, SPREAD_PEERS, Peer, Step, streaming_read
+from .timing import CapturedCalls, TimedWork, capture, median_seconds, one_line, waiting_seconds
 
-MOST_ERROR = 1e-2
+MAX_ERROR = 1e-2
 READS = ((65536, 2, 8), (16384, 4, 4), (32768, 8, 4))  # block_bytes, programs_per_sm, num_warps
-OWN = ("alone", "local")  # kinds that cover this rank's keys only
+OWN_KEYS = ("alone", "local")  # kinds that attend to this rank's keys only
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """What outlives a case. alone: a link over this rank only. groups: a communicator for each spread peer."""
+class Communicators:
+    """Links and groups that all cases share. alone: a link over this rank only. groups: one per spread peer."""
 
     world: ProcessGroup
     link: SymmetricLink
@@ -40,15 +40,16 @@ class Ranks:
     groups: dict[str, ProcessGroup]
 
     def workspace_bytes(self) -> int:
-        """Device memory of the link, on this rank."""
+        """Bytes of the link's device memory on this rank."""
         return self.link.workspace_bytes
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """prepare(k, v) -> step, or `obstacle` says why not. output: what of its result is the attention, all by default.
+    """An implementation that takes part: `prepare(k, v)` returns its step, unless `obstacle` says why it cannot run.
 
-    kind: "ours", "alone" (ours without exchange), "local", "spread" (the peers) or "exchange" (without the attention).
+    kind: "ours", "alone" (ours without the exchange), "local" or "spread" (peers), or "exchange" (without attention).
+    output: extracts the attention output from the result. Default: the result itself.
     """
 
     what: str
@@ -58,28 +59,29 @@ class Contestant:
     obstacle: str | None = None
 
 
-def meet(cases: Sequence[Case]) -> Ranks:
-    """Links and groups with room for all cases; every rank calls it."""
+def open_communicators(cases: Sequence[Case]) -> Communicators:
+    """Make the links, large enough for all cases, and the groups. Every rank calls it."""
     world: Any = dist.group.WORLD
     everyone = list(range(world.size()))
     rows, head_dim = max(case.batch * case.heads for case in cases), max(case.head_dim for case in cases)
     solos: list[Any] = [dist.new_group([rank]) for rank in everyone]
-    groups: dict[str, Any] = {name: dist.new_group(everyone) for name in SPREAD}
+    groups: dict[str, Any] = {name: dist.new_group(everyone) for name in SPREAD_PEERS}
     link, alone = (SymmetricLink(group, rows=rows, head_dim=head_dim) for group in (world, solos[world.rank()]))
-    return Ranks(world, link, alone, groups)
+    return Communicators(world, link, alone, groups)
 
 
 @torch.no_grad()
-def measure(
-    cases: Sequence[Case], ranks: Ranks, *, peers: Sequence[str], rounds: int, eager: bool
+def measure_decode(
+    cases: Sequence[Case], ranks: Communicators, *, peers: Sequence[str], rounds: int, eager: bool
 ) -> Iterator[list[dict[str, Any]]]:
-    """For each case, those that read most first, a record for each contestant; the same on every rank.
+    """Yield one list of records per case, one record per contestant; the cases with the most bytes come first.
 
-    peers: names of `LOCAL` and `SPREAD`. Times are those of one call: graph_s in a CUDA graph, eager_s called one by
-    one, read_s the streaming read of the same bytes, waiting_s what a step of ours would lose to always waiting for the
-    slower rank, measured without an exchange. roofline_s: the bytes over the fastest such read so far.
-    peak_extra_bytes: the most that PyTorch holds while the first step is prepared and called, beyond what it held
-    before, K and V among that; on the rank with most. Not in it: a link's memory, made before, and NCCL's own.
+    The records are the same on every rank. peers: names of `LOCAL_PEERS` and `SPREAD_PEERS`. Times are seconds per
+    call: graph_s in a CUDA graph, eager_s call by call, read_s for a streaming read of the same bytes. waiting_s: what
+    a step of ours would lose by always waiting for the slowest rank, measured without an exchange. roofline_s: the
+    bytes at the rate of the fastest streaming read so far. peak_extra_bytes: the peak of PyTorch's allocator while the
+    first step is prepared and called, less the memory allocated before (K and V included), on the rank with the most.
+    Not included: memory of links, which are made before, and of NCCL.
     """
     fastest = 0.0
     for case in sorted(cases, key=Case.read_bytes, reverse=True):
@@ -89,37 +91,38 @@ def measure(
         torch.cuda.empty_cache()
 
 
-def _measure_case(case: Case, ranks: Ranks, peers: Sequence[str], rounds: int, eager: bool) -> list[dict[str, Any]]:
+def _measure_case(
+    case: Case, ranks: Communicators, peers: Sequence[str], rounds: int, eager: bool
+) -> list[dict[str, Any]]:
     q, lengths, sets = make_inputs(case, ranks.world.rank(), ranks.world.size(), ranks.link.device)
     pairs = [keys_and_values(case, kv) for kv in sets]
-    exact = reference(q, *pairs[0], lengths, ranks.world)
+    exact = exact_attention(q, *pairs[0], lengths, ranks.world)
     entered = {each.what: each for each in contestants(q, lengths, pairs[0], ranks, peers)}
-    runs, captured, records = {}, {}, {}
+    works, captured, records = {}, {}, {}
     for what, contestant in entered.items():
         steps, records[what] = _try(contestant, pairs, exact, ranks)
         if not steps:
             continue
         calls = [steps[i % len(steps)] for i in range(case.calls())]
         graph = capture(calls)
-        if isinstance(graph, Captured):
-            captured[what], runs[what, "graph_s"] = graph, Run(graph.replay, ahead=True)
+        if isinstance(graph, CapturedCalls):
+            captured[what], works[what, "graph_s"] = graph, TimedWork(graph.replay, ahead=True)
         else:
             records[what]["note"] = graph
         if eager or isinstance(graph, str):
-            runs[what, "eager_s"] = Run(bind(_call_all, calls), ahead=False)
+            works[what, "eager_s"] = TimedWork(bind(_call_all, calls), ahead=False)
     read = _streaming_read(case, sets, rounds)
-    taken = seconds_in_turns(runs, rounds)
+    taken = median_seconds(works, rounds)
     alone = captured.get("fused_alone")
     waiting_s = None if alone is None else waiting_seconds(alone.calls, rounds)
-    for what, graph in captured.items():  # right in the graph, too, and after all replays
+    for what, graph in captured.items():  # check the result in the graph, after all replays
         again = _verdict(entered[what], graph.first, exact, ranks.world)
         records[what] |= again if again["wrong"] else {}
     ranks.link.check()
-    about = asdict(case) | {
-        "ranks": ranks.world.size(), "bytes": case.read_bytes(), "sets": len(sets), "calls": case.calls(),
-        "rounds": rounds, "beyond_caches": len(sets) * case.read_bytes() >= ROTATED_BYTES, "waiting_s": waiting_s,
-        **read,
-    }  # fmt: skip
+    counts = {"sets": len(sets), "calls": case.calls(), "rounds": rounds, "waiting_s": waiting_s}
+    beyond_caches = len(sets) * case.read_bytes() >= ROTATED_BYTES
+    about = asdict(case) | {"ranks": ranks.world.size(), "bytes": case.read_bytes(), "beyond_caches": beyond_caches}
+    about |= counts | read
     return [
         about | {"what": what, "kind": entered[what].kind} | record | _times(taken, what, case, record["wrong"])
         for what, record in records.items()
@@ -127,11 +130,11 @@ def _measure_case(case: Case, ranks: Ranks, peers: Sequence[str], rounds: int, e
 
 
 def contestants(
-    q: Tensor, lengths: Tensor | None, first: tuple[Tensor, Tensor], ranks: Ranks, peers: Sequence[str]
+    q: Tensor, lengths: Tensor | None, first: tuple[Tensor, Tensor], ranks: Communicators, peers: Sequence[str]
 ) -> Iterator[Contestant]:
-    """Ours; without lengths, which peers have no form for, also the exchange alone and the peers.
+    """Yield ours and, unless there are lengths, which peers do not support, the exchange alone and the peers.
 
-    first: the k and v by which a peer says whether it can run. Spread peers come last: a capture may fail there.
+    first: the k and v for which the peers are asked for obstacles. Spread peers come last: their capture may fail.
     """
     link, alone, world = ranks.link, ranks.alone, ranks.world
     decode, local = bind(tree_decode, local_seqlens=lengths), bind(attend, local_seqlens=lengths)
@@ -142,13 +145,14 @@ def contestants(
     if lengths is not None:
         return
     yield Contestant("merge", "exchange", lambda k, v: bind(lambda part: link.reduce(part).out, local(q, k, v)))
-    yield Contestant(
-        "nccl_all_gather", "exchange", lambda k, v: bind(gather, pack(local(q, k, v)), world),
-        output=lambda gathered: merge(unpack(gathered)).out,
-    )  # fmt: skip
-    for name, peer in (LOCAL | SPREAD).items():
+
+    def all_gather(k: Tensor, v: Tensor) -> Step:
+        return bind(gather, pack(local(q, k, v)), world)
+
+    yield Contestant("nccl_all_gather", "exchange", all_gather, lambda gathered: merge(unpack(gathered)).out)
+    for name, peer in (LOCAL_PEERS | SPREAD_PEERS).items():
         if name in peers:
-            kind, group = ("local", None) if name in LOCAL else ("spread", ranks.groups[name])
+            kind, group = ("local", None) if name in LOCAL_PEERS else ("spread", ranks.groups[name])
             prepare = bind(_prepare, peer, q, group)
             yield Contestant(name, kind, prepare, obstacle=peer.obstacle(q, *first))
 
@@ -158,9 +162,9 @@ def _prepare(peer: Peer, q: Tensor, group: ProcessGroup | None, k: Tensor, v: Te
 
 
 def _try(
-    contestant: Contestant, pairs: Sequence[tuple[Tensor, Tensor]], exact: tuple[Tensor, Tensor], ranks: Ranks
+    contestant: Contestant, pairs: Sequence[tuple[Tensor, Tensor]], exact: tuple[Tensor, Tensor], ranks: Communicators
 ) -> tuple[list[Step], dict[str, Any]]:
-    """A step for each k and v, if it can run and is right; and what is to be said of that, the same on every rank."""
+    """Return a step per k and v, none if it cannot run or is wrong; and the verdict, the same on every rank."""
     fault, steps, outs, extra = contestant.obstacle, [], [], None
     if fault is None:
         try:
@@ -168,22 +172,22 @@ def _try(
             for k, v in pairs:
                 steps.append(contestant.prepare(k, v))
                 outs.append(steps[-1]())
-                if extra is None and allocated is not None:  # of the first alone
+                if extra is None and allocated is not None:  # of the first step only
                     extra = torch.cuda.max_memory_allocated() - allocated
             ranks.link.synchronize()
-        except (RuntimeError, ImportError, OSError) as error:  # other people's code, and the compilers that it calls
+        except (RuntimeError, ImportError, OSError) as error:  # external kernels and their compilers
             fault = f"did not run: {one_line(error)}"
     fault = first_fault(fault, ranks.world)
     if fault is not None:
         unknown = dict.fromkeys(("peak_extra_bytes", "relative_error", "same_bits"))
         return [], unknown | {"wrong": False, "note": fault}
-    extras = [its for its in gather_objects(extra, ranks.world) if its is not None]
+    extras = [count for count in gather_objects(extra, ranks.world) if count is not None]
     verdict = _verdict(contestant, outs[0], exact, ranks.world)
     return [] if verdict["wrong"] else steps, {"peak_extra_bytes": max(extras, default=None)} | verdict
 
 
 def _restart_peak(tensor: Tensor) -> int | None:
-    """Bytes that are allocated now, from which the peak counts; None on the CPU, which does not count them."""
+    """Reset the peak and return the bytes allocated now; None on the CPU, where PyTorch does not count them."""
     if not tensor.is_cuda:
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -193,9 +197,9 @@ def _restart_peak(tensor: Tensor) -> int | None:
 def _verdict(
     contestant: Contestant, result: Tensor, exact: tuple[Tensor, Tensor], world: ProcessGroup
 ) -> dict[str, Any]:
-    """The largest relative error of a rank, against its own keys' attention or all ranks'; ours: are the bits equal?"""
+    """Compare with the exact attention: the largest relative error of a rank and, for ours, whether all bits agree."""
     out = result if contestant.output is None else contestant.output(result)
-    right = exact[0] if contestant.kind in OWN else exact[1]
+    right = exact[0] if contestant.kind in OWN_KEYS else exact[1]
     worst = ((out - right).norm() / right.norm()).nan_to_num(nan=math.inf, posinf=math.inf)
     dist.all_reduce(worst, dist.ReduceOp.MAX, world)
     error, same_bits, note = float(worst), None, None
@@ -203,23 +207,23 @@ def _verdict(
         outs = gather(out, world)
         same_bits = bool((outs == outs[0]).all())
         note = None if same_bits else "wrong: not the same bits on every rank"
-    if error > MOST_ERROR:
+    if error > MAX_ERROR:
         note = f"wrong: relative error {error:.1e}"
     finite = error if math.isfinite(error) else None  # JSON has no infinity
     return {"relative_error": finite, "same_bits": same_bits, "wrong": note is not None, "note": note}
 
 
 def _streaming_read(case: Case, sets: Sequence[Tensor], rounds: int) -> dict[str, Any]:
-    """As many bytes of each set, read once and nothing computed, with the best of READS."""
-    words, runs = case.read_bytes() // sets[0].itemsize, {}
+    """Time a streaming read of the same number of bytes, with the fastest of the settings in READS."""
+    words, works = case.read_bytes() // sets[0].itemsize, {}
     for setting in READS:
         how = dict(zip(("block_bytes", "programs_per_sm", "num_warps"), setting, strict=True))
         steps = [streaming_read(kv.view(-1)[:words], **how) for kv in sets]
         _call_all(steps)
         graph = capture([steps[i % len(steps)] for i in range(case.calls())])
-        assert isinstance(graph, Captured), graph
-        runs[setting] = Run(graph.replay, ahead=True)
-    taken = seconds_in_turns(runs, rounds)
+        assert isinstance(graph, CapturedCalls), graph
+        works[setting] = TimedWork(graph.replay, ahead=True)
+    taken = median_seconds(works, rounds)
     setting = min(READS, key=taken.__getitem__)
     read_s = taken[setting] / case.calls()
     return {"read_s": read_s, "read_setting": setting, "streaming_bytes_per_s": case.read_bytes() / read_s}

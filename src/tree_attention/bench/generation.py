@@ -1,10 +1,10 @@
-"""Reading and writing with a whole model: seconds to the first token, seconds a token, bytes of KV.
+"""Measures generation with a whole model: time to the first token, time per token, bytes of the KV cache.
 
-The contestants take turns in the same processes, several rounds, so that a machine whose speed drifts is fair to all:
+The contestants take turns in the same processes for several rounds, so that drifts of the machine's speed affect all:
 
-stock            transformers' own sdpa attention and DynamicCache, on the first rank alone, reading in one piece
-tree_attention   ours, on the first rank alone, and on all ranks
-apart            ours on one rank, done by every rank at the same time: what they lose to shared memory and caches
+stock            transformers' sdpa attention and DynamicCache, on the first rank only, prefill in one forward pass
+tree_attention   ours, on the first rank only, and on all ranks
+apart            ours on one rank, run by every rank at the same time: the loss to shared memory and caches
 """
 
 import os
@@ -24,13 +24,13 @@ WARM_UP_STEPS = 4
 
 
 @torch.no_grad()
-def measure(
+def measure_generation(
     model: str, ids: Tensor, contexts: list[int], *, decode_tokens: int, chunk_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One record for each context and contestant; float32, one thread a rank, each rank's main thread on its own core.
+    """Return one record per context and contestant. float32, one thread per rank, each rank on its own core.
 
-    ids: `[1, tokens]`, at least as many as the longest context. Times are medians over rounds (seconds to the first
-    token) or over all rounds' steps (seconds a token), of the slowest rank. The same records on every rank.
+    ids: `[1, tokens]`, at least the longest context. ttft_s is the median over rounds, tpot_s the median over the steps
+    of all rounds, both of the slowest rank.
     """
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def measure(
 
 
 def _turn(model: Any, ids: Tensor, what: str, group: Any, decode_tokens: int, chunk_tokens: int) -> dict[str, Any]:
-    """Read, then write greedily; this rank's clock."""
+    """Prefill, then decode greedily; times of this rank."""
     model.set_attn_implementation("sdpa" if what == "stock" else "tree_attention")
     cache: Any = DynamicCache(config=model.config) if what == "stock" else TreeCache(model.config, group)
     start = time.perf_counter()
@@ -78,7 +78,7 @@ def _turn(model: Any, ids: Tensor, what: str, group: Any, decode_tokens: int, ch
 
 
 def _summary(turns: list[dict[str, Any]], what: str, context: int, group: Any) -> dict[str, Any]:
-    """The slowest rank's medians; ranks that sat out report nothing."""
+    """The record: medians of the slowest rank. Ranks that did not take part contribute zeros."""
     mine = [0.0, 0.0, 0.0, 0.0]
     if turns:
         steps = [step for turn in turns for step in turn["steps_s"]]
@@ -87,8 +87,6 @@ def _summary(turns: list[dict[str, Any]], what: str, context: int, group: Any) -
     slowest = torch.tensor(mine, dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     ttft_s, tpot_s, kv_bytes, received_bytes = slowest.tolist()
-    return {
-        "what": what, "ranks": dist.get_world_size() if group is dist.group.WORLD else 1, "context_tokens": context,
-        "ttft_s": ttft_s, "tpot_s": tpot_s, "kv_bytes_per_rank": int(kv_bytes),
-        "received_bytes_per_token": received_bytes,
-    }  # fmt: skip
+    ranks = dist.get_world_size() if group is dist.group.WORLD else 1
+    sizes = {"kv_bytes_per_rank": int(kv_bytes), "received_bytes_per_token": received_bytes}
+    return {"what": what, "ranks": ranks, "context_tokens": context, "ttft_s": ttft_s, "tpot_s": tpot_s} | sizes

@@ -1,11 +1,11 @@
-"""What our decode is measured against: other people's kernels and exchanges, each as its own users would write it.
+"""Peers of our decode: other kernels and exchanges, each written as its users would write it.
 
-LOCAL    one GPU on its own shard: cudnn, flash2, flash3, flashinfer
-SPREAD   all ranks' shards: three_all_reduce (the paper's reference), all_gather, ring
-streaming_read   the ceiling: every byte read once, nothing computed
+LOCAL_PEERS      attention over one GPU's own shard: cudnn, flash2, flash3, flashinfer
+SPREAD_PEERS     attention over the shards of all ranks: three_all_reduce (the paper's reference), all_gather, ring
+streaming_read   the ceiling: every byte is read once, nothing is computed
 
-A Peer never falls back: `obstacle` says why it cannot run here. All steps run on one stream without waiting for the
-device, so each can be captured in a CUDA graph (after some steps outside, in which plans and communicators are made).
+A Peer never falls back to another kernel: `obstacle` says why it cannot run. All steps run on one stream and never wait
+for the device, so each can be captured in a CUDA graph, after some eager steps that create plans and communicators.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Step = Callable[[], Tensor]
 Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 PAGE_TOKENS = 16
-WORKSPACE_BYTES = 384 << 20  # FlashInfer's, as serving engines give it
+WORKSPACE_BYTES = 384 << 20  # of FlashInfer, the size that serving engines use
 aten = torch.ops.aten
 
 
@@ -34,10 +34,10 @@ class Peer:
     """A contestant for q `[B, 1, H, D]` and this rank's k, v `[B, S_local, H_kv, D]`, NHD or HND in memory.
 
     obstacle: (q, k, v) -> why it cannot run these tensors here, or None.
-    prepare: (q, k, v, group) -> step. It does what a user does once (plans, buffers); `step()` is what is timed: it
-        returns the attention output `[B, 1, H, D]` over these keys (LOCAL, group unused) or all ranks' (SPREAD). The
-        prepare of SPREAD also takes `local=`, the kernel for one shard: (q, k, v) -> out `[B, 1, H, D]` and natural-log
-        lse `[B, 1, H]`, cuDNN's by default.
+    prepare: (q, k, v, group) -> step. It does the one-time work of a user (plans, buffers). Only `step()` is timed: it
+        returns the attention output `[B, 1, H, D]` over this rank's keys (LOCAL_PEERS, group unused) or over all keys
+        (SPREAD_PEERS). SPREAD_PEERS also take `local=`, the kernel for one shard: (q, k, v) -> out `[B, 1, H, D]` and
+        natural-log lse `[B, 1, H]`. Default: cuDNN's.
     """
 
     obstacle: Callable[[Tensor, Tensor, Tensor], str | None]
@@ -47,14 +47,15 @@ class Peer:
 def streaming_read(
     tensor: Tensor, *, block_bytes: int = 32768, programs_per_sm: int = 4, num_warps: int = 8, num_stages: int = 1
 ) -> Step:
-    """A step that reads `tensor` once, in pieces of `block_bytes`, by `programs_per_sm` resident programs an SM.
+    """Return a step that reads `tensor` once, in blocks of `block_bytes`, with `programs_per_sm` programs per SM.
 
-    It returns one int64 a program; their total is the sum of the tensor's int32 words, modulo 2^32.
+    The step returns one int64 per program; their total is the sum of the tensor's int32 words, modulo 2^32.
 
     Args:
-        tensor: dense in memory, a multiple of 4 bytes and not empty; on the CPU only under TRITON_INTERPRET=1.
-        block_bytes: a power of two. `block_bytes / (512 * num_warps)` is how many 16-byte loads a thread has in flight
-            with one stage; with more, the compiler keeps that many pieces less one under way in shared memory.
+        tensor: dense in memory, not empty, a multiple of 4 bytes. On the CPU only under TRITON_INTERPRET=1.
+        block_bytes: a power of two. With one stage, each thread has `block_bytes / (512 * num_warps)` 16-byte loads in
+            flight.
+        num_stages: if above 1, the compiler keeps `num_stages - 1` blocks in flight in shared memory.
     """
     from .read_kernels import read
 
@@ -73,7 +74,7 @@ def streaming_read(
 
 
 def cudnn_partial(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """cuDNN's attention with GQA as it comes: out `[B, 1, H, D]` in q's dtype, natural-log lse `[B, 1, H]` float32."""
+    """cuDNN's attention with its own GQA: out `[B, 1, H, D]` in q's dtype, natural-log lse `[B, 1, H]` in float32."""
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
     out, lse = aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, scale=q.shape[3] ** -0.5)[:2]
     return out.transpose(1, 2), lse.reshape(out.shape[0], 1, -1)
@@ -84,7 +85,7 @@ def _prepare_cudnn(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None =
 
 
 def _prepare_flash2(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
-    """The query heads of one KV head become its query tokens, so that the keys are read once."""
+    """The query heads of each KV head become query tokens, so that the keys are read once."""
     packed = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # [B, H_kv, G, D]
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     flash = aten._scaled_dot_product_flash_attention
@@ -92,14 +93,14 @@ def _prepare_flash2(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None 
 
 
 def _prepare_flash3(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
-    """All keys count, so no cache_seqlens: that spares the launch that schedules ragged batches."""
+    """Without cache_seqlens, since all keys count: that saves the launch that schedules ragged batches."""
     from fa3_fwd_interface import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
 
     return lambda: flash_attn_with_kvcache(q, k, v, num_splits=0)  # 0: FlashAttention's own heuristic
 
 
 def _prepare_flashinfer(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
-    """Batch 1 has an entry of its own; larger batches are read as pages of `PAGE_TOKENS`, planned here."""
+    """Batch 1 uses the single-request kernel; larger batches are read as pages of `PAGE_TOKENS`, planned here."""
     import flashinfer  # pyright: ignore[reportMissingImports]
 
     B, S, H_kv, D = k.shape
@@ -147,17 +148,17 @@ def _prepare_all_gather(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *,
 
 
 def _prepare_ring(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial) -> Step:
-    """q stays, the shards go round: P - 1 hops, each sent while the attention over the same shard is computed.
+    """Ring attention: each shard makes P - 1 hops and is sent on while the attention over it is computed.
 
-    KV heads travel unrepeated, into two buffers in turn (one, if P is 2); the P results are merged once, in rank order.
-    Shards may differ in length (all ranks learn the lengths here), not in memory layout.
+    KV heads are not repeated. There are two receive buffers (one if P is 2). The P results are merged once, in rank
+    order. Shards may differ in length (the lengths are exchanged here), not in memory layout.
     """
     rank, size = group.rank(), group.size()
-    sources = [(rank - hop) % size for hop in range(size)]  # whose shard is here after so many hops
+    sources = [(rank - hop) % size for hop in range(size)]  # the owner of the shard that is here after each hop
     about = torch.tensor([k.shape[1], int(k.is_contiguous())], device=q.device)
     lengths, contiguous = zip(*gather(about, group).tolist(), strict=True)
     B, _, H_kv, D = k.shape
-    tokens_first = all(contiguous)  # a shard of one key is contiguous either way
+    tokens_first = all(contiguous)  # a shard of one key is contiguous in both layouts
     buffers = k.new_empty((min(size - 1, 2), 2, B * max(lengths) * H_kv * D))
     shards = [(k, v) if tokens_first else (k.transpose(1, 2), v.transpose(1, 2))]
     for hop in range(1, size):
@@ -177,7 +178,7 @@ def _prepare_ring(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local
             works = dist.batch_isend_irecv(hops[hop]) if hop < len(hops) else []
             keys, values = pair if tokens_first else (t.transpose(1, 2) for t in pair)
             _store(parts[sources[hop]], *local(q, keys, values))
-            for work in works:  # with NCCL only the stream waits
+            for work in works:  # with NCCL, only the stream waits
                 work.wait()
         return _merge(parts)
 
@@ -190,17 +191,17 @@ def _store(packed: Tensor, out: Tensor, lse: Tensor) -> None:
 
 
 def _merge(packed: Tensor) -> Tensor:
-    """`[P, ..., D + 1]` -> `[..., D]`; fewer launches than `partial.merge`, because no peer is run without keys."""
+    """Merge `[P, ..., D + 1]` -> `[..., D]` with fewer launches than `partial.merge`: peers always have keys."""
     return (packed[..., -1:].softmax(0) * packed[..., :-1]).sum(0)
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The contiguous view of what is NHD or HND in memory."""
+    """The contiguous view of a tensor that is NHD or HND in memory."""
     return tensor if tensor.is_contiguous() else tensor.transpose(1, 2)
 
 
 def _obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """What stops any of them."""
+    """An obstacle that all peers share, or None."""
     if q.device.type != "cuda":
         return f"runs on CUDA tensors, got {q.device.type}"
     if not (q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)):
@@ -210,7 +211,7 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if k.shape != v.shape or k.stride() != v.stride() or not _dense(k).is_contiguous():
         return "needs k and v of one shape and one layout, NHD or HND"
     if q.shape[3] not in (64, 128, 256):
-        return f"is measured at head dims 64, 128 and 256, got {q.shape[3]}"
+        return f"is measured with head dims 64, 128 and 256, got {q.shape[3]}"
     return None
 
 
@@ -236,13 +237,13 @@ def _flashinfer_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return found
 
 
-LOCAL = {
+LOCAL_PEERS = {
     "cudnn": Peer(_cudnn_obstacle, _prepare_cudnn),
     "flash2": Peer(_obstacle, _prepare_flash2),
     "flash3": Peer(_flash3_obstacle, _prepare_flash3),
     "flashinfer": Peer(_flashinfer_obstacle, _prepare_flashinfer),
 }
-SPREAD = {
+SPREAD_PEERS = {
     "three_all_reduce": Peer(_cudnn_obstacle, _prepare_three_all_reduce),
     "all_gather": Peer(_cudnn_obstacle, _prepare_all_gather),
     "ring": Peer(_cudnn_obstacle, _prepare_ring),

@@ -1,7 +1,7 @@
-"""Reading a long text with a whole model: seconds, operations a second, and the peak of memory.
+"""Measures the prefill of a long prompt with a whole model: seconds, FLOP/s, peak memory. The variants:
 
 ours     context-parallel prefill into a static TreeCache over all ranks
-stock    transformers' sdpa into a DynamicCache, in one piece, on the first rank alone
+stock    transformers' sdpa into a DynamicCache, in one forward pass, on the first rank only
 """
 
 import gc
@@ -18,31 +18,32 @@ from transformers import DynamicCache
 from ..group import gather_objects
 from ..hf import TreeCache, prefill
 
-WAYS = ("ours", "stock")
+VARIANTS = ("ours", "stock")
 
 
 @torch.no_grad()
-def measure(
-    model: Any, context: int, ways: list[str], *, chunk_tokens: int, rounds: int, on_progress: Callable[[int], None]
+def measure_prefill(
+    model: Any, context: int, variants: list[str], *, chunk_tokens: int, rounds: int, on_progress: Callable[[int], None]
 ) -> list[dict[str, Any]]:
-    """A record for each way, the same on every rank, of reading `context` random tokens `rounds` times.
+    """Return one record per variant, the same on every rank: the prefill of `context` random tokens, `rounds` times.
 
-    first_s, seconds: the first time, in which kernels are compiled and plans made, and the median of the others (of the
-    one, if there is one); of the slowest rank. flops: those of the whole text (`read_flops`). peak_bytes: of the rank
-    with most, of which weight_bytes and kv_bytes are weights and cache. A way that has not enough memory has a note.
+    first_s: the first round, which compiles kernels. seconds: the median of the other rounds, or of the only one. Both
+    of the slowest rank. flops: those of the whole prompt (`prefill_flops`). peak_bytes: on the rank with the highest
+    peak, including weight_bytes and kv_bytes. If the memory does not suffice, the record has a note and no times.
     """
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (1, context + 1), generator=torch.Generator().manual_seed(0)).to(model.device)
     return [
-        {"context_tokens": context, "what": way} | _measure(model, ids, way, chunk_tokens, rounds, on_progress)
-        for way in ways
+        {"context_tokens": context, "what": variant} | _measure(model, ids, variant, chunk_tokens, rounds, on_progress)
+        for variant in variants
     ]
 
 
-def read_flops(config: Any, weights: int, tokens: int) -> float:
-    """Operations to read `tokens` tokens with `weights` weights in the layers.
+def prefill_flops(config: Any, weights: int, tokens: int) -> float:
+    """FLOPs of the prefill of `tokens` tokens with `weights` weights in the layers.
 
-    2 a weight and token, and in every layer 4 D H for each query and key that it sees: scores and values, 2 each.
+    2 per weight and token; and in every layer 4 D H per pair of a query and a key that it sees, 2 for the score and 2
+    for the value.
     """
     config = config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -51,9 +52,9 @@ def read_flops(config: Any, weights: int, tokens: int) -> float:
 
 
 def _measure(
-    model: Any, ids: Tensor, way: str, chunk_tokens: int, rounds: int, on_progress: Callable[[int], None]
+    model: Any, ids: Tensor, variant: str, chunk_tokens: int, rounds: int, on_progress: Callable[[int], None]
 ) -> dict[str, Any]:
-    alone, device = way == "stock", model.device
+    alone, device = variant == "stock", model.device
     model.set_attn_implementation("sdpa" if alone else "tree_attention")
     taken, kv_bytes, note = [], 0, None
     if device.type == "cuda":
@@ -67,7 +68,7 @@ def _measure(
             elif dist.get_rank() == 0:
                 kv_bytes = _stock(model, ids)
         except torch.OutOfMemoryError as error:
-            if not alone:  # the other ranks wait for this one
+            if not alone:  # the other ranks would wait for this one
                 raise
             note = str(error).splitlines()[0][:160]
         if device.type == "cuda":
@@ -76,31 +77,31 @@ def _measure(
         gc.collect()
         if note is not None:
             break
-    body = sum(weight.numel() for name, weight in model.named_parameters() if "layers." in name)
-    mine = {
-        "taken": taken, "kv_bytes": kv_bytes, "note": note,
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-    }  # fmt: skip
+    layer_weights = sum(weight.numel() for name, weight in model.named_parameters() if "layers." in name)
+    peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    mine = {"taken": taken, "kv_bytes": kv_bytes, "note": note, "peak_bytes": peak_bytes}
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    of_ranks = gather_objects(mine, dist.group.WORLD)
+    by_rank = gather_objects(mine, dist.group.WORLD)
     if alone:
-        of_ranks = of_ranks[:1]
-    slowest = [max(its) for its in zip(*(of_rank["taken"] for of_rank in of_ranks), strict=True)]
-    note = of_ranks[0]["note"]
+        by_rank = by_rank[:1]
+    slowest = [max(times_s) for times_s in zip(*(each["taken"] for each in by_rank), strict=True)]
+    note = by_rank[0]["note"]
     return {
-        "ranks": len(of_ranks), "chunk_tokens": None if alone else chunk_tokens, "note": note,
+        "ranks": len(by_rank),
+        "chunk_tokens": None if alone else chunk_tokens,
+        "note": note,
         "first_s": None if note else slowest[0],
         "seconds": None if note else statistics.median(slowest[1:] or slowest),
-        "flops": read_flops(model.config, body, ids.shape[1] - 1),
+        "flops": prefill_flops(model.config, layer_weights, ids.shape[1] - 1),
         "weight_bytes": sum(weight.nbytes for weight in model.parameters()),
-        "kv_bytes": max(of_rank["kv_bytes"] for of_rank in of_ranks),
-        "peak_bytes": max(of_rank["peak_bytes"] for of_rank in of_ranks),
-    }  # fmt: skip
+        "kv_bytes": max(each["kv_bytes"] for each in by_rank),
+        "peak_bytes": max(each["peak_bytes"] for each in by_rank),
+    }
 
 
 def _ours(model: Any, ids: Tensor, chunk_tokens: int, on_progress: Callable[[int], None]) -> int:
-    """One token more than counts: the last stay for `generate`."""
+    """Prefill and return the bytes of the cache. The prompt has one token more: `prefill` leaves the last one."""
     cache = TreeCache(model.config, max_tokens=ids.shape[1])
     prefill(model, ids, cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
     return cache.kv_bytes

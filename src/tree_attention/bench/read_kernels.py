@@ -1,4 +1,4 @@
-"""A kernel that only reads: what it reaches is the ceiling for a decode, which reads each key and value once."""
+"""A kernel that only reads. Its bandwidth is the ceiling for decoding, which reads each key and value once."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def read(source, sums, count, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """source: int32 `[count]`. Program p of P stores the sum of blocks p, p + P, ... in sums[p], int64.
+    """Program p of P stores the sum of blocks p, p + P, ... of `source`, int32 `[count]`, in sums[p], int64.
 
-    ROUNDS: `count // (P * BLOCK)`, the blocks that each program reads whole: no mask, 16 bytes a load. Lanes may wrap.
+    ROUNDS: `count // (P * BLOCK)`, the number of full blocks per program, read without a mask, 16 bytes per load. The
+    int32 sum of a lane may overflow.
     """
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     lane = tl.arange(0, BLOCK)

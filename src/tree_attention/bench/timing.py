@@ -1,4 +1,4 @@
-"""Seconds of what all ranks do at once, contestants in turn: captured in a CUDA graph, or called one by one."""
+"""Times work that all ranks run together, contestants in turn: in a CUDA graph, or call by call."""
 
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from ..group import first_fault
 
-LEAD_CYCLES = 2_000_000  # about 1 ms, in which the host hands in what is timed
+LEAD_CYCLES = 2_000_000  # about 1 ms, in which the host enqueues the timed work
 Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Run:
-    """enqueue: hands work to the device. ahead: the host is to be done with that before the device begins (a graph)."""
+class TimedWork:
+    """enqueue: enqueues the work. ahead: the device starts only after the host has enqueued everything (a graph)."""
 
     enqueue: Callable[[], Any]
     ahead: bool
 
 
 @dataclass(frozen=True)
-class Captured:
-    """calls: kept, since they own memory that the graph uses. first: the first one's result, of the last replay."""
+class CapturedCalls:
+    """A CUDA graph of calls. calls: kept, they own memory of the graph. first: result of the first call."""
 
     graph: torch.cuda.CUDAGraph
     calls: Sequence[Callable[[], Tensor]]
@@ -36,21 +36,21 @@ class Captured:
         self.graph.replay()
 
 
-def seconds_in_turns(runs: Mapping[Name, Run], rounds: int) -> dict[Name, float]:
-    """Each run's time: of a turn that of the slowest rank, of `rounds` turns the median, one before them not counted.
+def median_seconds(works: Mapping[Name, TimedWork], rounds: int) -> dict[Name, float]:
+    """Return, for each work, the median over `rounds` of the slowest rank's time, after one warm-up round.
 
-    All ranks call it with the same runs, on CUDA devices.
+    All ranks call this with the same work, on CUDA devices.
     """
-    turns = [[_turn(run) for run in runs.values()] for _ in range(rounds + 1)][1:]
-    slowest = torch.tensor(turns, dtype=torch.float64, device="cuda")
+    rounds_s = [[_seconds(work) for work in works.values()] for _ in range(rounds + 1)][1:]
+    slowest = torch.tensor(rounds_s, dtype=torch.float64, device="cuda")
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return {name: statistics.median(taken) for name, taken in zip(runs, slowest.T.tolist(), strict=True)}
+    return {name: statistics.median(taken) for name, taken in zip(works, slowest.T.tolist(), strict=True)}
 
 
 def waiting_seconds(calls: Sequence[Callable[[], Any]], rounds: int) -> float:
-    """What a call loses if it always waits for the slower rank, measured on calls that do not; the median of `rounds`.
+    """Return the seconds that a call would lose by always waiting for the slowest rank: the median over `rounds`.
 
-    That is the mean over calls of the slower rank's time, less the slower rank's mean.
+    Measured on calls that do not wait: the mean over calls of the slowest rank's time, less the largest mean of a rank.
     """
     return statistics.median(_waiting_seconds(calls) for _ in range(rounds))
 
@@ -58,7 +58,7 @@ def waiting_seconds(calls: Sequence[Callable[[], Any]], rounds: int) -> float:
 def _waiting_seconds(calls: Sequence[Callable[[], Any]]) -> float:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     dist.barrier()
-    torch.cuda._sleep(LEAD_CYCLES * len(calls))  # the host is done before the device begins
+    torch.cuda._sleep(LEAD_CYCLES * len(calls))  # the device starts after the host has enqueued all
     events[0].record()
     for event, call in zip(events[1:], calls, strict=True):
         call()
@@ -71,42 +71,42 @@ def _waiting_seconds(calls: Sequence[Callable[[], Any]]) -> float:
     return float(slower.mean() - mean)
 
 
-def capture(calls: Sequence[Callable[[], Tensor]]) -> Captured | str:
-    """One graph of all calls, each of which ran before; or on every rank why one of them could not."""
+def capture(calls: Sequence[Callable[[], Tensor]]) -> CapturedCalls | str:
+    """Capture all calls, which have run before, in one graph; or return why a rank could not, on every rank."""
     graph, first, fault = torch.cuda.CUDAGraph(), None, None
     dist.barrier()
     here = torch.cuda.current_stream()
     try:
-        # thread_local: NCCL's watchdog looks at its events meanwhile
+        # thread_local: NCCL's watchdog queries its events during the capture
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             first = calls[0]()
             for call in calls[1:]:
                 call()
     except RuntimeError as error:
-        torch.cuda.set_stream(here)  # torch leaves a stream that it could not capture current
+        torch.cuda.set_stream(here)  # after a failed capture, torch leaves the capture stream current
         fault = f"not captured: {one_line(error)}"
     fault = first_fault(fault, dist.group.WORLD)
     if fault is not None or first is None:
         return fault or "not captured"
-    return Captured(graph, calls, first)
+    return CapturedCalls(graph, calls, first)
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what it says, or else its name."""
+    """The first line of the error's message, or the name of its type."""
     return next(iter(str(error).strip().splitlines()), "")[:160] or type(error).__name__
 
 
-def _turn(run: Run) -> float:
-    """This rank's seconds, from a moment at which all ranks are there."""
+def _seconds(work: TimedWork) -> float:
+    """Time the work on this rank, after all ranks have met."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     dist.barrier()
-    if run.ahead:
+    if work.ahead:
         torch.cuda._sleep(LEAD_CYCLES)
-        dist.all_reduce(torch.zeros(1, device="cuda"))  # the devices meet, not only the hosts
+        dist.all_reduce(torch.zeros(1, device="cuda"))  # the devices open_communicators, not only the hosts
     else:
         torch.cuda.synchronize()
     start.record()
-    run.enqueue()
+    work.enqueue()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3

@@ -1,8 +1,6 @@
-"""`tree-attention calibrate`: this machine's constants into a file that `plan --machine` takes."""
+"""`tree-attention calibrate`: measures this machine's constants and writes the file that `plan --machine` reads."""
 
 import os
-import platform
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -10,37 +8,39 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.calibration import calibrate as measure
+from ..bench.calibration import measure_machine
 from ..cost.calibration import Calibration, save_calibration
 from ..errors import InputError
-from .bench_decode import PLAIN_MEMORY
+from . import environment
 from .exits import under_torchrun
 from .launch import run_on_ranks
+from .options import CalibrateOptions
 
 
-def calibrate(output: Path, nproc: int | None, device: str) -> int:
-    """Measure on `nproc` ranks of this host, print and write what was found; returns the exit code."""
+def calibrate(options: CalibrateOptions) -> int:
+    """Measure on the ranks of this host, print and write the constants. Returns the exit code."""
+    output, nproc = options.output, options.nproc
     if nproc is None and not under_torchrun():
-        gpus = torch.cuda.device_count() if device != "cpu" else 0
+        gpus = torch.cuda.device_count() if options.device != "cpu" else 0
         if gpus == 1:
-            raise InputError("calibrate measures a link between GPUs, and one is here: --device cpu measures the CPU")
+            raise InputError("calibrate measures a link between GPUs, found one GPU: --device cpu measures the CPU")
         nproc = max(gpus, 2)
     if nproc is not None and nproc < 2:
-        raise InputError(f"calibrate measures a link, and needs 2 ranks at least, got {nproc}")
+        raise InputError(f"calibrate measures a link and needs at least 2 ranks, got {nproc}")
     if not output.parent.is_dir() or output.is_dir():
         raise InputError(f"output must be a file in a folder that exists, got {output}")
-    os.environ.update(PLAIN_MEMORY)  # inherited by the ranks
-    return run_on_ranks(_on_rank, nproc, device, output)
+    environment.disable_multicast()
+    return run_on_ranks(_on_rank, nproc, options.device, output)
 
 
 def _on_rank(output: Path, device: torch.device) -> None:
     if dist.get_world_size() != int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())):
-        raise InputError("calibrate measures one host: start it there, not over several")
-    machine = measure(device)
+        raise InputError("calibrate measures one host, got ranks on several: start it on each host alone")
+    machine = measure_machine(device)
     if dist.get_rank() != 0:
         return
-    what = machine.name if device.type == "cuda" else platform.processor() or platform.machine()
-    found = Calibration(machine, f"{dist.get_world_size()} x {what}", datetime.now(UTC).strftime("%Y-%m-%d"))
+    hardware = machine.name if device.type == "cuda" else environment.cpu_name()
+    found = Calibration(machine, f"{dist.get_world_size()} x {hardware}", environment.date())
     save_calibration(found, output)
     gpu, link = machine.gpu, machine.inside
     table = Table(title=f"{found.hardware}, {found.date}: {output}", title_justify="left", show_header=False)

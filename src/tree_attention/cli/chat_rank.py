@@ -1,4 +1,4 @@
-"""What each rank of `tree-attention chat` does: open the session, read, answer, save."""
+"""What each rank of `tree-attention chat` does: open or load a session, read, answer, save."""
 
 import sys
 from collections.abc import Iterator
@@ -7,84 +7,69 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from transformers import AutoTokenizer
 
 from ..errors import TreeAttentionError
-from ..hf import Session
 from ..hf.save import read_manifest
-from .chat import Request, typed
-from .exits import say
-from .inputs import check_positions, load_model, reading_bar, sequence_ranks, step_of
+from .models import check_positions, check_step_mode, generate_kwargs, load_model, open_session
+from .options import ChatOptions
+from .terminal import read_lines, reading_bar, say
 
-ROOM = 8192  # tokens of talk after the document, by default
-PATIENCE = timedelta(days=365)  # for whoever thinks about the next question
+CONVERSATION_TOKENS = 8192  # default capacity after the document, for a static cache
+QUESTION_TIMEOUT = timedelta(days=365)  # the user may take long to type the next question
 
 
-def chat(request: Request, document: str, lines: Any, device: torch.device) -> int:
-    """Answer each line; only the first rank reads and prints. lines: a queue of them, or None for stdin."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    first, step = dist.get_rank() == 0, step_of(request.compiled, device)
-    talk = dist.new_group(backend="gloo", timeout=PATIENCE)
-    model = load_model(request.model, request.dtype, device, tensor_parallel=request.tensor_parallel)
-    tokenizer = AutoTokenizer.from_pretrained(request.model)
-    session = _session(request, model, tokenizer, document, device, step)
+def chat(options: ChatOptions, document: str, lines: Any, device: torch.device) -> int:
+    """Answer each line; only the first rank reads and prints. Returns the exit code.
+
+    lines: a queue of the lines, or None: read stdin.
+    """
+    is_first = dist.get_rank() == 0
+    check_step_mode(options.compiled, device)
+    questions = _questions(lines, dist.new_group(backend="gloo", timeout=QUESTION_TIMEOUT))
+    model = load_model(options.model, options.dtype, device, tensor_parallel=options.tensor_parallel)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    text = torch.tensor(tokenizer(document, add_special_tokens=False).input_ids, dtype=torch.long)
+    tokens = len(text) + (0 if options.load is None else read_manifest(options.load)["tokens"])
+    check_positions(options, model.config, tokens, options.max_new_tokens)
+    max_tokens = options.max_tokens
+    if max_tokens is None and device.type == "cuda":
+        max_tokens = tokens + CONVERSATION_TOKENS
+    session = open_session(options, model, tokenizer, max_tokens)
     if document:
-        with reading_bar(len(tokenizer(document).input_ids), shown=first) as on_progress:
-            session.read(document, chunk_tokens=request.chunk_tokens, on_progress=on_progress)
-    if request.save is not None:
-        session.save(request.save)
-    torch.manual_seed(request.seed)
-    how: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "do_sample": request.sample}
-    if not request.sample:
-        how |= dict.fromkeys(("temperature", "top_p", "top_k"))
-    for question in _questions(lines if first else None, first, talk):
+        with reading_bar(len(text), shown=is_first) as on_progress:
+            session.read(text, chunk_tokens=options.chunk_tokens, on_progress=on_progress)
+    if options.save is not None:
+        session.save(options.save)
+    torch.manual_seed(options.seed)
+    for question in questions:
         try:
-            if not request.extrapolate:
-                asked = len(tokenizer(question).input_ids)
-                check_positions(model.config, session.tokens.shape[1] + asked, request.max_new_tokens)
-            for piece in session.ask(question, **how):
-                if first:
+            tokens = session.tokens.shape[1] + session.count_tokens(question)
+            check_positions(options, model.config, tokens, options.max_new_tokens)
+            for piece in session.ask(question, **generate_kwargs(options)):
+                if is_first:
                     say(piece)
-        except TreeAttentionError as error:  # on every rank alike, and the session is as it was
-            if first:
+        except TreeAttentionError as error:  # the same on every rank, and the session is as it was
+            if is_first:
                 sys.stderr.write(f"tree-attention: {error}\n")
-        if first:
+        if is_first:
             say("\n")
-    if request.save is not None:
-        session.save(request.save)
+    if options.save is not None:
+        session.save(options.save)
     return 0
 
 
-def _session(request: Request, model: Any, tokenizer: Any, document: str, device: torch.device, step: str) -> Session:
-    tokens = len(tokenizer(document).input_ids) if document else 0
-    if request.load is not None:
-        tokens += read_manifest(request.load)["tokens"]
-    if not request.extrapolate:
-        check_positions(model.config, tokens, request.max_new_tokens)
-    room = request.max_tokens
-    if room is None and device.type == "cuda":
-        room = tokens + ROOM
-    how: dict[str, Any] = {
-        "group": sequence_ranks(model), "max_tokens": room, "block_tokens": request.block_tokens, "step": step,
-    }  # fmt: skip
-    if request.load is None:
-        return Session.open(model, tokenizer, **how)
-    return Session.load(request.load, model, tokenizer, **how)
-
-
-def _questions(lines: Any, first: bool, talk: Any) -> Iterator[str]:
-    """Lines that are not empty, the same on every rank, until there are no more."""
-    source = typed() if lines is None else iter(lines.get, None)
+def _questions(lines: Any, group: Any) -> Iterator[str]:
+    """Yield the first rank's lines on every rank, without the blank ones."""
+    source = read_lines() if lines is None else iter(lines.get, None)
     while True:
         line: list[str | None] = [None]
-        if first:
+        if group.rank() == 0:
             if sys.stderr.isatty():
                 sys.stderr.write("> ")
                 sys.stderr.flush()
             line = [next(source, None)]
-        dist.broadcast_object_list(line, group=talk, group_src=0)
+        dist.broadcast_object_list(line, group=group, group_src=0)
         [text] = line
         if text is None:
             return

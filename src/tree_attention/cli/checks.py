@@ -1,23 +1,24 @@
-"""What can be said of a command line before a model is loaded: options that cannot be, folders and documents."""
+"""Checks of options, model folders and documents that need no model, made before the ranks start."""
 
 from pathlib import Path
 
 from ..errors import InputError
+from .options import ChatOptions, GenerateOptions
 
 
-def check_options(model: str | None, dtype: str, **tokens: int | None) -> None:
-    """What can be said before a model is loaded. tokens: options that count them, if given."""
-    if model is not None:
-        check_model_folder(model)
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise InputError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-    if any(count is not None and count < 1 for count in tokens.values()):
-        *others, last = (name.replace("_", "-") for name in tokens)
-        raise InputError(f"{', '.join(others)} and {last} must be at least 1")
+def check_options(options: GenerateOptions | ChatOptions) -> None:
+    """Raise InputError for a model folder, a dtype or a number of tokens that cannot be right."""
+    if options.model is not None:
+        check_model_folder(options.model)
+    if options.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"dtype must be auto, float32, bfloat16 or float16, got {options.dtype!r}")
+    for name, value in vars(options).items():
+        if name.endswith("_tokens") and value is not None and value < 1:
+            raise InputError(f"{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def check_model_folder(model: str) -> None:
-    """A path must be a folder with a model and a tokenizer; anything else is taken for a name on the hub."""
+    """Raise InputError unless `model` is a folder with a model and a tokenizer, or could be a name on the hub."""
     folder = Path(model)
     if not folder.exists():
         if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -30,6 +31,7 @@ def check_model_folder(model: str) -> None:
 
 
 def read_document(file: Path | None) -> str:
+    """Return the text of the file; "" without a file."""
     if file is None:
         return ""
     try:

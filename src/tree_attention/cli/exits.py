@@ -1,4 +1,4 @@
-"""How a command speaks and ends: what we raise on purpose is one line on stderr and an exit code."""
+"""How a command ends: its exit code, and one line on stderr for an error of ours."""
 
 import os
 import sys
@@ -8,14 +8,15 @@ from typing import NoReturn
 import typer
 
 from ..errors import TreeAttentionError
+from .terminal import say
 
 
 class RankDied(RuntimeError):
-    """A rank ended before its work was done; the others were ended too."""
+    """A rank ended before its work was done; the others were terminated."""
 
 
 def run(command: Callable[[], int]) -> None:
-    """Exit with what `command` returns: 1 if a rank died, 2 for a usage that cannot be, 130 if the user stopped it."""
+    """Exit with the code that `command` returns; 1 if a rank died, 2 for an error of ours, 130 after Ctrl-C."""
     try:
         code = command()
     except RankDied as death:
@@ -28,25 +29,16 @@ def run(command: Callable[[], int]) -> None:
         sys.stderr.write("tree-attention: stopped\n")
         raise typer.Exit(130) from None
     if under_torchrun():
-        leave(code)
+        exit_rank(code)
     raise typer.Exit(code)
 
 
 def under_torchrun() -> bool:
-    """Whether this process is one of torchrun's ranks."""
+    """Return True if this process is one of torchrun's ranks."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def say(text: str) -> None:
-    """To stdout; to nowhere once nobody reads it any more: what is computed may still be saved."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def leave(code: int) -> NoReturn:
-    """End a rank; not through the interpreter's own end, in which a thread of gloo's may abort though all is done."""
-    say("")  # flushed
+def exit_rank(code: int) -> NoReturn:
+    """End this process at once. In a normal exit of the interpreter a gloo thread may abort after all work is done."""
+    say("")  # flush
     os._exit(code)

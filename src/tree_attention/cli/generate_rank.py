@@ -1,168 +1,174 @@
-"""What each rank of `tree-attention generate` does: read, write, time both, and compare if asked for."""
+"""What each rank of `tree-attention generate` does: read, answer, time both, verify if asked to, and report."""
 
 import json
 import os
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache, TextStreamer
+from transformers import AutoTokenizer, DynamicCache
 
 from ..errors import InputError
 from ..group import gather_objects
-from ..hf import TreeCache, can_prefill, prefill
-from ..hf.prefill import CHUNK_TOKENS
-from .exits import say
-from .generate import Request
-from .inputs import check_positions, load_model, prompt_ids, random_ids, reading_bar, sequence_ranks, step_of
+from ..hf import Session
+from ..hf.chat_template import ChatTemplate
+from ..hf.parallel_prefill import CHUNK_TOKENS
+from .models import check_positions, check_step_mode, generate_kwargs, load_model, open_session
+from .options import GenerateOptions
+from .terminal import print_summary, reading_bar, say
 
 
-def generate(request: Request, document: str, device: torch.device) -> int:
-    """Load, read and write; only the first rank prints. Returns the exit code."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    rank, size = dist.get_rank(), dist.get_world_size()
-    step = step_of(request.compiled, device)
+def generate(options: GenerateOptions, document: str, device: torch.device) -> int:
+    """Load, read and answer; only the first rank prints. Returns the exit code."""
+    check_step_mode(options.compiled, device)
+    is_first, name = dist.get_rank() == 0, options.model or str(options.config)
     model = load_model(
-        request.model or str(request.config), request.dtype, device, random=request.random_weights,
-        tensor_parallel=request.tensor_parallel,
-    )  # fmt: skip
-    if request.model is None:
-        tokenizer, input_ids = None, random_ids(model.config, request.max_prompt_tokens or 1, request.seed)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(request.model)
-        limit = request.max_prompt_tokens
-        input_ids = prompt_ids(tokenizer, document, request.prompt, plain=request.plain, limit=limit)
-    if not request.extrapolate:
-        check_positions(model.config, input_ids.shape[1], request.max_new_tokens)
-    input_ids = input_ids.to(device)
-    sharing = size // request.tensor_parallel
-    if sharing > -(-input_ids.shape[1] // request.block_tokens):
-        raise InputError(
-            f"nproc must be at most the prompt's blocks, got {sharing} ranks for {input_ids.shape[1]} tokens in blocks "
-            f"of {request.block_tokens}: start fewer ranks, or lower block-tokens"
-        )
-    tokens, on_cuda = input_ids.shape[1] + request.max_new_tokens, device.type == "cuda"
-    cache = TreeCache(
-        model.config, sequence_ranks(model), block_tokens=request.block_tokens,
-        max_tokens=tokens if on_cuda else None, step=step,
-    )  # fmt: skip
-    cache.reserve(tokens)
+        name, options.dtype, device, random=options.random_weights, tensor_parallel=options.tensor_parallel
+    )
+    prompt = random_prompt(options, model.config) if options.random_weights else text_prompt(options, document)
+    check_positions(options, model.config, prompt.tokens, options.max_new_tokens)
+    max_tokens = prompt.tokens + options.max_new_tokens
+    session = open_session(
+        options, model, prompt.tokenizer, max_tokens if device.type == "cuda" else None, prompt.template
+    )
+    session.cache.reserve(max_tokens)
     dist.barrier()
-    run = _generate(request, model, tokenizer, input_ids, cache)
-    figures = _figures(request, run, cache, input_ids.shape[1], size, device)
+    timeline = _answer(options, session, prompt)
+    figures = _figures(options, timeline, session, prompt.tokens)
+    input_ids = session.tokens[:, : prompt.tokens]
     dist.destroy_process_group()
-    if rank:
+    if not is_first:
         return 0
-    if request.verify:
+    if options.verify:
+        del session
         torch.set_num_threads(os.cpu_count() or 1)
-        if request.tensor_parallel != 1:  # this rank has a part of the weights
-            model = cache = None
-            model = load_model(str(request.model), request.dtype, device)
-        figures["verify"] = _verify(request, model, tokenizer, input_ids, run.tokens)
+        if options.tensor_parallel != 1:  # this rank holds a part of the weights
+            del model
+            model = load_model(name, options.dtype, device)
+        figures["verify"] = _verify(options, model, input_ids, timeline.tokens)
     _report(figures)
-    if request.as_json:
+    if options.as_json:
         say(json.dumps(figures) + "\n")
     return 0 if figures.get("verify", {}).get("identical", True) else 1
 
 
-@dataclass
-class _Run:
-    """What happened, with the clock of this rank."""
+@dataclass(frozen=True)
+class Prompt:
+    """What a session reads and is asked."""
 
-    started_s: float = field(default_factory=time.perf_counter)
+    tokenizer: Any
+    template: ChatTemplate
+    text: Tensor  # token ids [n]
+    question: str
+    tokens: int  # number of tokens of text, question and template together
+
+
+def text_prompt(options: GenerateOptions, document: str) -> Prompt:
+    """Return the document and the question, the end of the document truncated to --max-prompt-tokens.
+
+    Without a document, the prompt is the text and the question is empty.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    has_template = tokenizer.chat_template is not None and not options.plain
+    template = ChatTemplate.from_tokenizer(tokenizer) if has_template else ChatTemplate.plain(tokenizer)
+    text, question = (document, options.prompt) if document else (options.prompt, "")
+    ids, before, after = (
+        tokenizer(piece, add_special_tokens=False).input_ids
+        for piece in (text, template.opening, template.question(question, started=True, in_question=True))
+    )
+    others, limit = len(before) + len(after), options.max_prompt_tokens
+    least = others + (1 if document else len(ids))
+    if limit is not None and limit < least:
+        raise InputError(f"max-prompt-tokens must be at least {least} for this prompt, got {limit}")
+    kept = ids if limit is None else ids[: limit - others]
+    return Prompt(tokenizer, template, torch.tensor(kept), question, len(kept) + others)
+
+
+def random_prompt(options: GenerateOptions, config: Any) -> Prompt:
+    """Return --max-prompt-tokens random tokens, the same on every rank, and a tokenizer that knows no text."""
+
+    class NoTokenizer:
+        chat_template = None
+
+        def __call__(self, text: str, **_: Any) -> Any:
+            return SimpleNamespace(input_ids=[])
+
+        def decode(self, token_ids: list[int], **_: Any) -> str:
+            return ""
+
+    tokens, vocabulary = options.max_prompt_tokens or 1, config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(options.seed))
+    return Prompt(NoTokenizer(), ChatTemplate("", "", "", ""), ids, "", tokens)
+
+
+@dataclass
+class Timeline:
+    """When each token was written by the clock of this rank, and how many bytes it had received by then."""
+
+    start_s: float
+    tokens: list[int] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
     received_bytes: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
 
 
-class _Clock(TextStreamer):
-    """Notes when each token came; the first rank's also prints it."""
+def _answer(options: GenerateOptions, session: Session, prompt: Prompt) -> Timeline:
+    """Read and answer. The first rank shows the bar and prints the answer."""
+    is_first = dist.get_rank() == 0
+    torch.manual_seed(options.seed)
+    timeline = Timeline(time.perf_counter())
 
-    def __init__(self, tokenizer: Any, run: _Run, cache: TreeCache, prints: bool) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.run, self.cache, self.prints = run, cache, prints
+    def on_token(token: int) -> None:
+        timeline.token_s.append(time.perf_counter())
+        timeline.tokens.append(token)
+        timeline.received_bytes.append(session.cache.received_bytes)
 
-    def put(self, value: Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self.run.token_s.append(time.perf_counter())
-            self.run.received_bytes.append(self.cache.received_bytes)
-        if self.tokenizer is None:
-            self.next_tokens_are_prompt = False
-        else:
-            super().put(value)
-
-    def end(self) -> None:
-        if self.tokenizer is not None:
-            super().end()
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self.prints:
-            say(text + ("\n" if stream_end else ""))
+    with reading_bar(len(prompt.text), shown=is_first) as on_progress:
+        session.read(prompt.text, chunk_tokens=options.chunk_tokens, on_progress=on_progress)
+    for piece in session.ask(prompt.question, on_token=on_token, **generate_kwargs(options)):
+        if is_first:
+            say(piece)
+    if is_first and not options.random_weights:
+        say("\n")
+    return timeline
 
 
-def _generate(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, cache: TreeCache) -> _Run:
-    run = _Run()
-    first = dist.get_rank() == 0
-    if can_prefill(cache):
-        with reading_bar(input_ids.shape[1], shown=first) as on_progress:
-            prefill(model, input_ids, cache, chunk_tokens=request.chunk_tokens, on_progress=on_progress)
-        how = {}
-    else:
-        how = {"prefill_chunk_size": request.chunk_tokens or CHUNK_TOKENS["cpu"]}
-    clock = _Clock(tokenizer, run, cache, prints=first)
-    out = model.generate(
-        input_ids, past_key_values=cache, attention_mask=torch.ones_like(input_ids), streamer=clock,
-        **how, **_decoding(request),
-    )  # fmt: skip
-    run.tokens = out[0, input_ids.shape[1] :].tolist()
-    return run
-
-
-def _decoding(request: Request) -> dict[str, Any]:
-    torch.manual_seed(request.seed)
-    how: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "do_sample": request.sample}
-    if request.random_weights:
-        how |= {"eos_token_id": None}  # as many tokens as asked for
-    if request.sample:
-        return how | {"temperature": request.temperature}
-    # None: what a model's generation_config says of sampling is not for us
-    return how | dict.fromkeys(("temperature", "top_p", "top_k"))
-
-
-def _figures(
-    request: Request, run: _Run, cache: TreeCache, prompt_tokens: int, size: int, device: torch.device
-) -> dict[str, Any]:
-    """The summary; times are the slowest rank's."""
-    steps = len(run.token_s) - 1
-    times = torch.tensor([run.token_s[0] - run.started_s, (run.token_s[-1] - run.token_s[0]) / max(steps, 1)])
-    times = times.to(device)
+def _figures(options: GenerateOptions, timeline: Timeline, session: Session, prompt_tokens: int) -> dict[str, Any]:
+    """Return the results. Times are those of the slowest rank."""
+    device, token_s, received = session.tokens.device, timeline.token_s, timeline.received_bytes
+    steps = len(token_s) - 1
+    times = torch.tensor([token_s[0] - timeline.start_s, (token_s[-1] - token_s[0]) / max(steps, 1)], device=device)
     dist.all_reduce(times, dist.ReduceOp.MAX)
     return {
-        "model": request.model or str(request.config), "random_weights": request.random_weights,
-        "ranks": size, "tensor_parallel": request.tensor_parallel, "device": str(device.type),
-        "prompt_tokens": prompt_tokens, "new_tokens": len(run.tokens),
-        "ttft_s": float(times[0]), "tpot_s": float(times[1]) if steps else None,
-        "kv_bytes_per_rank": gather_objects(cache.kv_bytes, dist.group.WORLD),
-        "received_bytes_per_token": (run.received_bytes[-1] - run.received_bytes[0]) / steps if steps else None,
-        "tokens": run.tokens,
-    }  # fmt: skip
+        "model": options.model or str(options.config),
+        "random_weights": options.random_weights,
+        "ranks": dist.get_world_size(),
+        "tensor_parallel": options.tensor_parallel,
+        "device": device.type,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(timeline.tokens),
+        "ttft_s": float(times[0]),
+        "tpot_s": float(times[1]) if steps else None,
+        "kv_bytes_per_rank": gather_objects(session.cache.kv_bytes, dist.group.WORLD),
+        "received_bytes_per_token": (received[-1] - received[0]) / steps if steps else None,
+        "tokens": timeline.tokens,
+    }
 
 
-def _verify(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, tokens: list[int]) -> dict[str, Any]:
-    """The same on this process alone: transformers' own sdpa attention (or eager) and DynamicCache."""
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # Gemma 2 and GPT-OSS have none
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+def _verify(options: GenerateOptions, model: Any, input_ids: Tensor, tokens: list[int]) -> dict[str, Any]:
+    """Compare with what this process alone generates: transformers' sdpa attention (or eager) and DynamicCache."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # Gemma 2 and GPT-OSS have no sdpa
+    torch.manual_seed(options.seed)
     out = model.generate(
-        input_ids, past_key_values=cache, attention_mask=torch.ones_like(input_ids),
-        prefill_chunk_size=request.chunk_tokens or CHUNK_TOKENS["cpu"], **_decoding(request),
-    )  # fmt: skip
+        input_ids,
+        past_key_values=DynamicCache(config=model.config.get_text_config(decoder=True)),
+        attention_mask=torch.ones_like(input_ids),
+        prefill_chunk_size=options.chunk_tokens or CHUNK_TOKENS["cpu"],
+        **generate_kwargs(options),
+    )
     expected = out[0, input_ids.shape[1] :].tolist()
     pairs = zip(tokens, expected, strict=False)
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(expected)))
@@ -171,24 +177,20 @@ def _verify(request: Request, model: Any, tokenizer: Any, input_ids: Tensor, tok
 
 
 def _report(figures: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None)
-    megabytes = ", ".join(f"{b / 1e6:.1f}" for b in figures["kv_bytes_per_rank"])
+    megabytes = ", ".join(f"{nbytes / 1e6:.1f}" for nbytes in figures["kv_bytes_per_rank"])
     tpot, received = figures["tpot_s"], figures["received_bytes_per_token"]
     split = f", heads and weights over {figures['tensor_parallel']} of them" if figures["tensor_parallel"] > 1 else ""
     rows = {
         "read": f"{figures['prompt_tokens']} tokens on {figures['ranks']} ranks ({figures['device']}){split}",
         "first token": f"{figures['ttft_s']:.2f} s",
         "wrote": f"{figures['new_tokens']} tokens" + (f", {1e3 * tpot:.1f} ms each" if tpot else ""),
-        "KV cache": f"{megabytes} MB a rank",
-        "received": f"{received / 1e3:.1f} kB a token and rank" if received is not None else "nothing",
+        "KV cache": f"{megabytes} MB per rank",
+        "received": f"{received / 1e3:.1f} kB per token and rank" if received is not None else "nothing",
     }
     if figures["random_weights"]:
         rows["model"] = "random weights: the times count, the tokens mean nothing"
     if "verify" in figures:
         verdict = figures["verify"]
-        rows["one process"] = (
-            "writes the same tokens" if verdict["identical"] else f"differs from token {verdict['first_difference']} on"
-        )
-    for name, text in rows.items():
-        table.add_row(f"[bold]{name}", text)
-    Console(stderr=True).print(table)
+        same, differs = "writes the same tokens", f"differs from token {verdict['first_difference']} on"
+        rows["one process"] = same if verdict["identical"] else differs
+    print_summary(rows)

@@ -1,121 +1,128 @@
-"""`tree-attention info`: what is here, and what "auto" makes of a shape."""
+"""`tree-attention info`: versions, devices and links, and the route that "auto" takes for a shape."""
 
 import json
 import platform
 import sys
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from ..errors import InputError
 from ..local import BACKENDS
-from ..reduce import ALGORITHMS, AssumedRanks, SymmetricLink, level_bytes, link_obstacle, received_bytes
-from ..route import explain
+from ..reduce import ALGORITHMS, AssumedRanks, SharedMemoryLink, SymmetricLink, TwoLevel, link_obstacle, received_bytes
+from ..route import Route, explain
+from . import environment
+from .options import InfoOptions
+
+PACKAGES = ("tree-attention", "torch", "transformers", "triton")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A decode step on one of `ranks` ranks."""
-
-    ranks: int
-    B: int
-    T: int
-    H: int
-    H_kv: int
-    D: int
-    S_local: int
-    dtype: str
-    masked: bool
-
-
-def info(shape: Shape, as_json: bool) -> int:
-    """Print it all; returns the exit code."""
-    known = describe(shape)
-    if as_json:
+def info(options: InfoOptions) -> int:
+    """Print all sections. Returns the exit code."""
+    known = describe(options)
+    if options.as_json:
         sys.stdout.write(json.dumps(known) + "\n")
         return 0
     console = Console()
     for title, rows in known.items():
         table = Table(title=title, title_justify="left", show_header=False, box=None)
-        for name, text in rows.items():
-            table.add_row(f"[bold]{name}", str(text))
+        for name, value in rows.items():
+            table.add_row(f"[bold]{name}", _route_text(name, value) if isinstance(value, dict) else str(value))
         console.print(table, "")
     return 0
 
 
-def describe(shape: Shape) -> dict[str, dict[str, Any]]:
-    """Section -> name -> what is known."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    q, k, mask = _example(shape, device)
-    route = explain(q, k, k, mask=mask, group=AssumedRanks(shape.ranks))
-    backends = {name: route.backend_obstacles.get(name, "can run it") for name in BACKENDS}
-    rows = shape.B * shape.T * shape.H
-    how: dict[str, Any] = {"rows": rows, "head_dim": shape.D, "world_size": shape.ranks}
-    received = {name: received_bytes(name, **how) for name in ALGORITHMS if name != "two_level"}
-    algorithms = {name: f"{amount / 1e3:.1f} kB a rank and layer" for name, amount in received.items()}
-    algorithms["two_level"] = _on_two_nodes(shape.ranks, rows, shape.D)
-    described = f"B {shape.B}, T {shape.T}, {shape.H} / {shape.H_kv} heads x {shape.D}, {shape.S_local} keys a rank"
+def describe(options: InfoOptions) -> dict[str, dict[str, Any]]:
+    """Return the sections: title -> name -> value. In "routes", a value is a dict or why the link is unavailable."""
+    ranks, device = options.nproc, "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, mask = _example(options, device)
+    groups = {"process group": AssumedRanks(ranks)}
+    groups |= {link.__name__: AssumedRanks(ranks, link) for link in (SharedMemoryLink, SymmetricLink)}
+    nodes = (ranks - ranks // 2, ranks // 2) if ranks > 1 else ()
+    if nodes:
+        groups["TwoLevel, two nodes"] = AssumedRanks(ranks, TwoLevel, nodes)
+    routes: dict[str, Any] = {name: _unavailable(name, options, device) for name in groups}
+    for name, group in groups.items():
+        routes[name] = routes[name] or _described(explain(q, k, k, mask=mask, group=group))
+    sizes: dict[str, Any] = {"rows": options.batch * options.tokens * options.heads, "head_dim": options.head_dim}
+    received = {
+        name: f"{received_bytes(name, **sizes, world_size=ranks, node_sizes=nodes) / 1e3:.1f} kB per rank and layer"
+        for name in ALGORITHMS
+    }
+    obstacles = routes["process group"]["backend_obstacles"]
+    step = (
+        f"B {options.batch}, T {options.tokens}, {options.heads} / {options.kv_heads} heads x {options.head_dim}, "
+        f"{options.keys} keys per rank, {options.dtype}, {ranks} ranks" + (", masked" if options.masked else "")
+    )
     return {
         "versions": _versions(),
         "devices": _devices(),
         "links": _links(),
-        "shape": {"step": f"{described}, {shape.dtype}, {shape.ranks} ranks" + (", masked" if shape.masked else "")},
-        "backends for it": backends,
-        "algorithms for it": algorithms,
-        "auto chooses": {"backend": route.backend, **_algorithms(shape, device, q, k)},
+        "shape": {"step": step},
+        "backends": {name: obstacles.get(name, "available") for name in BACKENDS},
+        "algorithms": received,
+        "routes": routes,
     }
 
 
-def _on_two_nodes(ranks: int, rows: int, head_dim: int) -> str:
-    if ranks < 2:
-        return "needs two nodes"
-    inside, across = level_bytes(rows=rows, head_dim=head_dim, node_sizes=(ranks - ranks // 2, ranks // 2))
-    return f"on two nodes {inside / 1e3:.1f} kB a rank and layer inside a node, {across / 1e3:.1f} kB across"
+def _example(options: InfoOptions, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q, k and mask of the shape, expanded from one element: they take no memory."""
+    dtype = getattr(torch, options.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype must be a torch dtype such as bfloat16, got {options.dtype!r}")
+    sizes = (options.nproc, options.batch, options.tokens, options.heads, options.kv_heads, options.head_dim)
+    if min(sizes) < 1 or options.keys < 0 or options.heads % options.kv_heads:
+        raise InputError(
+            "nproc, batch, tokens, heads, kv-heads and head-dim must be at least 1, keys at least 0, heads a multiple "
+            f"of kv-heads, got {', '.join(map(str, sizes))} and {options.keys} keys"
+        )
+    one = torch.empty(1, dtype=dtype, device=device)
+    q = one.expand(options.batch, options.tokens, options.heads, options.head_dim)
+    k = one.expand(options.batch, options.keys, options.kv_heads, options.head_dim)
+    mask = torch.empty(1, dtype=torch.bool, device=device).expand(options.batch, 1, options.tokens, options.keys)
+    return q, k, mask if options.masked else None
 
 
-def _algorithms(shape: Shape, device: str, q: torch.Tensor, k: torch.Tensor) -> dict[str, str]:
-    """What "auto" makes of the exchange, without a link and with one, and why."""
-    found = {"algorithm": explain(q, k, k, group=AssumedRanks(shape.ranks)).algorithm}
-    if device == "cpu":
-        found["with a SharedMemoryLink"] = "shared_memory (TreeCache makes the link on one host)"
-    rows = shape.B * shape.T * shape.H
-    obstacle = link_obstacle()
-    if obstacle is None and torch.cuda.device_count() < shape.ranks:
-        obstacle = f"needs a GPU of this host for each of {shape.ranks} ranks, found {torch.cuda.device_count()}"
-    unfused = explain(q, k, k, group=AssumedRanks(shape.ranks, SymmetricLink)).algorithm_obstacles.get("fused")
-    if obstacle is not None:
-        found["with a SymmetricLink"] = f"not to be had here: {obstacle}"
-    elif unfused is not None:
-        found["with a SymmetricLink"] = f"symmetric, apart from the decoding: the fused kernel {unfused}"
-    else:
-        found["with a SymmetricLink"] = f"fused, if the link has room: rows={rows}, head_dim={shape.D} at least"
-    if shape.H % shape.ranks == 0:
-        found["for own heads only"] = "ask for fused_scatter or symmetric_scatter with a link, reduce_scatter without"
-    return found
+def _unavailable(group: str, options: InfoOptions, device: str) -> str | None:
+    """Why this machine cannot make such a link, or None."""
+    obstacle = None
+    if group == "SharedMemoryLink" and device == "cuda":
+        obstacle = "links CPU ranks, and this machine has CUDA devices"
+    if group == "SymmetricLink":
+        obstacle = link_obstacle()
+        if obstacle is None and torch.cuda.device_count() < options.nproc:
+            obstacle = f"needs a GPU of this host per rank, found {torch.cuda.device_count()} for {options.nproc} ranks"
+    return obstacle and f"unavailable: {obstacle}"
+
+
+def _described(route: Route) -> dict[str, Any]:
+    """The fields of a route that JSON can hold."""
+    names = ("backend", "algorithm", "is_fused", "received_bytes", "backend_obstacles", "algorithm_obstacles")
+    return {name: getattr(route, name) for name in names}
+
+
+def _route_text(group: str, route: dict[str, Any]) -> str:
+    launches = "one launch" if route["is_fused"] else "exchange after the backend"
+    kilobytes = route["received_bytes"] / 1e3
+    text = f"{route['backend']}, {route['algorithm']}: {launches}, {kilobytes:.1f} kB per rank and layer"
+    obstacle = route["algorithm_obstacles"].get("fused") if group == "SymmetricLink" else None
+    return text if obstacle is None else f"{text}\nnot fused: {obstacle}"
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("tree-attention", "torch", "transformers", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: environment.package_version(package) for package in PACKAGES}
     if torch.cuda.is_available():
-        from torch.cuda import nccl
-
-        found["cuda"] = str(torch.version.cuda)
-        found["nccl"] = ".".join(map(str, nccl.version()))
+        found |= {"cuda": str(torch.version.cuda), "nccl": environment.nccl_version()}
     return found
 
 
 def _devices() -> dict[str, str]:
-    found = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    found = {"cpu": f"{environment.cpu_name()}, {torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         found[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
@@ -123,30 +130,9 @@ def _devices() -> dict[str, str]:
 
 
 def _links() -> dict[str, str]:
-    """Which process-group backends there are, and between which GPUs memory can be read directly."""
+    """The available process-group backends, and peer access for each pair of GPUs."""
     backends = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(), "mpi": dist.is_mpi_available()}
-    found = {"process groups": ", ".join(name for name, there in backends.items() if there)}
-    count = torch.cuda.device_count()
-    for a in range(count):
-        for b in range(a + 1, count):
-            direct = torch.cuda.can_device_access_peer(a, b)
-            found[f"cuda:{a} - cuda:{b}"] = "peer access" if direct else "no peer access"
+    found = {"process groups": ", ".join(name for name, is_available in backends.items() if is_available)}
+    for (a, b), has_access in environment.peer_access(torch.cuda.device_count()).items():
+        found[f"cuda:{a} - cuda:{b}"] = "peer access" if has_access else "no peer access"
     return found
-
-
-def _example(shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """q, k and mask of that shape, without their memory."""
-    dtype = getattr(torch, shape.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"dtype must be a torch dtype such as bfloat16, got {shape.dtype!r}")
-    if (
-        min(shape.ranks, shape.B, shape.T, shape.H, shape.H_kv, shape.D) < 1
-        or shape.S_local < 0
-        or shape.H % shape.H_kv
-    ):
-        raise InputError(f"sizes must be at least 1, and heads a multiple of kv-heads, got {shape}")
-    one = torch.empty(1, dtype=dtype, device=device)
-    q = one.expand(shape.B, shape.T, shape.H, shape.D)
-    k = one.expand(shape.B, shape.S_local, shape.H_kv, shape.D)
-    mask = torch.empty(1, dtype=torch.bool, device=device).expand(shape.B, 1, shape.T, shape.S_local)
-    return q, k, mask if shape.masked else None

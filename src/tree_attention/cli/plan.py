@@ -1,9 +1,9 @@
-"""`tree-attention plan`: the meshes for a model and a context, as a table, as JSON, as a plot. Loads no torch."""
+"""`tree-attention plan`: the meshes for a model and a context as a table, JSON or a plot. Imports no torch."""
 
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,132 +12,103 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cost.calibration import load_calibration
-from ..cost.machine import MACHINES, Machine, changed, machine
-from ..cost.model import Model, load_model
-from ..cost.plan import Plan, make_plan, over_contexts
+from ..cost.machine import MACHINES, Machine, override, preset_machine
+from ..cost.model import ModelSpec, load_model_spec
+from ..cost.plan import MeshPlan, make_plan, over_contexts
 from ..errors import InputError, Unavailable
+from .options import PlanOptions
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options of `plan`."""
-
-    model: str
-    context: str
-    batch: int
-    gpu: str | None
-    machine: Path | None
-    gpus: int
-    per_node: int | None
-    inside: str | None
-    across: str | None
-    plot: Path | None
-    as_json: bool
-
-
-def plan(request: Request) -> int:
-    """Print the plan; returns the exit code, 1 if nothing fits."""
-    context = tokens_of(request.context)
-    if request.plot is not None and find_spec("matplotlib") is None:
+def plan(options: PlanOptions) -> int:
+    """Print the plan. Returns the exit code, 1 if nothing fits."""
+    context = parse_tokens(options.context)
+    if options.plot is not None and find_spec("matplotlib") is None:
         raise Unavailable("plot needs matplotlib: pip install matplotlib")
     try:
-        model = load_model(request.model)
-        on, note = _machine(request)
-        made = make_plan(model, on, context=context, batch=request.batch, gpus=request.gpus)
-        if request.plot is not None:
-            _draw(
-                over_contexts(model, on, batch=request.batch, gpus=request.gpus),
-                _title(request, model, on),
-                request.plot,
-            )
+        model = load_model_spec(options.model)
+        on, note = _machine(options)
+        made = make_plan(model, on, context=context, batch=options.batch, gpus=options.gpus)
+        if options.plot is not None:
+            rows = over_contexts(model, on, batch=options.batch, gpus=options.gpus)
+            _plot(rows, _title(options, model, on), options.plot)
     except ValueError as error:
         raise InputError(str(error)) from None
     made = replace(made, notes=(*made.notes, *([note] if note else [])))
-    if request.as_json:
-        about = {"model": model.name, "context_tokens": context, "batch": request.batch, "machine": asdict(on)}
+    if options.as_json:
+        about = {"model": model.name, "context_tokens": context, "batch": options.batch, "machine": asdict(on)}
         sys.stdout.write(json.dumps(about | made.as_dict()) + "\n")
     else:
-        _print(made, f"{_title(request, model, on)}, {context} tokens each")
+        _print(made, f"{_title(options, model, on)}, {context} tokens each")
     return 0 if made.fewest is not None else 1
 
 
-def tokens_of(text: str) -> int:
-    """ "128k" -> 131072, "1M" -> 1048576, "1.5M", "4096"; or InputError."""
+def parse_tokens(text: str) -> int:
+    """Parse a number of tokens such as "4096", "128k" (131072) or "1.5M". Raises InputError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text.strip().lower())
     if not found:
         raise InputError(f"context must be a number of tokens such as 131072, 128k or 1M, got {text!r}")
     return round(float(found[1]) * UNITS[found[2]])
 
 
-def _machine(request: Request) -> tuple[Machine, str]:
-    """The preset or the calibration, and what is to be said of it."""
-    if (request.gpu is None) == (request.machine is None):
+def _machine(options: PlanOptions) -> tuple[Machine, str]:
+    """Return the preset or the calibrated machine, and a note about it."""
+    if (options.gpu is None) == (options.machine is None):
         raise ValueError(f"name one of --gpu ({', '.join(MACHINES)}) and --machine FILE")
-    how: Any = {"per_node": request.per_node, "inside": request.inside, "across": request.across}
-    if request.gpu is not None:
-        return machine(request.gpu, **how), ""
-    assert request.machine is not None
-    found = load_calibration(request.machine)
-    return changed(found.machine, **how), f"constants measured on {found.hardware}, {found.date}"
+    how: Any = {"per_node": options.per_node, "inside": options.inside, "across": options.across}
+    if options.gpu is not None:
+        return preset_machine(options.gpu, **how), ""
+    assert options.machine is not None
+    found = load_calibration(options.machine)
+    return override(found.machine, **how), f"constants measured on {found.hardware}, {found.date}"
 
 
-def _title(request: Request, model: Model, on: Machine) -> str:
-    return f"{model.name} on up to {request.gpus} x {on.name}, {on.per_node} a node: {request.batch} sequence(s)"
+def _title(options: PlanOptions, model: ModelSpec, on: Machine) -> str:
+    return f"{model.name} on up to {options.gpus} x {on.name}, {on.per_node} per node: {options.batch} sequence(s)"
 
 
-def _print(made: Plan, title: str) -> None:
+def _print(made: MeshPlan, title: str) -> None:
     console = Console(width=120, highlight=False)
     table = Table(title=title, title_justify="left")
     table.add_column("tensor x\nsequence")
-    for name in (
-        "weights,\nGB a GPU",
-        "KV",
-        "in all",
-        "",
-        "a token,\nms",
-        "most of it",
-        "exchange",
-        "first token,\ns",
-        "tokens/s",
-    ):
+    for name in ("weights,\nGB per GPU", "KV", "total", ""):
+        table.add_column(name, justify="right")
+    for name in ("ms per\ntoken", "largest\npart", "exchange", "first token,\ns", "tokens/s"):
         table.add_column(name, justify="right")
     for mesh in made.meshes:
-        style = "bold" if mesh is made.fastest else ("" if mesh.fits and mesh.loads else "dim")
-        verdict = ("fits" if mesh.loads else "other engines") if mesh.fits else "too large"
-        table.add_row(
-            f"{mesh.tensor} x {mesh.sequence}", f"{mesh.weights_bytes / 1e9:.1f}", f"{mesh.kv_bytes / 1e9:.1f}",
-            f"{mesh.used_bytes / 1e9:.1f}", verdict, f"{1e3 * mesh.token_s:.2f}", mesh.bound,
-            "-" if mesh.sequence == 1 else mesh.algorithm, f"{mesh.first_token_s:.2f}", f"{mesh.tokens_per_s:.1f}",
-            style=style,
-        )  # fmt: skip
+        style = "bold" if mesh is made.fastest else ("" if mesh.fits and mesh.loadable else "dim")
+        verdict = ("fits" if mesh.loadable else "other engines") if mesh.fits else "too large"
+        sizes = (f"{size / 1e9:.1f}" for size in (mesh.weights_bytes, mesh.kv_bytes, mesh.used_bytes))
+        exchange = "-" if mesh.sequence == 1 else mesh.algorithm
+        times = (f"{1e3 * mesh.token_s:.2f}", mesh.bound, exchange, f"{mesh.first_token_s:.2f}")
+        shape, rate = f"{mesh.tensor} x {mesh.sequence}", f"{mesh.tokens_per_s:.1f}"
+        table.add_row(shape, *sizes, verdict, *times, rate, style=style)
     console.print(table)
     if made.fewest is not None and made.fastest is not None:
         for name, mesh in (("fewest GPUs", made.fewest), ("fastest", made.fastest)):
-            console.print(
-                f"{name}: {mesh.tensor} x {mesh.sequence}, {mesh.gpus} GPUs, {1e3 * mesh.token_s:.2f} ms a token"
-            )
+            shape = f"{mesh.tensor} x {mesh.sequence}, {mesh.gpus} GPUs"
+            console.print(f"{name}: {shape}, {1e3 * mesh.token_s:.2f} ms per token")
     console.print(f"[bold]{made.verdict}[/bold]")
     pays = made.pays_from_tokens
     console.print(
-        "At every context that fits, a mesh without sequence sharding is fastest."
+        "Without sequence sharding is fastest at every context that fits."
         if pays is None
-        else f"From {pays} tokens a sequence on, the fastest mesh shards the sequence."
+        else f"From {pays} tokens per sequence on, the fastest mesh shards the sequence."
     )
     for note in made.notes:
         console.print(f"note: {note}", markup=False)
 
 
-def _draw(rows: list[tuple[int, float | None, float | None]], title: str, out: Path) -> None:
-    """A token's time over the context, with tensor ranks alone and with the sequence sharded, as far as each fits."""
+def _plot(rows: list[tuple[int, float | None, float | None]], title: str, out: Path) -> None:
+    """Plot the time per token over the context, with tensor parallelism only and with the sequence sharded."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for column, label, colour in ((1, "tensor parallelism alone", "tab:blue"), (2, "sequence sharded", "tab:red")):
+    for column, label, colour in ((1, "tensor parallelism only", "tab:blue"), (2, "sequence sharded", "tab:red")):
         points = [(row[0], 1e3 * token_s) for row in rows if (token_s := row[column]) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, color=colour, marker="o", markersize=4)
@@ -147,8 +118,8 @@ def _draw(rows: list[tuple[int, float | None, float | None]], title: str, out: P
     contexts = [row[0] for row in rows][::2]
     axes.set_xticks(contexts, [f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}k" for n in contexts])
     axes.minorticks_off()
-    axes.set_xlabel("tokens of a sequence")
-    axes.set_ylabel("a token, ms, on the fastest mesh that fits")
+    axes.set_xlabel("tokens per sequence")
+    axes.set_ylabel("ms per token on the fastest mesh that fits")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

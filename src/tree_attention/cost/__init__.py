@@ -1,1 +1,1 @@
-"""Bytes and links to seconds: what a step costs before it is run. Plain Python, without torch and the rest of us."""
+"""The cost model: predicts the time and memory of decoding from a few constants. Plain Python: imports no torch."""

@@ -1,4 +1,4 @@
-"""A machine's constants as measured there, in a file: what `tree-attention calibrate` writes and `plan` takes."""
+"""The file of measured machine constants that `tree-attention calibrate` writes and `plan --machine` reads."""
 
 import json
 import math
@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .machine import Gpu, Link, Machine
+from .machine import GpuSpec, LinkSpec, Machine
 
-Part = TypeVar("Part", Gpu, Link)
+Part = TypeVar("Part", GpuSpec, LinkSpec)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """machine: the constants; hardware: what they were measured on; date: ISO 8601."""
+    """Measured constants. hardware: the machine they were measured on. date: ISO 8601."""
 
     machine: Machine
     hardware: str
@@ -21,15 +21,14 @@ class Calibration:
 
 
 def save_calibration(calibration: Calibration, file: Path) -> None:
-    """Write it as JSON."""
+    """Write `calibration` to `file` as JSON."""
     file.write_text(json.dumps(asdict(calibration), indent=2) + "\n", encoding="utf-8")
 
 
 def load_calibration(file: Path) -> Calibration:
-    """Read what `save_calibration` wrote.
+    """Read a file that `save_calibration` wrote.
 
-    Raises ValueError for a file that cannot be read, or holds anything else: fields missing or too many, numbers that
-    are not positive.
+    Raises ValueError if the file cannot be read, a field is missing or unknown, or a number is not positive.
     """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -43,17 +42,20 @@ def load_calibration(file: Path) -> Calibration:
         per_node = parts["per_node"]
         if not isinstance(per_node, int) or per_node < 1:
             raise ValueError(f"per_node must be at least 1, got {per_node!r}")
-        machine = Machine(
-            str(parts["name"]), _part(Gpu, parts["gpu"]), _part(Link, parts["inside"]), _part(Link, parts["across"]),
-            per_node,
-        )  # fmt: skip
+        gpu, inside, across = (
+            _part(GpuSpec, parts["gpu"]),
+            *(_part(LinkSpec, parts[name]) for name in ("inside", "across")),
+        )
+        machine = Machine(str(parts["name"]), gpu, inside, across, per_node)
     except ValueError as error:
-        raise ValueError(f"machine {file} is no calibration: {error}; tree-attention calibrate writes one") from None
+        raise ValueError(
+            f"machine {file} is not a calibration: {error}. Create one with: tree-attention calibrate"
+        ) from None
     return Calibration(machine, str(about["hardware"]), str(about["date"]))
 
 
 def _part(kind: type[Part], document: Any) -> Part:
-    """A Gpu or a Link, its numbers positive."""
+    """Return a GpuSpec or LinkSpec after checking that its numbers are positive."""
     parts = _fields(kind, document)
     for name, value in parts.items():
         if name == "peer_access":

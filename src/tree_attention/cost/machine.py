@@ -1,4 +1,4 @@
-"""What a machine can do, in the few constants that a decode step depends on, and where each comes from."""
+"""The constants of a machine that the time of a decode step depends on, with the source of each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,10 +8,12 @@ Preset = TypeVar("Preset")
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """memory_bytes: all of it. read_bytes_per_s: what a kernel that streams memory reaches on long reads.
-    matmul_flops_per_s: 16 bits, dense, as reached in prefill. launch_s: fixed cost of such a streaming kernel in a CUDA
-    graph (launch, ramp, tail). kernel_s: of a kernel that has next to nothing to do, likewise. source: of each number.
+class GpuSpec:
+    """Constants of one GPU.
+
+    memory_bytes: its whole memory. read_bytes_per_s: bandwidth of a kernel that streams long reads. matmul_flops_per_s:
+    dense 16-bit rate reached in prefill. launch_s: fixed cost of a streaming kernel in a CUDA graph (launch, ramp-up,
+    tail). kernel_s: fixed cost of a tiny kernel in a CUDA graph. source: where the numbers come from.
     """
 
     name: str
@@ -24,10 +26,12 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Link:
-    """bytes_per_s: out of one GPU, one direction, to all its peers together. latency_s: a small message from one GPU's
-    memory until the other sees it. collective_s: fixed cost of one small NCCL collective in a CUDA graph. peer_access:
-    whether our kernels can write into the other GPU's memory, as `symmetric` and `fused` do.
+class LinkSpec:
+    """Constants of a link between GPUs.
+
+    bytes_per_s: one direction, from one GPU to all its peers together. latency_s: from a small write on one GPU until
+    the other GPU sees it. collective_s: fixed cost of a small NCCL collective in a CUDA graph. peer_access: True if our
+    kernels can write into the other GPU's memory, as `symmetric` and `fused` do.
     """
 
     name: str
@@ -40,30 +44,32 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """`per_node` GPUs joined by `inside`; GPUs of different nodes by `across`."""
+    """Nodes of `per_node` GPUs. `inside` is the link within a node, `across` the link between nodes."""
 
     name: str
-    gpu: Gpu
-    inside: Link
-    across: Link
+    gpu: GpuSpec
+    inside: LinkSpec
+    across: LinkSpec
     per_node: int
 
 
 class UnknownPreset(ValueError):
-    """A name that no preset has; the text lists those that there are."""
+    """No preset has this name. The message lists the known names."""
 
 
-def machine(name: str, *, per_node: int | None = None, inside: str | None = None, across: str | None = None) -> Machine:
-    """The preset machine `name`, changed as `changed` says. Raises UnknownPreset for a name that is not there."""
-    return changed(_preset(MACHINES, name, "GPU"), per_node=per_node, inside=inside, across=across)
+def preset_machine(
+    name: str, *, per_node: int | None = None, inside: str | None = None, across: str | None = None
+) -> Machine:
+    """Return the preset machine `name` with the given overrides (see `override`). Raises UnknownPreset."""
+    return override(_preset(MACHINES, name, "GPU"), per_node=per_node, inside=inside, across=across)
 
 
-def changed(
+def override(
     machine: Machine, *, per_node: int | None = None, inside: str | None = None, across: str | None = None
 ) -> Machine:
-    """The machine with another number of GPUs a node and the preset links of those names, where given.
+    """Return `machine` with another number of GPUs per node and other preset links, each if given.
 
-    Raises UnknownPreset for a link that is not there, ValueError for a number below 1.
+    Raises UnknownPreset for an unknown link, ValueError if per_node is below 1.
     """
     if per_node is not None and per_node < 1:
         raise ValueError(f"per-node must be at least 1, got {per_node}")
@@ -82,37 +88,37 @@ def _preset(presets: Mapping[str, Preset], name: str, kind: str) -> Preset:
     return presets[key]
 
 
-# Measured by us: benchmarks/results/2026-11-2*_2xH*.jsonl. What is not: a data sheet's number x an assumed share.
+# "measured": benchmarks/results/2026-11-2*_2xH*.jsonl. Otherwise: the data sheet's number x an assumed share.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu(
+        GpuSpec(
             "h100", 80e9, 3.13e12, 539e12, 7.5e-6, 3e-6,
             "H100 SXM 80 GB. read: measured, 0.93 of 3.35 TB/s; launch: measured, 7.2 us (ours) to 8.5 (cuDNN) "
             "over the read at 16k keys; kernel: measured, pack and merge around one all-gather, 14 us in 5 kernels; "
             "matmul: as on the H200",
         ),
-        Gpu(
+        GpuSpec(
             "h200", 141e9, 4.57e12, 539e12, 8e-6, 3e-6,
             "H200 SXM 141 GB. read: measured, 0.95 of 4.8 TB/s; launch: measured, 8 us over the read at 16k keys; "
             "kernel: as on the H100; matmul: measured, a whole model reading 128k on one GPU, 0.55 of 989 TFLOP/s",
         ),
-        Gpu(
+        GpuSpec(
             "b200", 180e9, 0.93 * 8.0e12, 0.6 * 2250e12, 8e-6, 3e-6,
             "HGX B200 180 GB. Not measured. read: data sheet 8 TB/s x the H100's 0.93; launch, kernel: as on the H100; "
             "matmul: data sheet 2250 TFLOP/s x 0.6 assumed",
         ),
-        Gpu(
+        GpuSpec(
             "mi300x", 192e9, 0.8 * 5.3e12, 0.4 * 1307e12, 10e-6, 4e-6,
             "MI300X 192 GB. Not measured. read: data sheet 5.3 TB/s x 0.8 assumed; launch, kernel: assumed; "
             "matmul: data sheet 1307 TFLOP/s x 0.4 assumed",
         ),
-        Gpu(
+        GpuSpec(
             "a100", 80e9, 0.9 * 2.039e12, 0.7 * 312e12, 8e-6, 3e-6,
             "A100 SXM 80 GB. Not measured. read: data sheet 2.039 TB/s x 0.9 assumed; launch, kernel: as on the H100; "
             "matmul: data sheet 312 TFLOP/s x 0.7 assumed",
         ),
-        Gpu(
+        GpuSpec(
             "rtx4090", 24e9, 0.92 * 1.008e12, 0.8 * 165e12, 6e-6, 3e-6,
             "RTX 4090 24 GB. Not measured. read: data sheet 1.008 TB/s x 0.92 assumed; launch, kernel: assumed; "
             "matmul: data sheet 165 TFLOP/s (float32 sums) x 0.8 assumed",
@@ -123,42 +129,42 @@ GPUS = {
 LINKS = {
     link.name: link
     for link in (
-        Link(
+        LinkSpec(
             "nvlink3", 0.71 * 300e9, 1.5e-6, 11e-6,
             "data sheet 300 GB/s x NVLink 4's share; latency, collective: as on NVLink 4",
         ),
-        Link(
+        LinkSpec(
             "nvlink4", 321e9, 1.5e-6, 11e-6,
             "rate: measured, NCCL sending 4.3 GB both ways at once, of 450 GB/s; latency: measured, our exchange "
             "kernel less a small kernel; collective: measured, an NCCL all-gather of 16 KB; all over two GPUs",
         ),
-        Link(
+        LinkSpec(
             "nvlink5", 0.71 * 900e9, 1.5e-6, 11e-6,
             "data sheet 900 GB/s x NVLink 4's share; latency, collective: as on NVLink 4",
         ),
-        Link(
+        LinkSpec(
             "infinity-fabric", 0.7 * 448e9, 3e-6, 20e-6,
             "MI300X: data sheet 7 x 64 GB/s, x 0.7 assumed; latency, collective: assumed; our kernels run on NVIDIA's "
             "GPUs alone, so none writes into a peer's memory",
             peer_access=False,
         ),
-        Link(
+        LinkSpec(
             "pcie4", 0.8 * 32e9, 10e-6, 25e-6,
             "x16: 32 GB/s x 0.8 assumed; latency through host memory, as consumer GPUs have no peer access, and "
             "collective: assumed",
             peer_access=False,
         ),
-        Link("pcie5", 0.8 * 64e9, 5e-6, 20e-6, "x16: 64 GB/s x 0.8 assumed; latency, collective: assumed"),
-        Link(
+        LinkSpec("pcie5", 0.8 * 64e9, 5e-6, 20e-6, "x16: 64 GB/s x 0.8 assumed; latency, collective: assumed"),
+        LinkSpec(
             "infiniband-400g", 0.9 * 50e9, 6e-6, 33e-6,
             "one adapter a GPU: 50 GB/s x 0.9 assumed; latency: assumed; collective: NCCL sending between two hosts, "
             "32 to 35 us as published (arXiv 2411.01783)",
         ),
-        Link(
+        LinkSpec(
             "infiniband-200g", 0.9 * 25e9, 6e-6, 33e-6,
             "one adapter a GPU: 25 GB/s x 0.9 assumed; latency, collective: as with 400G",
         ),
-        Link(
+        LinkSpec(
             "ethernet-100g", 0.9 * 12.5e9, 25e-6, 80e-6,
             "one adapter a GPU: 12.5 GB/s x 0.9 assumed; latency, collective: over TCP, assumed",
         ),

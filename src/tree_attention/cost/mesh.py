@@ -1,41 +1,42 @@
-"""One mesh of tensor x sequence ranks: memory, seconds a token, seconds to the first one.
+"""Estimates for one mesh of tensor x sequence ranks: memory, seconds per token, seconds to the first token.
 
-A step, in seconds, is the sum of
+The time of a decode step is the sum of
 
-weights     bytes that the step's tokens meet / tensor, at the read rate; or the arithmetic, if that takes longer
-KV          decode.py, a layer; layers with a window read it whole on every sequence rank
-exchange    decode.py, a layer that is sharded, by the algorithm that `algorithm_of` says
-tensor      2 sums a layer of tokens x hidden: through peer memory inside a node (hf/sums.py), otherwise by NCCL
-launches    of the attention, the products and SMALL_KERNELS a layer, in one CUDA graph; for a batch of one, products
-            that share a vector are one launch (hf/inductor.py)
-host        what `generate` does between two graphs
+weights     bytes of the weights that the tokens use / tensor, at the read rate; or their FLOPs, if they take longer
+KV          decode.py, for each layer; a layer with a window reads its whole window on every sequence rank
+exchange    decode.py, for each layer with full attention, with the algorithm of `choose_exchange`
+tensor      2 sums of tokens x hidden per layer: through peer memory within a node (hf/sums.py), otherwise NCCL
+launches    attention, products and SMALL_KERNELS per layer, in one CUDA graph; with batch 1, the products that share a
+            vector are one launch (hf/inductor.py)
+host        the host's work in `generate` between two graphs
 
-Tensor ranks are neighbours. Weights are divided by the tensor ranks and repeated on the sequence ranks, as `TreeCache`
-has them. Left out: sampling, ranks that wait for each other, fragmentation.
+Tensor ranks are consecutive. The weights are split over the tensor ranks and replicated on the sequence ranks. Not
+counted: sampling, ranks that wait for each other, memory fragmentation.
 """
 
 import math
 from collections import Counter
 from dataclasses import dataclass
 
-from .decode import Ranks, Shape, all_reduce, decode_cost, exchange
+from .decode import AttentionShape, RankGroup, all_reduce_cost, decode_cost, exchange_cost
 from .machine import Machine
-from .model import Model
+from .model import ModelSpec
 
 PRODUCTS, PRODUCTS_OF_ONE_VECTOR = 7, 4  # q, k, v, out, gate, up, down; q-k-v, out, gate-up, down
 SMALL_KERNELS = 5  # norms, rotation, cache, activation
-SUMMED_NUMBERS = 2048 * 128  # over (ranks - 1): most of a sum through peer memory (hf/sums.py)
+SUMMED_NUMBERS = 2048 * 128  # / (ranks - 1): the largest sum through peer memory (hf/sums.py)
 HOST_S = 0.5e-3  # measured: 0.35 to 0.56 ms on two H100s (docs/log.md)
-CHUNK_TOKENS, MASKED_CHUNK_TOKENS = 32768, 4096  # of prefill on GPUs, over all ranks; with windows (hf/prefill.py)
+CHUNK_TOKENS, MASKED_CHUNK_TOKENS = 32768, 4096  # prefill chunk on GPUs, over all ranks; with windows
 SAMPLES = 64
 RESERVED_BYTES = 1.5e9  # CUDA context, libraries and graphs: assumed
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """One mesh. Bytes are those of a GPU; parts_s: what a decode step is made of; tokens_per_s: of all sequences.
+class MeshEstimate:
+    """The estimate for one mesh. Bytes are per GPU.
 
-    loads: whether `load_tensor_parallel` takes so many tensor ranks; if not, the mesh is for other engines.
+    loadable: True if `load_tensor_parallel` supports this number of tensor ranks; otherwise only other engines do.
+    parts_s: the parts of a decode step. tokens_per_s: over all sequences.
     """
 
     tensor: int
@@ -43,7 +44,7 @@ class Outlook:
     weights_bytes: float
     kv_bytes: float
     workspace_bytes: float
-    loads: bool
+    loadable: bool
     fits: bool
     algorithm: str
     parts_s: dict[str, float]
@@ -56,28 +57,30 @@ class Outlook:
 
     @property
     def token_s(self) -> float:
-        """Of one decode step."""
+        """Seconds of one decode step."""
         return sum(self.parts_s.values())
 
     @property
     def bound(self) -> str:
-        """The largest part of it."""
+        """Name of the largest part of a decode step."""
         return max(self.parts_s, key=self.parts_s.__getitem__)
 
     @property
     def used_bytes(self) -> float:
-        """Of a GPU's memory."""
+        """Bytes used on each GPU."""
         return self.weights_bytes + self.kv_bytes + self.workspace_bytes
 
 
-def outlook(model: Model, machine: Machine, context: int, batch: int, tensor: int, sequence: int) -> Outlook:
-    """One mesh; first_token_s is left at 0, for `first_token_s` to say."""
+def estimate_mesh(
+    model: ModelSpec, machine: Machine, context: int, batch: int, tensor: int, sequence: int
+) -> MeshEstimate:
+    """Estimate one mesh, without first_token_s (0 here): see `estimate_first_token_s`."""
     held = model.held_tokens(context)
     sharded = [window is None for window in model.windows]
     tokens = sum(math.ceil(n / sequence) if whole else n for n, whole in zip(held, sharded, strict=True))
-    group = sequence_ranks(machine, tensor, sequence)
-    shape = shape_of(model, context / sequence, batch, tensor)
-    algorithm = algorithm_of(shape, machine, group)
+    group = sequence_group(machine, tensor, sequence)
+    shape = layer_shape(model, context / sequence, batch, tensor)
+    algorithm = choose_exchange(shape, machine, group)
     workspace = RESERVED_BYTES + _activation_bytes(model, context, batch, tensor, sequence)
     if algorithm == "fused":
         workspace += 2 * sequence * shape.rows * shape.value_dim * 17 / 16 * 8 + 33.6e6  # SymmetricLink
@@ -85,44 +88,46 @@ def outlook(model: Model, machine: Machine, context: int, batch: int, tensor: in
     weights_bytes = model.weights_bytes / tensor
     kv_bytes = batch * tokens * _key_bytes(model, tensor)
     fits = weights_bytes + kv_bytes + workspace <= machine.gpu.memory_bytes
-    return Outlook(
-        tensor, sequence, weights_bytes, kv_bytes, workspace, model.can_split(tensor), fits, algorithm, parts_s,
-        0.0, batch / sum(parts_s.values()),
-    )  # fmt: skip
+    sizes, loadable = (weights_bytes, kv_bytes, workspace), model.can_split(tensor)
+    tokens_per_s = batch / sum(parts_s.values())
+    return MeshEstimate(tensor, sequence, *sizes, loadable, fits, algorithm, parts_s, 0.0, tokens_per_s)
 
 
-def sequence_ranks(machine: Machine, tensor: int, sequence: int) -> Ranks:
-    """The ranks that share a sequence; `tensor` ranks sit between two of them."""
-    return Ranks(sequence, max(machine.per_node // tensor, 1))
+def sequence_group(machine: Machine, tensor: int, sequence: int) -> RankGroup:
+    """The ranks that share a sequence: every `tensor`-th rank."""
+    return RankGroup(sequence, max(machine.per_node // tensor, 1))
 
 
-def shape_of(model: Model, keys: float, batch: int, tensor: int) -> Shape:
-    """A layer's attention on one of `tensor` ranks, over `keys` keys of each sequence."""
-    return Shape(
-        batch, model.heads // tensor, math.ceil(model.kv_heads / tensor), model.head_dim, keys, model.head_dim_v,
-        itemsize=model.kv_itemsize, latent=model.latent,
-    )  # fmt: skip
+def layer_shape(model: ModelSpec, keys: float, batch: int, tensor: int) -> AttentionShape:
+    """The attention of one layer on one of `tensor` ranks, over `keys` keys per sequence."""
+    heads, kv_heads, dims = (
+        model.heads // tensor,
+        math.ceil(model.kv_heads / tensor),
+        (model.head_dim, model.head_dim_v),
+    )
+    how = {"itemsize": model.kv_itemsize, "latent": model.latent}
+    return AttentionShape(batch, heads, kv_heads, dims[0], keys, dims[1], **how)
 
 
-def algorithm_of(shape: Shape, machine: Machine, group: Ranks) -> str:
-    """How ranks that share a sequence exchange, as `TreeCache` does; over nodes it can do both: the quicker."""
+def choose_exchange(shape: AttentionShape, machine: Machine, group: RankGroup) -> str:
+    """Name the algorithm that TreeCache uses; across nodes it supports two, of which this is the faster one."""
     if group.size == 1:
         return "none"
     if not machine.inside.peer_access:
         return "all_gather"
     if group.nodes == 1:
         return "fused"
-    return min("two_level", "all_gather", key=lambda name: exchange(shape, machine, group, name)[0])
+    return min("two_level", "all_gather", key=lambda name: exchange_cost(shape, machine, group, name)[0])
 
 
 def _parts_s(
-    model: Model, machine: Machine, context: int, batch: int, tensor: int, group: Ranks, algorithm: str
+    model: ModelSpec, machine: Machine, context: int, batch: int, tensor: int, group: RankGroup, algorithm: str
 ) -> dict[str, float]:
     gpu, kv_s, exchange_s = machine.gpu, 0.0, 0.0
     for window in set(model.windows) - {0}:
         layers, alone = model.windows.count(window), window is not None
         keys = min(window, context) if window is not None else context / group.size
-        shape, ranks = shape_of(model, keys, batch, tensor), 1 if alone else group.size
+        shape, ranks = layer_shape(model, keys, batch, tensor), 1 if alone else group.size
         cost = decode_cost(shape, machine, ranks, "fused" if ranks == 1 else algorithm, per_node=group.per_node)
         kv_s += layers * cost.read_s
         exchange_s += layers * cost.exchange_s
@@ -131,36 +136,35 @@ def _parts_s(
         batch * model.flops_per_token / tensor / gpu.matmul_flops_per_s,
     )
     products, product_s = (PRODUCTS_OF_ONE_VECTOR, gpu.kernel_s) if batch == 1 else (PRODUCTS, gpu.launch_s)
-    products_s = (model.layers * products + 1) * product_s  # and the output head's
-    return {
-        "weights": weights_s, "KV": kv_s, "exchange": exchange_s,
-        "tensor": 2 * model.layers * _sum_s(batch * model.hidden, machine, Ranks(tensor, machine.per_node)),
-        "launches": model.layers * (gpu.launch_s + SMALL_KERNELS * gpu.kernel_s) + products_s, "host": HOST_S,
-    }  # fmt: skip
+    products_s = (model.layers * products + 1) * product_s  # + 1: the output head
+    sums_s = 2 * model.layers * _sum_s(batch * model.hidden, machine, RankGroup(tensor, machine.per_node))
+    launches_s = model.layers * (gpu.launch_s + SMALL_KERNELS * gpu.kernel_s) + products_s
+    read_s = {"weights": weights_s, "KV": kv_s}
+    return read_s | {"exchange": exchange_s, "tensor": sums_s, "launches": launches_s, "host": HOST_S}
 
 
-def _sum_s(numbers: int, machine: Machine, group: Ranks) -> float:
-    """Of 16 bits each, over the tensor ranks; through peer memory they are float32, and travel with an epoch."""
+def _sum_s(numbers: int, machine: Machine, group: RankGroup) -> float:
+    """Seconds to sum 16-bit numbers over the tensor ranks; through peer memory as float32, each with its epoch."""
     small = numbers * (group.size - 1) <= SUMMED_NUMBERS
     if group.size == 1 or group.nodes > 1 or not machine.inside.peer_access or not small:
-        return all_reduce(2 * numbers, machine, group)[0]
+        return all_reduce_cost(2 * numbers, machine, group)[0]
     return machine.gpu.kernel_s + machine.inside.latency_s + 8 * (group.size - 1) * numbers / machine.inside.bytes_per_s
 
 
-def first_token_s(model: Model, machine: Machine, context: int, batch: int, mesh: Outlook) -> float:
-    """Of reading the context in chunks, divided over all ranks, and of one step.
+def estimate_first_token_s(model: ModelSpec, machine: Machine, context: int, batch: int, mesh: MeshEstimate) -> float:
+    """Seconds to prefill the context in chunks, divided over all ranks, and to run one decode step.
 
-    A chunk takes its arithmetic, causal, or reading the weights if that is longer; two all-reduces a layer over tensor
-    ranks; and over sequence ranks a layer's keys so far or the chunk's queries, whichever are less (hf/chunk.py). Of
-    many chunks SAMPLES are computed, evenly spread, and stand for the others.
+    A chunk takes the time of its causal FLOPs, or of reading the weights if that is longer; two all-reduces per layer
+    over the tensor ranks; and per layer the transfer over the sequence ranks of the keys so far or of the chunk's
+    queries, whichever is smaller (hf/chunk.py). At most SAMPLES chunks, evenly spaced, are computed.
     """
     P, chunks = mesh.sequence, math.ceil(context / _chunk_tokens(model))
     tokens, layers = context / chunks, Counter(model.windows)
     linear = model.flops_per_token - 2 * model.vocabulary * model.hidden
     read_s = model.read_bytes(batch * math.ceil(tokens / P)) / mesh.tensor / machine.gpu.read_bytes_per_s
-    tensors = Ranks(mesh.tensor, machine.per_node)
-    reduced_s = 2 * model.layers * all_reduce(batch * tokens / P * model.hidden * 2, machine, tensors)[0]
-    link = sequence_ranks(machine, mesh.tensor, P).slowest(machine)
+    tensors = RankGroup(mesh.tensor, machine.per_node)
+    reduced_s = 2 * model.layers * all_reduce_cost(batch * tokens / P * model.hidden * 2, machine, tensors)[0]
+    link = sequence_group(machine, mesh.tensor, P).slowest(machine)
     key_bytes = _key_bytes(model, mesh.tensor)
     seconds, samples = 0.0, min(chunks, SAMPLES)
     for sample in range(samples):
@@ -175,22 +179,22 @@ def first_token_s(model: Model, machine: Machine, context: int, batch: int, mesh
     return seconds + mesh.token_s
 
 
-def _chunk_tokens(model: Model) -> int:
+def _chunk_tokens(model: ModelSpec) -> int:
     return CHUNK_TOKENS if set(model.windows) <= {None, 0} else MASKED_CHUNK_TOKENS
 
 
-def _key_bytes(model: Model, tensor: int) -> float:
-    """Of a token's key and value in one layer, on the tensor rank that has most KV heads: one at least."""
+def _key_bytes(model: ModelSpec, tensor: int) -> float:
+    """KV bytes per token and layer on the tensor rank with the most KV heads; each has at least one."""
     return math.ceil(model.kv_heads / tensor) / model.kv_heads * model.key_bytes
 
 
-def _query_bytes(model: Model, tensor: int) -> float:
-    """Of a token's queries there and partials back, where queries travel in prefill."""
+def _query_bytes(model: ModelSpec, tensor: int) -> float:
+    """Bytes per token when queries travel in prefill: the queries out and the partial results back."""
     return model.heads / tensor * (model.head_dim * model.kv_itemsize + (model.head_dim_v + 1) * 4)
 
 
-def _activation_bytes(model: Model, context: int, batch: int, tensor: int, sequence: int) -> float:
-    """Of a prefill chunk: some copies of the hidden state, the gathered keys or queries of a layer, and logits."""
+def _activation_bytes(model: ModelSpec, context: int, batch: int, tensor: int, sequence: int) -> float:
+    """Bytes of a prefill chunk: 8 copies of the hidden state, one layer's gathered keys or queries, the logits."""
     tokens = min(_chunk_tokens(model), context)
     copies = batch * math.ceil(tokens / sequence) * 8 * model.hidden * 2
     keys = context * _key_bytes(model, tensor)

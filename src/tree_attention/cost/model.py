@@ -1,4 +1,4 @@
-"""A model's size from its Hugging Face `config.json`: weights, keys and values a token, arithmetic a token."""
+"""The sizes of a model from its Hugging Face `config.json`: weights, KV bytes per token, FLOPs per token."""
 
 import json
 from collections.abc import Mapping
@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 PRESETS = Path(__file__).with_name("models")
-NESTED = ("text_config", "llm_config", "language_config")  # where models of text and images keep the text's part
+NESTED = ("text_config", "llm_config", "language_config")  # the language model's section in multimodal configs
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Model:
-    """What a decode step has to read and compute. Weights are counted in numbers, biases left out.
+class ModelSpec:
+    """The sizes of a model that decide what a decode step reads and computes.
 
-    head_dim, head_dim_v: as the cache holds them; with MLA (`latent`) its one latent head, which all heads share.
-    prefill_dims: D + D_v of a head where many tokens are read at once; with MLA after its expansion.
-    windows: for each layer None (it sees all tokens), the tokens that it sees, or 0 (it keeps no keys).
-    dense_weights: read for every token, the output head among them; embedding_weights: looked up, if they are not the
-    output head's as well. expert_weights: of one routed expert. notes: what was assumed.
+    `*_weights` are numbers of parameters, without biases.
+
+    head_dim, head_dim_v: dimensions in the cache. With MLA (`latent`): those of the latent head that all heads share.
+    prefill_dims: D + D_v of a head in prefill; with MLA, after the latents are expanded.
+    windows: one entry per layer: None (full attention), the size of its window in tokens, or 0 (no keys).
+    dense_weights: read for every token, including the output head. embedding_weights: the embedding table, 0 if it is
+    tied to the output head. expert_weights: those of one routed expert. notes: the assumptions made.
     """
 
     name: str
@@ -49,49 +51,48 @@ class Model:
 
     @property
     def weights(self) -> float:
-        """How many there are."""
+        """Number of weights."""
         return self.dense_weights + self.embedding_weights + self.expert_layers * self.experts * self.expert_weights
 
     @property
     def weights_bytes(self) -> float:
-        """Of all of them."""
+        """Bytes of all weights."""
         return self.weights * self.weight_bytes
 
     def can_split(self, tensor: int) -> bool:
-        """Whether `load_tensor_parallel` splits it over so many ranks, each with whole KV heads of its own."""
+        """True if `load_tensor_parallel` can split the model over `tensor` ranks, with whole KV heads on each."""
         return self.heads % tensor == 0 and (self.latent or self.kv_heads % tensor == 0)
 
     @property
     def key_bytes(self) -> float:
-        """Of one token's key and value in one layer, all KV heads."""
+        """KV bytes per token and layer, over all KV heads."""
         return self.kv_heads * (self.head_dim if self.latent else self.head_dim + self.head_dim_v) * self.kv_itemsize
 
     @property
     def flops_per_token(self) -> float:
-        """Of the matrix products with weights: two for each weight that a token meets."""
+        """FLOPs per token of the products with weights: two per weight that the token uses."""
         routed = self.expert_layers * self.experts_per_token * self.expert_weights
         return 2 * (self.dense_weights + routed)
 
     def read_bytes(self, tokens: int) -> float:
-        """Of the weights that `tokens` tokens meet: E (1 - (1 - k / E)^tokens) of E experts, if all are as likely."""
+        """Bytes of the weights that `tokens` tokens use: E (1 - (1 - k / E)^tokens) of E equally likely experts."""
         met = self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens) if self.experts else 0.0
         return (self.dense_weights + self.expert_layers * met * self.expert_weights) * self.weight_bytes
 
     def held_tokens(self, context: int) -> list[int]:
-        """Of `context` tokens those whose keys a layer keeps, for each layer."""
+        """Number of tokens whose keys each layer keeps, one number per layer."""
         return [context if window is None else min(window, context) for window in self.windows]
 
 
 def preset_names() -> list[str]:
-    """Models that can be named instead of giving a file."""
+    """Names of the models that are built in."""
     return sorted(file.stem for file in PRESETS.glob("*.json"))
 
 
-def load_model(name: str) -> Model:
-    """A preset, a `config.json`, or a folder with one.
+def load_model_spec(name: str) -> ModelSpec:
+    """Return the model of a preset name, a `config.json`, or a folder that holds one.
 
-    Raises ValueError for a name that is neither, a file that is not a JSON object, or a configuration without
-    attention.
+    Raises ValueError if `name` is none of these, the file is not a JSON object, or the model has no attention.
     """
     file = Path(name)
     if name.lower() in preset_names():
@@ -100,7 +101,7 @@ def load_model(name: str) -> Model:
         file /= "config.json"
     if not file.is_file():
         raise ValueError(
-            f"model must be one of {', '.join(preset_names())}, a config.json or a folder with one, got {name!r}"
+            f"model must be one of {', '.join(preset_names())}, a config.json or a folder that holds one, got {name!r}"
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -108,58 +109,58 @@ def load_model(name: str) -> Model:
         raise ValueError(f"{file} must be a JSON document: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}")
-    return model_of(config, file.parent.name if file.name == "config.json" else file.stem)
+    return parse_config(config, file.parent.name if file.name == "config.json" else file.stem)
 
 
-def model_of(config: Mapping[str, Any], name: str) -> Model:
-    """The model that a configuration describes: layers with attention and a gated MLP (three matrices), or experts.
+def parse_config(config: Mapping[str, Any], name: str) -> ModelSpec:
+    """Return the model that a configuration describes: layers of attention and a gated MLP (three matrices) or experts.
 
-    Raises ValueError if it does not say how many layers and heads there are, and how wide they are.
+    Raises ValueError if the number or the width of layers or heads is missing or invalid.
     """
     text = next((config[key] for key in NESTED if isinstance(config.get(key), dict)), {})
     fields = {**config, **{key: value for key, value in text.items() if value is not None}}
     absent = [key for key in ("hidden_size", "num_hidden_layers", "num_attention_heads") if not fields.get(key)]
     if absent:
-        raise ValueError(f"{name} is no configuration of a model with attention: {', '.join(absent)} missing")
+        raise ValueError(f"{name} is not the configuration of a model with attention: {', '.join(absent)} missing")
     notes: list[str] = []
     hidden, layers, heads = (_count(fields, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     attention, kv_heads, head_dim, head_dim_v, prefill_dims, latent = _attention(fields, hidden, heads)
     if latent:
         notes.append(
-            "MLA: counted for an engine that attends to the latents as they are; transformers, and so TreeCache, "
-            "expands them to all heads' keys and values in each layer and step, which takes many times as long"
+            "MLA: counted for an engine that attends to the latents directly. transformers, and therefore TreeCache, "
+            "expands them to the keys and values of all heads in each layer and step, which takes many times as long"
         )
     windows = _windows(fields, layers)
     if 0 in windows:
         notes.append(
-            "layers without keys (linear attention): their state is left out, their weights taken as attention's"
+            "layers without keys (linear attention): their state is not counted, their weights are counted as attention"
         )
     expert_layers, experts, per_token, width, shared_width = _experts(fields, layers)
     dense_width = fields.get("intermediate_size") or width
     if not dense_width:
-        raise ValueError(f"{name} does not say how wide its MLP is: intermediate_size missing")
+        raise ValueError(f"{name} does not give the width of its MLP: intermediate_size missing")
     vocabulary = _count(fields, "vocab_size")
     dense = layers * (attention + 2 * hidden) + hidden + (layers - expert_layers) * 3 * hidden * dense_width
     dense += expert_layers * hidden * (experts + 3 * shared_width) + vocabulary * hidden
     tied = fields.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
     stored = fields.get("dtype") or fields.get("torch_dtype") or "bfloat16"
     itemsize = BYTES.get(str(stored), 2)
-    return Model(
-        name, hidden, heads, kv_heads, head_dim, head_dim_v, prefill_dims, latent, windows, vocabulary, dense,
-        0.0 if tied else vocabulary * hidden, 3.0 * hidden * width, expert_layers, experts, per_token,
-        _weight_bytes(fields, itemsize, notes), itemsize, fields.get("max_position_embeddings"), tuple(notes),
-    )  # fmt: skip
+    sizes = (hidden, heads, kv_heads, head_dim, head_dim_v, prefill_dims)
+    weights = (dense, 0.0 if tied else vocabulary * hidden, 3.0 * hidden * width)
+    weight_bytes, positions = _weight_bytes(fields, itemsize, notes), fields.get("max_position_embeddings")
+    routed, rest = (expert_layers, experts, per_token), (weight_bytes, itemsize, positions, tuple(notes))
+    return ModelSpec(name, *sizes, latent, windows, vocabulary, *weights, *routed, *rest)
 
 
 def _count(fields: Mapping[str, Any], key: str) -> int:
     value = fields.get(key)
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be a number of at least 1, got {value!r}")
+        raise ValueError(f"{key} must be an integer of at least 1, got {value!r}")
     return value
 
 
 def _attention(fields: Mapping[str, Any], hidden: int, heads: int) -> tuple[int, int, int, int, int, bool]:
-    """Weights of a layer's attention; KV heads, D and D_v of its cache; D + D_v in prefill; whether this is MLA."""
+    """Weights of a layer's attention; KV heads, D and D_v in the cache; D + D_v in prefill; True for MLA."""
     rank = fields.get("kv_lora_rank")
     if rank:
         nope, rope, v = (_count(fields, key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
@@ -175,7 +176,7 @@ def _attention(fields: Mapping[str, Any], hidden: int, heads: int) -> tuple[int,
 
 
 def _windows(fields: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """By `layer_types`; without them by `sliding_window_pattern` or `max_window_layers`, as transformers does."""
+    """The window of each layer: from `layer_types`, else `sliding_window_pattern` or `max_window_layers`."""
     window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
     types = fields.get("layer_types")
     if types is not None:
@@ -196,7 +197,7 @@ def _windows(fields: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
 
 
 def _experts(fields: Mapping[str, Any], layers: int) -> tuple[int, int, int, int, int]:
-    """Layers that have them, how many, how many a token takes, how wide, and the width that every token takes."""
+    """Layers with experts, experts per layer, experts per token, width of an expert, width of the shared experts."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((fields[name] for name in names if fields.get(name)), 0)
     if experts < 2:
@@ -211,11 +212,11 @@ def _experts(fields: Mapping[str, Any], layers: int) -> tuple[int, int, int, int
 
 
 def _weight_bytes(fields: Mapping[str, Any], itemsize: int, notes: list[str]) -> float:
-    """Bytes of a stored weight."""
+    """Bytes per stored weight."""
     quantization = fields.get("quantization_config")
     if not quantization:
         return itemsize
     method, bits = quantization.get("quant_method"), quantization.get("bits")
     bits = bits or {"fp8": 8, "mxfp4": 4.25}.get(method)
-    notes.append(f"weights in {bits} bits, all alike" if bits else f"weights in {method!r} counted as not quantized")
+    notes.append(f"all weights counted with {bits} bits" if bits else f"weights in {method!r} counted as not quantized")
     return bits / 8 if bits else itemsize

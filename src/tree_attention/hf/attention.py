@@ -1,18 +1,19 @@
-"""What transformers calls in every attention layer: local attention, the reduction, sinks, one rounding."""
+"""The attention function that transformers calls in each layer: local attention, reduction, sinks, one rounding."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..decode import add_sinks
+from ..decode import run
 from ..errors import InputError, Unsupported
 from ..local import attend
-from ..partial import Partial
-from .cache import layer_behind
-from .chunk import attend_chunk, attend_seen_and_new
-from .layers import ReplicatedWindowLayer, ShardedLayer
+from ..partial import Partial, add_sinks
+from ..route import resolve
+from .layer_lookup import layer_of
+from .layers import KeyLayer, ShardedLayer
 from .mask import LazyMask, lazy_mask
+from .prefill_attention import attend_chunk, attend_seen_and_new
 
 
 def tree_attention_forward(
@@ -31,100 +32,96 @@ def tree_attention_forward(
 ) -> tuple[Tensor, None]:
     """query `[B, H, T, D]`, key `[B, H_kv, S_local, D]`, value `[B, H_kv, S_local, D_v]` -> (`[B, T, H, D_v]`, None).
 
-    s_aux: `[H]`, attention sinks. Everything that changes the result and is not named here raises Unsupported.
+    s_aux: `[H]`, attention sinks. Any other argument that would change the result raises Unsupported.
     """
-    _refuse(dropout, others)
+    _check_supported(dropout, others)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    how: dict[str, Any] = {"scale": scaling, "softcap": softcap}
-    layer = layer_behind(module, key)
-    if layer is not None and layer.placement.is_stepping:
-        return _step(layer, q, k, v, attention_mask, s_aux, how).contiguous(), None
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap}
+    layer = layer_of(module, key)
+    if layer is not None and layer.step_state.is_stepping:
+        return _attend_step(layer, q, k, v, attention_mask, s_aux, options).contiguous(), None
     if isinstance(layer, ShardedLayer):
-        mask = lazy_mask() if attention_mask is None else _over_slots(attention_mask, layer.length)
-        if layer.held < k.shape[1]:  # it holds nothing, and showed an unused key
+        mask = lazy_mask() if attention_mask is None else _as_rule(attention_mask, layer.length)
+        if layer.held < k.shape[1]:  # the layer holds nothing, and returned an unused key
             k, v = k[:, :0], v[:, :0]
-        total = _over_ranks(layer, q, k, v, mask, how)
+        total = _attend_over_ranks(layer, q, k, v, mask, options)
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        total = attend(q, k, v, mask=_local_mask(layer, q, k, attention_mask, causal), **how)
+        total = attend(q, k, v, mask=_local_mask(layer, q, k, attention_mask, causal), **options)
     if s_aux is not None:
         total = add_sinks(total, s_aux)
     return total.out.to(query.dtype).contiguous(), None
 
 
-def _step(
-    layer: ShardedLayer | ReplicatedWindowLayer, q: Tensor, k: Tensor, v: Tensor, mask: LazyMask | Tensor | None,
-    sinks: Tensor | None, how: dict[str, Any],
-) -> Tensor:  # fmt: skip
-    """A decode step that goes by the cursor; k and v are whole buffers, of which it tells what counts."""
-    placement, cursor = layer.placement, layer.placement.stepping_cursor
-    mask = mask if isinstance(mask, LazyMask) else lazy_mask()  # a step is not given a tensor
+def _attend_step(
+    layer: KeyLayer, q: Tensor, k: Tensor, v: Tensor, mask: Any, sinks: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """A decode step's attention `[B, 1, H, D_v]`; k and v are whole buffers, of which the cursor says what is valid."""
+    cursor = layer.step_state.step_cursor
+    mask = mask if isinstance(mask, LazyMask) else lazy_mask()  # a step is never given a tensor
     if isinstance(layer, ShardedLayer):
-        return placement.step_over(q, k, v, cursor.mask_of_shard(mask), sinks=sinks, **how)
-    total = attend(q, k, v, mask=cursor.mask_of_ring(mask, k.shape[1]), **how)
+        options |= {"mask": cursor.mask_of_shard(mask), "local_seqlens": cursor.held, "sinks": sinks}
+        call, route = resolve(q, k, v, group=layer.exchange.target, backend="auto", algorithm="auto", **options)
+        if not torch.compiler.is_compiling():
+            layer.exchange.count(route.received_bytes)
+        return run(call, route, sinks)
+    total = attend(q, k, v, mask=cursor.mask_of_ring(mask, k.shape[1]), **options)
     return (total if sinks is None else add_sinks(total, sinks)).out.to(q.dtype)
 
 
-def _over_ranks(layer: ShardedLayer, q: Tensor, k: Tensor, v: Tensor, mask: LazyMask, how: dict[str, Any]) -> Partial:
-    """Attention of q over what all ranks hold."""
-    placement, B = layer.placement, q.shape[0]
-    layout, rank = placement.layout, placement.rank
+def _attend_over_ranks(
+    layer: ShardedLayer, q: Tensor, k: Tensor, v: Tensor, mask: LazyMask, options: dict[str, Any]
+) -> Partial:
+    """Attention of q over the keys of all ranks."""
+    ranks, batch, is_causal = layer.ranks, q.shape[0], mask.is_causal_only
 
     def build(query_slots: Tensor, key_slots: Tensor) -> Tensor:
-        return mask.build(query_slots, key_slots, B)
+        return mask.build(query_slots, key_slots, batch)
 
-    if placement.chunk is not None and placement.group is not None:
-        total, received = attend_chunk(
-            q, k, v, chunk=placement.chunk, layout=layout, group=placement.group,
-            build_mask=build, causal_only=mask.is_causal_only, **how,
-        )  # fmt: skip
-        placement.received_bytes += received
+    def own_mask(seen: int) -> Tensor:
+        query_slots = layer.query_slots(q.device)[mask.rows or slice(None)]
+        return build(query_slots, ranks.slots(0, layer.length, q.device)[seen:])
+
+    if layer.chunk is not None and ranks.group is not None:
+        build_mask = None if is_causal else build
+        total, received = attend_chunk(q, k, v, layer.chunk, ranks.layout, ranks.group, build_mask, options)
+        layer.exchange.count(received)
         return total
-    if mask.is_causal_only and q.shape[1] == 1:  # the newest token sees every key there is
-        partial = attend(q, k, v, **how)
+    if not is_causal:
+        partial = attend(q, k, v, mask=own_mask(0), **options)
+    elif q.shape[1] == 1:  # the newest token sees all keys
+        partial = attend(q, k, v, **options)
     else:
-        start = layer.length - layer.fed
-        seen = layout.local_length(start, rank)
-        partial = attend_seen_and_new(
-            q, k, v,
-            seen=seen,
-            query_slots=torch.arange(start, layer.length, device=q.device)[mask.rows or slice(None)],
-            key_slots=layout.slots(0, layer.length, rank, device=q.device),
-            build_mask=build, causal_only=mask.is_causal_only,
-            all_here=mask.rows is None and k.shape[1] - seen == layer.fed, **how,
-        )  # fmt: skip
-    return placement.reduce(partial)
+        seen = ranks.held(layer.length - layer.last_update_tokens)
+        new_are_queries = mask.rows is None and k.shape[1] - seen == layer.last_update_tokens
+        partial = attend_seen_and_new(q, k, v, seen, None if new_are_queries else lambda: own_mask(seen), options)
+    return layer.exchange.reduce(partial)
 
 
 def _local_mask(
-    layer: ReplicatedWindowLayer | None, q: Tensor, k: Tensor, mask: LazyMask | Tensor | None, is_causal: bool
+    layer: KeyLayer | None, q: Tensor, k: Tensor, mask: LazyMask | Tensor | None, is_causal: bool
 ) -> Tensor | None:
-    """The mask of a layer whose keys are whole on this rank: a window, or no cache of ours at all."""
+    """The mask of a layer whose keys are whole on this rank: a window, or a layer without our cache."""
     T, S = q.shape[1], k.shape[1]
     if mask is None:
         mask = lazy_mask(q_offset=S - T) if is_causal and T > 1 else None
     if not isinstance(mask, LazyMask):
-        return None if mask is None else _boolean(mask, S)
+        return None if mask is None else _checked(mask, S)
     if layer is None:
         query_slots = torch.arange(mask.first_query, mask.first_query + T, device=q.device)
         first_key = mask.first_key
     else:
-        chunk, placement = layer.placement.chunk, layer.placement
-        if chunk is None:
-            query_slots = torch.arange(layer.length - layer.fed, layer.length, device=q.device)[
-                mask.rows or slice(None)
-            ]
-        else:
-            query_slots = placement.layout.slots(*chunk, placement.rank, device=q.device)
+        query_slots = layer.query_slots(q.device)
+        query_slots = query_slots if layer.chunk is not None else query_slots[mask.rows or slice(None)]
         first_key = layer.length - S
     return mask.build(query_slots, torch.arange(first_key, first_key + S, device=q.device), q.shape[0])
 
 
-def _over_slots(mask: LazyMask | Tensor, slots: int) -> LazyMask:
-    """A mask tensor `[B or 1, 1, T, slots]` of the caller's as a rule over slots."""
+def _as_rule(mask: LazyMask | Tensor, slots: int) -> LazyMask:
+    """Turn the caller's mask tensor `[B or 1, 1, T, slots]` into a rule over slots."""
     if isinstance(mask, LazyMask):
         return mask
-    allowed = _boolean(mask, slots)
+    allowed = _checked(mask, slots)
     first_query = slots - allowed.shape[2]
 
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -134,7 +131,8 @@ def _over_slots(mask: LazyMask | Tensor, slots: int) -> LazyMask:
     return LazyMask(rule, None)
 
 
-def _boolean(mask: Tensor, keys: int) -> Tensor:
+def _checked(mask: Tensor, keys: int) -> Tensor:
+    """Return a 4-D mask, or raise unless it is bool, the same for all heads, and as wide as the keys."""
     if mask.dtype != torch.bool:
         raise Unsupported(f"a 4-D attention_mask must be bool (True: may attend), got {mask.dtype}: pass mask >= 0")
     if mask.shape[1] != 1:
@@ -144,7 +142,7 @@ def _boolean(mask: Tensor, keys: int) -> Tensor:
     return mask
 
 
-def _refuse(dropout: float, others: dict[str, Any]) -> None:
+def _check_supported(dropout: float, others: dict[str, Any]) -> None:
     if dropout:
         raise Unsupported(f"tree_attention has no dropout, got {dropout}: call model.eval(), or train with 'sdpa'")
     if others.get("cache") is not None:

@@ -1,7 +1,6 @@
-"""Where a static TreeCache stands, on the device: what a decode step needs, so that nothing in it asks the host.
+"""`Cursor`: the position of a static TreeCache, as tensors that a decode step advances itself.
 
-A captured step is replayed with other numbers in the same memory. So the newest token's slot, its place in this rank's
-buffers and the number of keys held are tensors, which the step itself moves on.
+A captured step is replayed in the same memory, so nothing in it may ask the host.
 """
 
 from dataclasses import replace
@@ -10,75 +9,79 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
-from ..layout import Layout
+from .cache_ranks import CacheRanks
 from .mask import LazyMask
 
 
 class Cursor:
-    """slot, place: int64 `[1]`, of the newest token. held: int32 `[B]`, keys on this rank. key_slots: `[capacity]`.
+    """The newest token's position.
 
-    place is `capacity` where another rank keeps the token: buffers have one more place, which is never read.
+    Attributes:
+        slot, place: int64 `[1]`, the token's slot, and its index in this rank's buffers. The index is `capacity` if
+            another rank holds the token: buffers have one extra place, which is never read.
+        held: int32 `[B]`, the number of keys on this rank.
+        key_slots: int64 `[capacity]`, the slot of each place.
+        padding: bool `[B, max_tokens]`, True for real tokens; None without padding.
     """
 
-    def __init__(self, layout: Layout, rank: int, capacity: int, batch: int, device: torch.device) -> None:
-        self.layout, self.rank = layout, rank
+    def __init__(self, ranks: CacheRanks, batch: int, device: torch.device) -> None:
+        capacity = ranks.static_capacity
+        self.ranks, self.batch = ranks, batch
         self.nowhere = torch.tensor(capacity, device=device)
         self.slot, self.place = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
         self.held = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.key_slots = any_length(layout.slot(torch.arange(capacity, device=device), rank), 0)
+        self.key_slots = any_length(ranks.layout.slot(torch.arange(capacity, device=device), ranks.rank), 0)
         self.padding: Tensor | None = None
         self._masks: dict[tuple[int, int], Tensor] = {}
 
-    def start(self, length: int, padding: Tensor | None, most_tokens: int) -> None:
-        """Stand behind `length` tokens. padding: bool `[B, some slots]`, True for real tokens; later ones are real."""
+    def start(self, length: int, padding: Tensor | None) -> None:
+        """Move behind the first `length` tokens. padding: bool `[B, n]`, True for real tokens, as are tokens from n."""
         self.slot.fill_(length - 1)
         if padding is None:
             self.padding = None
             return
         if self.padding is None:
-            padded = torch.empty((len(padding), most_tokens), dtype=torch.bool, device=self.slot.device)
+            padded = torch.empty((len(padding), self.ranks.max_tokens or 0), dtype=torch.bool, device=self.slot.device)
             self.padding = any_length(padded, 1)
         self.padding.fill_(True)
-        self.padding[:, : padding.shape[1]] = padding[:, :most_tokens]
+        self.padding[:, : padding.shape[1]] = padding[:, : self.padding.shape[1]]
 
     def advance(self) -> None:
-        """On to the next token; part of the captured step."""
+        """Move to the next token; part of the captured step."""
         if not torch.compiler.is_compiling():
             self._masks.clear()
+        layout, rank = self.ranks.layout, self.ranks.rank
         self.slot.add_(1)
-        mine = self.layout.owner(self.slot) == self.rank
-        self.place.copy_(torch.where(mine, self.layout.local_index(self.slot), self.nowhere))
-        self.held.copy_(self.layout.local_length(self.slot + 1, self.rank).expand_as(self.held))
+        mine = layout.owner(self.slot) == rank
+        self.place.copy_(torch.where(mine, layout.local_index(self.slot), self.nowhere))
+        self.held.copy_(layout.local_length(self.slot + 1, rank).expand_as(self.held))
 
     def ring_slots(self, size: int) -> Tensor:
-        """int64 `[size]`: the slot at each place of a ring that keeps slot s at `s % size`; negative: none yet."""
+        """int64 `[size]`: the slot at each place of a ring that keeps slot s at `s % size`; negative if empty."""
         return self.slot - (self.slot - torch.arange(size, device=self.slot.device)) % size
 
     def mask_of_shard(self, mask: LazyMask) -> Tensor | None:
-        """bool `[B or 1, 1, 1, capacity]`: which of this rank's keys the newest token sees; None: all that are held."""
+        """bool `[B or 1, 1, 1, capacity]`: this rank's keys that the newest token may see; None: all that are held."""
         if mask.rule is causal_mask_function and self.padding is None:
             return None
-        return self._build(mask, self.key_slots, 0)
+        return self._mask(mask, self.key_slots, 0)
 
     def mask_of_ring(self, mask: LazyMask, size: int) -> Tensor:
-        """The same over a ring `[B or 1, 1, 1, size]`."""
-        return self._build(mask, self.ring_slots(size), size)
+        """bool `[B or 1, 1, 1, size]`: the keys of a ring that the newest token may see."""
+        return self._mask(mask, self.ring_slots(size), size)
 
-    def _build(self, mask: LazyMask, key_slots: Tensor, size: int) -> Tensor:
-        """Once a step for all layers of a kind, which share a mask; a compiler sees that by itself."""
-        known = (id(mask), size)
-        if torch.compiler.is_compiling():
-            return self._built(mask, key_slots)
-        if known not in self._masks:
-            self._masks[known] = self._built(mask, key_slots)
-        return self._masks[known]
-
-    def _built(self, mask: LazyMask, key_slots: Tensor) -> Tensor:
-        built = replace(mask, padding=self.padding).build(self.slot, key_slots, len(self.held))
-        return built & (key_slots >= 0)
+    def _mask(self, mask: LazyMask, key_slots: Tensor, size: int) -> Tensor:
+        """Build each mask once per step for all layers that share it; a compiler merges equal ones itself."""
+        known = None if torch.compiler.is_compiling() else self._masks.get((id(mask), size))
+        if known is not None:
+            return known
+        built = replace(mask, padding=self.padding).build(self.slot, key_slots, self.batch) & (key_slots >= 0)
+        if not torch.compiler.is_compiling():
+            self._masks[id(mask), size] = built
+        return built
 
 
 def any_length(tensor: Tensor, dim: int) -> Tensor:
-    """The same tensor; torch.compile is not to make a graph for its length alone, which is that of one cache."""
+    """Return `tensor`, marked so that torch.compile makes one graph for all lengths of `dim`."""
     torch._dynamo.mark_dynamic(tensor, dim)
     return tensor

@@ -1,7 +1,7 @@
-"""What `generate` needs from us: a TreeCache where the caller passes none, and random numbers that agree.
+"""What `generate` needs: a TreeCache if the caller passes no cache, and the same random numbers on all ranks.
 
-transformers has no registry of caches, so one private method is wrapped. It acts on models with
-attn_implementation="tree_attention" alone.
+transformers has no registry of caches, so one private method is wrapped. The wrapper only acts on models with
+attn_implementation="tree_attention".
 """
 
 import functools
@@ -17,9 +17,9 @@ from ..errors import Unsupported
 from ..group import resolve_group
 from .cache import TreeCache
 from .step import install_step
-from .tensor import check_axes, sequence_axis, tensor_group
+from .tensor_parallel import check_axes, sequence_axis, tensor_group
 
-# whether prefill_chunk_size feeds the whole text to a filled cache
+# With prefill_chunk_size, older versions feed the whole text to a cache that already holds a part of it.
 FEEDS_AGAIN = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 
 
@@ -43,6 +43,20 @@ def install_generation_hook() -> None:
 
 
 def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *, is_assisted: bool) -> None:
+    cache = model_kwargs.get("past_key_values")
+    _check_supported(generation_config, cache, is_assisted=is_assisted)
+    if cache is None and generation_config.use_cache is not False:
+        cache = model_kwargs["past_key_values"] = TreeCache(model.config, sequence_axis(model))
+    if isinstance(cache, TreeCache):
+        _prepare_cache(cache, model, generation_config, is_assisted=is_assisted)
+    if generation_config.do_sample:
+        sequence = cache.ranks.group if isinstance(cache, TreeCache) else resolve_group()
+        for group in (sequence, tensor_group(model)):
+            if group is not None:
+                share_random_state(group, model.device)
+
+
+def _check_supported(generation_config: Any, cache: Any, *, is_assisted: bool) -> None:
     if generation_config.max_time is not None:
         raise Unsupported("max_time would stop the ranks at different tokens: use max_new_tokens")
     if generation_config.cache_implementation is not None:
@@ -50,26 +64,14 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *
             f"cache_implementation={generation_config.cache_implementation!r} is not supported with tree_attention: "
             "leave it out, or pass past_key_values=TreeCache(model.config)"
         )
-    cache = model_kwargs.get("past_key_values")
-    if cache is None and generation_config.use_cache is not False:
-        cache = model_kwargs["past_key_values"] = TreeCache(model.config, sequence_axis(model))
-    if is_assisted and cache is not None and cache.get_seq_length():
+    if cache is None or not cache.get_seq_length():
+        return
+    if is_assisted:
         raise Unsupported(
             "transformers feeds a filled cache again in assisted decoding (prompt_lookup_num_tokens, assistant_model): "
             "leave that out, or pass a new TreeCache, without prefill"
         )
-    if isinstance(cache, TreeCache):
-        _prepare_cache(cache, model, generation_config, is_assisted=is_assisted)
-    sequence = cache.placement.group if isinstance(cache, TreeCache) else resolve_group()
-    for group in (sequence, tensor_group(model)):
-        if generation_config.do_sample and group is not None:
-            share_random_state(group, model.device)
-    if (
-        FEEDS_AGAIN
-        and generation_config.prefill_chunk_size is not None
-        and cache is not None
-        and cache.get_seq_length()
-    ):
+    if FEEDS_AGAIN and generation_config.prefill_chunk_size is not None:
         raise Unsupported(
             f"transformers {transformers.__version__} feeds a filled cache again when prefill_chunk_size is set: "
             "leave it out, or use tree_attention.hf.prefill"
@@ -77,20 +79,18 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *
 
 
 def _prepare_cache(cache: TreeCache, model: Any, generation_config: Any, *, is_assisted: bool) -> None:
-    check_axes(model, cache.placement.group)
-    cache.check_whole()
+    check_axes(model, cache.ranks.group)
+    lookup = generation_config.prompt_lookup_num_tokens if is_assisted else None
+    # The last token is not fed. The token before it may be fed together with `lookup` guesses.
+    cache.check_ready((generation_config.max_length or 0) - 2 + (lookup or 1))
     layer: Any
     for layer in cache.layers:
-        if hasattr(layer, "record_past"):  # transformers would leave it on, and windows grow without end
+        if hasattr(layer, "record_past"):  # transformers never turns it off, and windows would grow without end
             layer.record_past = is_assisted or bool(generation_config.is_assistant)
-    if cache.placement.max_tokens is None:
-        return
-    lookup = generation_config.prompt_lookup_num_tokens if is_assisted else None
-    # The last token is not fed. The one before may be, with as many guesses behind it.
-    cache.placement.check_room(generation_config.max_length - 2 + (lookup or 1))
-    cache.placement.moved = True  # the mask may hide other tokens than the last one did
-    cache.disable_compile = bool(generation_config.disable_compile)
-    install_step(model)
+    if cache.ranks.max_tokens is not None:
+        cache.step_state.invalidate_cursor()  # the mask may hide other tokens than the last one did
+        cache.disable_compile = bool(generation_config.disable_compile)
+        install_step(model)
 
 
 def share_random_state(group: ProcessGroup, device: torch.device) -> None:

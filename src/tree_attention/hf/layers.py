@@ -1,36 +1,85 @@
-"""The layers of a TreeCache that hold keys: spread over the ranks, or a window that is whole on each."""
+"""`KeyLayer`: a layer of a TreeCache that holds keys. `ShardedLayer`: one whose keys are spread over the ranks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import InputError
-from .chunk import gather_in_slot_order
+from .cache_ranks import CacheRanks
 from .cursor import any_length
-from .placement import Placement
+from .exchange import CacheExchange
+from .step_state import StepState
 
 
-class ShardedLayer(CacheLayerMixin):
+class KeyLayer(CacheLayerMixin):
+    """What `ShardedLayer` and `ReplicatedWindowLayer` (window_layer.py) have in common.
+
+    Both also have `begin_steps`, which prepares the buffers for steps; `export_state` and `import_state`, which copy
+    what the layer holds into a new one; and `undo_point`, which returns a function that restores what it holds now.
+
+    Attributes:
+        length: number of slots over all ranks.
+        last_update_tokens: number of slots over all ranks that the last update added.
+        chunk: the slots (start, stop) of which each rank is fed its own only; set by `TreeCache.parallel_chunk`.
+    """
+
+    keys: Any  # Tensor, or None before the first update
+    values: Any
+
+    def __init__(self, ranks: CacheRanks, exchange: CacheExchange, step_state: StepState, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.ranks, self.exchange, self.step_state = ranks, exchange, step_state
+        self.chunk: tuple[int, int] | None = None
+        self.length = self.last_update_tokens = self.reserved = 0
+
+    def tokens_in(self, key_states: Tensor) -> int:
+        """Number of new slots over all ranks when this rank is fed `key_states`."""
+        return key_states.shape[2] if self.chunk is None else self.chunk[1] - self.chunk[0]
+
+    @property
+    def can_step(self) -> bool:
+        """True if the layer can be updated through the cursor."""
+        return self.is_initialized and not getattr(self, "record_past", False)
+
+    def query_slots(self, device: torch.device) -> Tensor:
+        """The slots of the last update's tokens on this rank."""
+        if self.chunk is not None:
+            return self.ranks.slots(*self.chunk, device)
+        return torch.arange(self.length - self.last_update_tokens, self.length, device=device)
+
+    def count(self, tokens: int) -> None:
+        """Add `tokens` slots to the length."""
+        self.last_update_tokens, self.length = tokens, self.length + tokens
+
+    def get_seq_length(self) -> Any:
+        """Number of slots; during a step the newest token's slot as a tensor, for models that compute with it."""
+        return self.step_state.step_cursor.slot[0] if self.step_state.is_stepping else self.length
+
+    def reserve(self, tokens: int) -> None:
+        """Allocate at least `tokens` slots over all ranks when the buffers next grow; a window does not grow."""
+        self.reserved = max(self.reserved, tokens)
+
+    def reset(self) -> None:
+        """Free the keys (transformers 5.17 would keep a window, filled with zeros)."""
+        self.keys = self.values = None
+        self.is_initialized, self.length, self.last_update_tokens = False, 0, 0
+        self.step_state.invalidate_cursor()
+
+
+class ShardedLayer(KeyLayer):
     """Full attention: holds slots `layout.slots(0, length, rank)`, in buffers `[B, H_kv, capacity, D]` that grow."""
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
-    keys: Any  # Tensor, or None before the first update
-    values: Any
-
-    def __init__(self, placement: Placement) -> None:
-        super().__init__()
-        self.placement = placement
-        self.length = 0  # slots over all ranks
-        self.fed = 0  # slots over all ranks that the last update brought
 
     @property
     def held(self) -> int:
-        """Slots on this rank."""
-        return self.placement.layout.local_length(self.length, self.placement.rank)
+        """Number of slots on this rank."""
+        return self.ranks.held(self.length)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -38,202 +87,112 @@ class ShardedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep what this rank owns of the new tokens; returns all it holds, or one unused key if that is nothing.
+        """Store the new tokens that this rank owns; return all that it holds, or one unused key if it holds none.
 
-        (Models that reshape what they get, such as DeepSeek's, cannot take a tensor without elements; the attention
-        function cuts it to `held`.)
+        (Some models, such as DeepSeek's, cannot reshape an empty tensor. The attention function drops the unused key.)
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.placement.is_stepping:
+        if self.step_state.is_stepping:
             return self._step(key_states, value_states)
-        placement, before, old = self.placement, self.length, self.held
-        chunk = placement.chunk
-        fed = key_states.shape[2] if chunk is None else chunk[1] - chunk[0]
-        placement.check_room(before + fed)
-        placement.moved = True
-        held = placement.layout.local_length(before + fed, placement.rank)
+        before, old, tokens = self.length, self.held, self.tokens_in(key_states)
+        held = self.ranks.held(before + tokens)
+        self.step_state.invalidate_cursor()
         if held > old:
             self.grow(held)
             if held - old < key_states.shape[2]:
-                mine = placement.layout.slots(before, before + fed, placement.rank, device=key_states.device) - before
+                mine = self.ranks.slots(before, before + tokens, key_states.device) - before
                 key_states, value_states = key_states[:, :, mine], value_states[:, :, mine]
             self.keys[:, :, old:held] = key_states
             self.values[:, :, old:held] = value_states
-        self.count(fed)  # last: a layer that finds no memory has read nothing
+        self.count(tokens)  # last: a layer that runs out of memory has not read the tokens
         shown = max(self.held, 1)
         return self.keys[:, :, :shown], self.values[:, :, :shown]
 
     def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep one new token where the cursor says; returns the whole buffers."""
-        cursor = self.placement.stepping_cursor
-        self.keys.index_copy_(2, cursor.place, key_states)
-        self.values.index_copy_(2, cursor.place, value_states)
+        """Store one new token at the cursor; return the whole buffers."""
+        place = self.step_state.step_cursor.place
+        self.keys.index_copy_(2, place, key_states)
+        self.values.index_copy_(2, place, value_states)
         return self.keys[:, :, :-1], self.values[:, :, :-1]
 
-    def count(self, fed: int) -> None:
-        self.fed, self.length = fed, self.length + fed
-
     def grow(self, needed: int) -> None:
-        """Room for `needed` slots: all of a static cache, what was reserved, or a 64th (at least 64) more."""
-        placement = self.placement
-        static = placement.max_tokens is not None
-        if needed > self.keys.shape[2] - static:
-            reserved = placement.layout.local_length(placement.reserved, placement.rank)
+        """Make the buffers hold `needed` slots: a static cache's capacity, the reserve, or 1/64 (at least 64) more."""
+        is_static = self.ranks.max_tokens is not None
+        if needed <= self.keys.shape[2] - is_static:
+            return
+        if is_static:
+            capacity = self.ranks.static_capacity + 1  # the last place is never read
+            self.keys, self.values = (any_length(_resized(t, capacity), 2) for t in (self.keys, self.values))
+        else:
+            reserved = self.ranks.held(self.reserved)
             capacity = reserved if reserved >= needed else needed + max(64, needed // 64)
-            if static:
-                capacity = placement.capacity + 1
             self.keys, self.values = _resized(self.keys, capacity), _resized(self.values, capacity)
-            if static:
-                self.keys, self.values = any_length(self.keys, 2), any_length(self.values, 2)
-            placement.version += 1
+        self.step_state.buffers_changed()
 
-    def get_seq_length(self) -> Any:
-        """Slots so far; within a step a tensor, for whoever wants to calculate with it."""
-        return self.placement.stepping_cursor.slot[0] if self.placement.is_stepping else self.length
+    def begin_steps(self) -> None:
+        self.grow(1)
+
+    def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        buffers = {"keys": self.keys, "values": self.values} if self.is_initialized else {}
+        return {name: buffer[:, :, : self.held] for name, buffer in buffers.items()}, {"length": self.length}
+
+    def import_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        self.count(plain["length"])
+        if tensors:
+            self.lazy_initialization(tensors["keys"], tensors["values"])
+            self.grow(self.held)
+            self.keys[:, :, : self.held] = tensors["keys"]
+            self.values[:, :, : self.held] = tensors["values"]
+
+    def undo_point(self) -> Callable[[], None]:
+        length = self.length
+
+        def undo() -> None:
+            self.length = length
+            self.step_state.invalidate_cursor()
+
+        return undo
 
     def get_max_length(self) -> int:
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.placement.is_stepping:  # read by nobody: the mask is a rule
+        if self.step_state.is_stepping:  # unused: the mask is a rule
             return self.keys.shape[2], 0
-        chunk = self.placement.chunk
-        return (self.length + query_length if chunk is None else chunk[1]), 0
-
-    def reset(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized, self.length, self.fed = False, 0, 0
-        self.placement.moved = True
+        return (self.length + query_length if self.chunk is None else self.chunk[1]), 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens."""
         if tokens_to_remove > 0:
             raise InputError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         self.length = max(self.length + tokens_to_remove, 0)
-        self.placement.moved = True
+        self.step_state.invalidate_cursor()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.is_initialized:
-            self.batch_select_indices(beam_idx.to(self.device))
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self._replace(self.keys[indices], self.values[indices])
+        self._change_rows(lambda buffer: buffer[indices.to(buffer.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._replace(*(t.repeat_interleave(repeats, 0) for t in (self.keys, self.values)))
+        self._change_rows(lambda buffer: buffer.repeat_interleave(repeats, 0))
 
-    def _replace(self, keys: Tensor, values: Tensor) -> None:
-        """In the same memory, if the batch is as large as it was."""
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Write to the same memory if the batch size stays the same."""
+        if not self.is_initialized:
+            return
+        keys, values = change(self.keys), change(self.values)
         if keys.shape == self.keys.shape:
             self.keys.copy_(keys)
             self.values.copy_(values)
         else:
             self.keys, self.values = keys, values
-            self.placement.version += 1
-
-
-class ReplicatedWindowLayer(DynamicSlidingWindowLayer):
-    """Sliding-window or chunked attention: the window is whole on every rank.
-
-    Between decode steps without the host the window is a ring, buffers in which slot s lies at `s % sliding_window`.
-    """
-
-    def __init__(self, placement: Placement, sliding_window: int) -> None:
-        super().__init__(sliding_window=sliding_window)
-        self.placement = placement
-        self.length = 0  # as in ShardedLayer
-        self.fed = 0
-        self.ring: list[Tensor] = []
-        self.is_ring = False
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As its base, after gathering what the other ranks were fed; returns the window and the new tokens."""
-        if self.placement.is_stepping:
-            return self._step(key_states, value_states)
-        self.from_ring()
-        if self.placement.chunk is not None and self.placement.group is not None:
-            mine = torch.cat([key_states, value_states], -1)
-            gathered = gather_in_slot_order(mine, self.placement.group, self.placement.layout.block)
-            key_states, value_states = gathered.split([key_states.shape[3], value_states.shape[3]], -1)
-            self.placement.received_bytes += gathered.nbytes - mine.nbytes
-        self.fed = key_states.shape[2]
-        self.placement.moved = True
-        self.cumulative_length = self.length  # its base counts before it finds memory
-        result = super().update(key_states, value_states, *args, **kwargs)
-        self.length = self.cumulative_length
-        return result
-
-    def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        place = self.placement.stepping_cursor.slot % self.sliding_window
-        for buffer, new in zip(self.ring, (key_states, value_states), strict=True):
-            buffer.index_copy_(2, place, new)
-        return self.ring[0], self.ring[1]
-
-    def count(self, fed: int) -> None:
-        self.fed, self.length = fed, self.length + fed
-        self.cumulative_length = self.length
-
-    def get_seq_length(self) -> Any:
-        """As in ShardedLayer."""
-        return self.placement.stepping_cursor.slot[0] if self.placement.is_stepping else self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.sliding_window, 0) if self.placement.is_stepping else super().get_mask_sizes(query_length)
-
-    def to_ring(self) -> None:
-        if self.is_ring:
-            return
-        windows: list[Any] = [self.keys, self.values]
-        shapes = [(*t.shape[:2], self.sliding_window, t.shape[3]) for t in windows]
-        if [tuple(t.shape) for t in self.ring] != shapes:
-            self.ring = [t.new_zeros(shape) for t, shape in zip(windows, shapes, strict=True)]
-            self.placement.version += 1
-        for buffer, window in zip(self.ring, windows, strict=True):
-            buffer.index_copy_(2, self._places(window.shape[2]), window)
-        self.is_ring = True
-
-    def from_ring(self) -> None:
-        """The window as its base keeps it: the last `sliding_window - 1` tokens in order."""
-        if self.is_ring:
-            places = self._places(min(self.length, self.sliding_window - 1))
-            self.keys, self.values = (t[:, :, places] for t in self.ring)
-            self.is_ring = False
-            self.placement.moved = True
-
-    def _places(self, count: int) -> Tensor:
-        """Of the last `count` tokens."""
-        return torch.arange(self.length - count, self.length, device=self.device) % self.sliding_window
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self.from_ring()
-        super().crop(tokens_to_remove)
-        self.length = self.cumulative_length
-        self.placement.moved = True
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        self.from_ring()
-        super().reorder_cache(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.from_ring()
-        super().batch_select_indices(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.from_ring()
-        super().batch_repeat_interleave(repeats)
-
-    def reset(self) -> None:
-        """Drop the window (transformers 5.17 would keep it, zeroed)."""
-        self.keys = self.values = None
-        self.is_initialized, self.cumulative_length, self.length, self.fed = False, 0, 0, 0
-        self.is_ring, self.placement.moved = False, True
+            self.step_state.buffers_changed()
 
 
 def _resized(buffer: Tensor, capacity: int) -> Tensor:
-    """A larger buffer with the same beginning."""
+    """Return a larger buffer with the same contents at its beginning."""
     resized = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
     resized[:, :, : buffer.shape[2]] = buffer
     return resized

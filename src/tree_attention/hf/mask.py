@@ -1,4 +1,4 @@
-"""The mask as a rule instead of a tensor: evaluated only for the queries and keys that meet on this rank."""
+"""`LazyMask`: a mask as a rule, not a tensor. It is evaluated only for queries and keys that meet on this rank."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,12 +11,13 @@ from transformers.masking_utils import causal_mask_function
 
 @dataclass(frozen=True)
 class LazyMask:
-    """What transformers carries from its mask function to the attention function.
+    """The mask that transformers passes from its mask function to the attention function.
 
-    rule: transformers' own composed function `(batch, head, query slot, key slot) -> bool`, over index tensors.
-    padding: bool `[B, slots]`, True for real tokens, or None if there is no padding.
-    rows: the queries of the forward pass that this mask is for; all by default.
-    first_query, first_key: slots that a layer without our cache starts from.
+    Attributes:
+        rule: transformers' own composed function `(batch, head, query slot, key slot) -> bool`, over index tensors.
+        padding: bool `[B, slots]`, True for real tokens; None without padding.
+        first_query, first_key: the first slots of a layer without our cache.
+        rows: the queries of the forward pass that the mask covers. Default: all.
     """
 
     rule: Callable[..., Any]
@@ -24,15 +25,15 @@ class LazyMask:
     first_query: int = 0
     first_key: int = 0
     rows: slice | None = None
-    ndim: int = 4  # some models look whether a mask is 4-D
+    ndim: int = 4  # some models check that a mask is 4-D
 
     @property
     def is_causal_only(self) -> bool:
-        """Whether the rule is: a query sees the slots up to its own."""
+        """True if the only rule is that a query sees the slots up to its own."""
         return self.rule is causal_mask_function and self.padding is None
 
     def build(self, query_slots: Tensor, key_slots: Tensor, batch: int) -> Tensor:
-        """bool `[batch or 1, 1, T, S]` for slots `[T]` and `[S]`."""
+        """Return the mask, bool `[batch or 1, 1, T, S]`, for query slots `[T]` and key slots `[S]`."""
         at = torch.arange(batch, device=query_slots.device)[:, None, None, None]
         head = torch.zeros(1, dtype=torch.long, device=query_slots.device)[None, :, None, None]
         visible = self.rule(at, head, query_slots[None, None, :, None], key_slots[None, None, None, :])
@@ -42,7 +43,7 @@ class LazyMask:
         return visible.expand(-1, -1, len(query_slots), len(key_slots))
 
     def __getitem__(self, index: Any) -> "LazyMask":
-        """`mask[:, :, -n:, :]`, which Gemma 4 does: the same rule for fewer queries."""
+        """Support `mask[:, :, -n:, :]`, which Gemma 4 uses: the same rule for fewer queries."""
         return replace(self, rows=index[2])
 
     def contiguous(self) -> "LazyMask":
@@ -57,7 +58,7 @@ def lazy_mask(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> LazyMask:
-    """What `AttentionMaskInterface` calls, once for each kind of layer in a forward pass."""
+    """The function that `AttentionMaskInterface` calls, once per kind of layer in a forward pass."""
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
     return LazyMask(mask_function, attention_mask, q_offset, kv_offset)

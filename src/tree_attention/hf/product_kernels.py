@@ -1,4 +1,4 @@
-"""Products of one vector with several matrices, in one launch: their bytes are read once, in long runs."""
+"""Multiply one vector by several matrices in one launch. Each row is read once, contiguously."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def products_kernel(x, weights, sizes, out, K: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr):
-    """x `[K]`, COUNT weights: matrices `[N_i, K]`, row after row, sizes: their N_i -> out float32 `[sum of N_i]`.
+    """x `[K]`, COUNT row-major weights `[N_i, K]` and their sizes N_i -> out float32 `[sum of N_i]`.
 
-    A program has one row, and adds up in float32, in an order that depends on K and COLS only.
+    Each program computes one row. It sums in float32, in an order that depends on K and COLS only.
     """
     program, first = tl.program_id(0), 0
     for i in tl.static_range(COUNT):

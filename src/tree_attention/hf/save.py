@@ -1,13 +1,13 @@
-"""A TreeCache in a folder: written whole or not at all, read on any number of ranks.
+"""Save a TreeCache to a folder, completely or not at all, and load it on any number of ranks.
 
-    FOLDER/current.json                         what the save is, and the SHA-256 of each of its files
+    FOLDER/current.json                         the manifest: what the save is, and the SHA-256 of each of its files
     FOLDER/<name>/layer-7-rank-0.safetensors    keys and values of rank 0's slots
     FOLDER/<name>/layer-8.safetensors           a layer that is whole on every rank: a window, a linear state
-    ... -tensor-1.safetensors                   either, of a model split by tensor parallelism: the heads of its rank 1
+    ... -tensor-1.safetensors                   either of them, for the heads of rank 1 of the tensor-parallel axis
 
-A save is a new sub-folder. current.json is replaced, in one step of the file system, when every rank has written its
-files and they are on the disk; whatever happens before, the last save is as it was. Older saves go last, and nothing
-else does: what lies in the folder besides is the user's. The folder must be one that all ranks see.
+A save writes a new sub-folder. When the files of every rank are on the disk, it replaces current.json in one step of
+the file system. Until then the previous save stays valid; after it, older saves are deleted, and nothing else in the
+folder is. All ranks must see the folder.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -29,104 +28,116 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedConfig
 
 from ..errors import InputError, TreeAttentionError
-from ..group import gather_objects, rank_and_size
+from ..group import broadcast_from_first, first_fault, gather_objects, rank_and_size
 from ..layout import Layout
 from .cache import TreeCache
+from .layer_state import export_state, import_state
 from .layers import ShardedLayer
-from .state import set_state, state_of
-from .tensor import tensor_group
+from .tensor_parallel import tensor_group, tensor_ranks
 
 VERSION = 2
 CURRENT = "current.json"
 NAME = re.compile(r"[0-9a-f]{32}")
 FILE = re.compile(r"layer-\d+(-rank-\d+)?(-tensor-\d+)?\.safetensors")
-SAMPLES = 64  # of each weight
-# What a configuration says besides what the model computes, with what every configuration has.
-NO_MATTER = {
-    "attention_dropout", "bos_token_id", "distributed_config", "eos_token_id", "initializer_range",
-    "output_router_logits", "pad_token_id", "pretraining_tp", "quantization_config", "router_aux_loss_coef",
-    "tie_word_embeddings", "use_cache", *PreTrainedConfig().to_dict(),
-}  # fmt: skip
-
-
-def describe(model: Any) -> dict[str, Any]:
-    """What a save must agree in with the model that reads it: the configuration, the dtype, a digest of some weights.
-
-    Of a model that is split over ranks (all call together), the first one's weights.
-    """
-    config = model.config.get_text_config(decoder=True)
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        here = (weight.to_local() if hasattr(weight, "to_local") else weight).detach().flatten()
-        count = min(here.numel(), SAMPLES)  # from the first to the last, and not all of one column
-        places = torch.arange(count, device=here.device) * (here.numel() - 1) // max(count - 1, 1)
-        digest.update(here[places].float().cpu().numpy().tobytes())
-    [weights] = _from_first([digest.hexdigest()[:16]], [tensor_group(model)])
-    known = json.loads(config.to_json_string(use_diff=False))
-    fields = {name: value for name, value in known.items() if name not in NO_MATTER and not name.startswith("_")}
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {"model_type": config.model_type, "dtype": dtype, "weights": weights} | fields
-
-
-def check_model(saved: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
-    """Raise InputError unless both describe one model; what only one version of transformers knows is passed over."""
-    other = [f"{name} {saved[name]}, not {value}" for name, value in here.items() if saved.get(name, value) != value]
-    if other:
-        raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
+SAMPLES = 64  # numbers of each weight that the digest of a model reads
+# Config fields that do not affect outputs.
+IGNORED_FIELDS = set(PreTrainedConfig().to_dict()) | {
+    "attention_dropout",
+    "bos_token_id",
+    "distributed_config",
+    "eos_token_id",
+    "initializer_range",
+    "output_router_logits",
+    "pad_token_id",
+    "pretraining_tp",
+    "quantization_config",
+    "router_aux_loss_coef",
+    "tie_word_embeddings",
+    "use_cache",
+}
 
 
 def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor: ProcessGroup | None = None) -> None:
-    """Write what the cache holds, and `about`, JSON values that `load_cache` gives back; all ranks together.
+    """Write the cache and `about`, JSON values, to the folder. All ranks call it together.
 
-    tensor: the ranks that the model is split over, each with its heads; None if it is whole.
+    tensor: the ranks that the model is split over, each with its own heads; None if the model is whole.
 
-    Raises TreeAttentionError on every rank if one of them could not write; the folder's last save stays.
+    Raises:
+        TreeAttentionError: on every rank if one of them could not write. The previous save stays valid.
     """
-    placement, groups = cache.placement, [cache.placement.group, tensor]
-    tensor_rank, tensor_ranks = rank_and_size(tensor)
-    first = placement.rank == 0 and tensor_rank == 0
-    [name] = _from_first([uuid.uuid4().hex], groups)
-    here, digests, states, cause = folder / name, {}, {}, None
-    fault = _make_folder(here) if first else None
-    _vote(fault, groups)
+    ranks, groups = cache.ranks, (cache.ranks.group, tensor)
+    tensor_rank, split = rank_and_size(tensor)
+    is_first = ranks.rank == tensor_rank == 0
+    name = broadcast_from_first(uuid.uuid4().hex, *groups)
+    target, digests, states, cause = folder / name, {}, {}, None
+    if fault := first_fault(_make_folder(target) if is_first else None, *groups):
+        raise TreeAttentionError(fault)
     try:
         for index, layer in enumerate(cache.layers):
-            tensors, states[str(index)] = state_of(layer)
-            if isinstance(layer, ShardedLayer):
-                file = _file(index, placement.rank, tensor)
-            elif tensors and placement.rank == 0:
-                file = _file(index, None, tensor)
-            else:
-                continue
-            digests[file] = _write(here / file, save({key: t.contiguous().cpu() for key, t in tensors.items()}))
-    except Exception as error:  # the other ranks must not wait, whatever it is: memory is short as well as disks
-        fault, cause = _cannot_write(placement.rank, folder, error), error
-    gathered = _gathered((fault, digests), groups)
-    fault = next((said for said, _ in gathered if said), None)
-    if fault is None and first:
+            tensors, states[str(index)] = export_state(layer)
+            is_sharded = isinstance(layer, ShardedLayer)
+            if is_sharded or (tensors and ranks.rank == 0):
+                file = _file_name(index, ranks.rank if is_sharded else None, tensor)
+                data = save({key: each.contiguous().cpu() for key, each in tensors.items()})
+                digests[file] = _write(target / file, data)
+    except Exception as error:  # reported by the vote below: whatever it is, the other ranks must not wait
+        fault, cause = _cannot_write(ranks.rank, folder, error), error
+    results = gather_objects((fault, digests), *groups)
+    fault = next((text for text, _ in results if text), None)
+    if fault is None and is_first:
         manifest = {
-            "version": VERSION, "name": name, "about": about, "tokens": cache.get_seq_length(),
-            "world_size": placement.layout.world_size, "block": placement.layout.block, "states": states,
-            "tensor_ranks": tensor_ranks,
-            "files": {file: digest for _, its in gathered for file, digest in its.items()},
-        }  # fmt: skip
+            "version": VERSION,
+            "name": name,
+            "about": about,
+            "tokens": cache.get_seq_length(),
+            "world_size": ranks.layout.world_size,
+            "block": ranks.layout.block,
+            "states": states,
+            "tensor_ranks": split,
+            "files": {file: digest for _, of_rank in results for file, digest in of_rank.items()},
+        }
         try:
             _replace_manifest(folder, manifest)
-        except Exception as error:
+        except Exception as error:  # reported by the vote below
             fault, cause = _cannot_write(0, folder, error), error
-    [fault] = _from_first([fault], groups)
-    if first:
-        with contextlib.suppress(OSError):  # what cannot be looked at stays
-            for path in [here] if fault else [path for path in folder.iterdir() if path.name != name]:
+    fault = broadcast_from_first(fault, *groups)
+    if is_first:
+        with contextlib.suppress(OSError):  # a folder that cannot be listed stays
+            for path in [target] if fault else [path for path in folder.iterdir() if path.name != name]:
                 if _is_ours(path):
                     shutil.rmtree(path, ignore_errors=True)
     if fault:
         raise TreeAttentionError(f"not saved, {fault}; a save that was there before is as it was") from cause
 
 
+def load_cache(
+    cache: TreeCache,
+    folder: Path,
+    manifest: dict[str, Any],
+    device: torch.device,
+    *,
+    tensor: ProcessGroup | None = None,
+) -> None:
+    """Fill a new cache, of any number of ranks and any block size. All ranks call it together.
+
+    Raises:
+        InputError: the static cache is too small.
+        TreeAttentionError: on every rank if one cannot read: a file is missing or was changed, or memory is short.
+    """
+    ranks, fault = cache.ranks, None
+    ranks.check_capacity(manifest["tokens"])
+    try:
+        for index, layer in enumerate(cache.layers):
+            _fill(layer, index, folder / manifest["name"], manifest, device, tensor)
+    except Exception as error:  # reported by the vote below
+        explains_itself = isinstance(error, OSError | SafetensorError | InputError)
+        fault = f"rank {ranks.rank}: {error if explains_itself else f'{type(error).__name__}: {error}'}"
+    if fault := first_fault(fault, ranks.group, tensor):
+        raise TreeAttentionError(fault)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the folder's last save is; raises InputError if there is none, or one that was changed."""
+    """Return the manifest of the folder's save. Raises InputError if there is none, or one that was changed."""
     try:
         document = json.loads((folder / CURRENT).read_text(encoding="utf-8"))
         manifest, digest = document["manifest"], document["sha256"]
@@ -141,65 +152,91 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_cache(
-    cache: TreeCache, folder: Path, manifest: dict[str, Any], device: torch.device, *,
-    tensor: ProcessGroup | None = None,
-) -> None:  # fmt: skip
-    """Fill a new cache, of any number of ranks and block size; all ranks together. tensor: as when it was saved.
+def read_manifest_of(model: Any, folder: Path, *groups: ProcessGroup | None) -> dict[str, Any]:
+    """Return the manifest if the save is of this model. All ranks of the groups call it together.
 
-    Raises InputError if it has no room, TreeAttentionError on every rank if one cannot read: a file is missing or was
-    changed, memory is short.
+    Raises:
+        InputError: as `read_manifest`, or the save is of another model, or of one split over another number of ranks.
+            If one rank finds a fault, all ranks raise: one of them may not see the folder.
     """
-    placement = cache.placement
-    placement.check_room(manifest["tokens"])
-    fault = None
+    described, manifest, fault = describe(model), {}, None
     try:
-        for index, layer in enumerate(cache.layers):
-            _fill(layer, index, folder / manifest["name"], manifest, device, tensor)
-    except (OSError, SafetensorError, InputError) as error:
-        fault = f"rank {placement.rank}: {error}"
-    except Exception as error:  # as when saving
-        fault = f"rank {placement.rank}: {type(error).__name__}: {error}"
-    placement.moved = True
-    _vote(fault, [placement.group, tensor])
+        manifest = read_manifest(folder)
+        saved, split = manifest["tensor_ranks"], tensor_ranks(model.config)
+        if saved != split:
+            raise InputError(
+                f"the save in {folder} is of a model split over {saved} ranks by tensor parallelism, and has a file "
+                f"for the heads of each; this model is split over {split}: load it over {saved}"
+            )
+        saved = manifest["about"]["model"]  # fields that only one version of transformers knows are not compared
+        other = [
+            f"{key} {saved[key]}, not {value}" for key, value in described.items() if saved.get(key, value) != value
+        ]
+        if other:
+            raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
+    except InputError as error:
+        fault = str(error)
+    if fault := first_fault(fault, *groups):
+        raise InputError(fault)
+    return manifest
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Return what a save and the model that loads it must agree in: configuration, dtype, digest of sampled weights.
+
+    The ranks of a split model call it together; the digest is that of the first rank's weights.
+    """
+    config = model.config.get_text_config(decoder=True)
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        local = (weight.to_local() if hasattr(weight, "to_local") else weight).detach().flatten()
+        count = min(local.numel(), SAMPLES)  # evenly spaced, so not all from one column
+        places = torch.arange(count, device=local.device) * (local.numel() - 1) // max(count - 1, 1)
+        digest.update(local[places].float().cpu().numpy().tobytes())
+    weights = broadcast_from_first(digest.hexdigest()[:16], tensor_group(model))
+    known = json.loads(config.to_json_string(use_diff=False))
+    fields = {key: value for key, value in known.items() if key not in IGNORED_FIELDS and not key.startswith("_")}
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"model_type": config.model_type, "dtype": dtype, "weights": weights} | fields
 
 
 def _fill(
-    layer: Any, index: int, here: Path, manifest: dict[str, Any], device: torch.device, tensor: ProcessGroup | None
+    layer: Any, index: int, source: Path, manifest: dict[str, Any], device: torch.device, tensor: ProcessGroup | None
 ) -> None:
+    """Load one layer: all of it, or this rank's slots from the files of all ranks that saved."""
     files, length = manifest["files"], manifest["tokens"]
     if not isinstance(layer, ShardedLayer):
-        file, state = _file(index, None, tensor), manifest["states"][str(index)]
-        tensors = _read(here / file, files[file]) if file in files else {}
-        set_state(layer, {name: tensor.to(device) for name, tensor in tensors.items()}, state)
+        file, state = _file_name(index, None, tensor), manifest["states"][str(index)]
+        tensors = _read(source / file, files[file]) if file in files else {}
+        import_state(layer, {key: each.to(device) for key, each in tensors.items()}, state)
         return
-    saved, mine, rank = Layout(manifest["world_size"], manifest["block"]), layer.placement.layout, layer.placement.rank
-    layer.length, layer.fed = length, 0
-    for other in [rank] if saved == mine else range(saved.world_size):
-        file = _file(index, other, tensor)
-        tensors = _read(here / file, files[file])
+    saved, layout, rank = Layout(manifest["world_size"], manifest["block"]), layer.ranks.layout, layer.ranks.rank
+    layer.count(length)
+    for other in [rank] if saved == layout else range(saved.world_size):
+        file = _file_name(index, other, tensor)
+        tensors = _read(source / file, files[file])
         if not tensors:  # saved before anything was read
             continue
         if not layer.is_initialized:
-            empty = (tensors[name][:, :, :0].to(device) for name in ("keys", "values"))
-            layer.lazy_initialization(*empty)
+            layer.lazy_initialization(*(tensors[key][:, :, :0].to(device) for key in ("keys", "values")))
             layer.grow(layer.held)
         slots = saved.slots(0, length, other)
-        kept = (mine.owner(slots) == rank).nonzero().flatten()
-        places = mine.local_index(slots[kept]).to(device)
-        for name, buffer in (("keys", layer.keys), ("values", layer.values)):
-            buffer.index_copy_(2, places, tensors[name][:, :, kept].to(device))
+        kept = (layout.owner(slots) == rank).nonzero().flatten()
+        places = layout.local_index(slots[kept]).to(device)
+        for key, buffer in (("keys", layer.keys), ("values", layer.values)):
+            buffer.index_copy_(2, places, tensors[key][:, :, kept].to(device))
 
 
-def _file(index: int, rank: int | None, tensor: ProcessGroup | None) -> str:
-    """The name for a layer's shard of a rank, or for a whole layer."""
-    of_rank = "" if rank is None else f"-rank-{rank}"
-    of_heads = "" if tensor is None else f"-tensor-{tensor.rank()}"
-    return f"layer-{index}{of_rank}{of_heads}.safetensors"
+def _file_name(index: int, rank: int | None, tensor: ProcessGroup | None) -> str:
+    """Return the file name of a layer: one rank's shard, or the whole layer if `rank` is None."""
+    shard = "" if rank is None else f"-rank-{rank}"
+    heads = "" if tensor is None else f"-tensor-{tensor.rank()}"
+    return f"layer-{index}{shard}{heads}.safetensors"
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a save made it, and nobody has put anything into it since."""
+    """Return True if a save created the folder and nobody has added anything to it since."""
     is_named_so = NAME.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
     return bool(is_named_so) and all(FILE.fullmatch(file.name) and file.is_file() for file in folder.iterdir())
 
@@ -210,7 +247,7 @@ def _cannot_write(rank: int, folder: Path, error: Exception) -> str:
 
 
 def _make_folder(folder: Path) -> str | None:
-    """Or why not."""
+    """Create the folder. Returns an error text if that fails."""
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -219,7 +256,7 @@ def _make_folder(folder: Path) -> str | None:
 
 
 def _write(file: Path, data: bytes) -> str:
-    """To the disk; returns the digest."""
+    """Write to the disk, and return the digest."""
     with file.open("wb") as stream:
         stream.write(data)
         stream.flush()
@@ -251,26 +288,3 @@ def _as_json(manifest: dict[str, Any]) -> bytes:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _from_first(values: list[Any], groups: list[ProcessGroup | None]) -> list[Any]:
-    """Of the first rank on both axes: along the sequence, then along the heads."""
-    for group in groups:
-        if group is not None:
-            dist.broadcast_object_list(values, group=group, group_src=0)
-    return values
-
-
-def _gathered(mine: Any, groups: list[ProcessGroup | None]) -> list[Any]:
-    """Of all ranks of both axes, the same list on each."""
-    found = [mine]
-    for group in groups:
-        found = [each for one in gather_objects(found, group) for each in one]
-    return found
-
-
-def _vote(fault: str | None, groups: list[ProcessGroup | None]) -> None:
-    """Raise on every rank what one of them found."""
-    found = next((said for said in _gathered(fault, groups) if said), None)
-    if found:
-        raise TreeAttentionError(found)

@@ -1,18 +1,16 @@
-"""The decode step of a model with a static TreeCache: one token a row, on a GPU captured once and then replayed.
+"""The decode step of a model with a static TreeCache: one token per row, on GPUs captured once and then replayed.
 
-`generate` calls `model.forward`, which `install_step` wraps. The wrapper takes the calls that are such a step and
-passes the others on. `TreeCache.step` says how such a step is run:
+`generate` calls `model.forward`, which `install_step` wraps. The wrapper handles calls that are such a step, in one of
+three ways, which `TreeCache.step_mode` names, and passes all others on:
 
-eager      as it is; with `generate(disable_compile=True)`, and where a model cannot be captured
-captured   on GPUs once as it is, so that kernels are compiled and links made, then as a CUDA graph: a thousand launches
-           are one
-compiled   after one as it is, what torch.compile makes of the model (one graph, no breaks), which fuses its small
-           kernels; captured from the third on
+eager      the model's forward as it is; also with `generate(disable_compile=True)`, and if it cannot be captured
+captured   on GPUs: once eagerly, which compiles kernels, then as a CUDA graph: one launch instead of a thousand
+compiled   once eagerly, once by torch.compile (one graph, no breaks), which fuses small kernels; then as a CUDA graph
 
-Sampling stays with `generate`, beside the graph.
+Sampling stays with `generate`, outside the graph.
 
-NCCL does not end a group while a graph that holds one of its collectives is alive (pytorch issue 115388), so
-`install_step` also has `torch.distributed.destroy_process_group` drop the graphs first.
+NCCL cannot end a group while a graph with one of its collectives is alive (pytorch issue 115388). So `install_step`
+also wraps `torch.distributed.destroy_process_group`, to drop the graphs first.
 """
 
 import functools
@@ -28,19 +26,20 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import TreeCache
-from .sums import close_links, open_link
+from .link_sums import close_links, open_link
 
-TAKEN = (  # arguments of `forward` that a step takes, or that say nothing new for one token
-    "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
-)  # fmt: skip
-# Kernels by rule, not by timing them: that might choose others on another rank, and so other bits.
-ALIKE: dict[str, Any] = {"deterministic": True}
-_with_steps: weakref.WeakSet[TreeCache] = weakref.WeakSet()
+# Arguments of `forward` in a step; for one token the latter make no difference.
+SUPPORTED = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
+WITHOUT_EFFECT = {"use_cache", "return_dict", "logits_to_keep"}
+# Choose kernels by rule, not by timing: timing could choose differently on another rank, and give different bits.
+DETERMINISTIC_OPTIONS: dict[str, Any] = {"deterministic": True}
+Forward = Callable[..., Any]
+_caches_with_steps: weakref.WeakSet[TreeCache] = weakref.WeakSet()
 
 
 @dataclass
-class Captured:
-    """A step's graph, once it has one, and the memory that it reads and writes."""
+class CapturedStep:
+    """The memory that a step reads and writes, and its graph once it has been captured."""
 
     ids: Tensor
     positions: Tensor
@@ -51,29 +50,29 @@ class Captured:
 
 
 def install_step(model: Any) -> None:
-    """Wrap `model.forward`, once; and torch's end of a group, once for all."""
+    """Wrap `model.forward` and `destroy_process_group`, each once."""
     _release_with_groups()
     if not hasattr(model.forward, "_tree_attention"):
         model.forward = SteppingForward(model.forward)
 
 
 class SteppingForward:
-    """The wrapped `forward`. An object, not a function, so that a copied or unpickled model has one of its own."""
+    """The wrapped `forward`: an object, not a function, so that a copied or unpickled model has its own."""
 
-    def __init__(self, original: Callable[..., Any]) -> None:
+    def __init__(self, original: Forward) -> None:
         functools.update_wrapper(self, original)
         self.original = original
-        self._tree_attention = True  # an attribute of the object: who wraps it again copies these
+        self._tree_attention = True  # on the instance, so that another wrapper copies it
 
     def __reduce__(self) -> Any:
-        return SteppingForward, (self.original,)  # a method is copied together with the model that it belongs to
+        return SteppingForward, (self.original,)  # a bound method is copied together with its model
 
     @functools.cached_property
-    def compiled(self) -> Callable[..., Any]:
-        from .inductor import StepPass  # loads the compiler, which takes seconds
+    def compiled(self) -> Forward:
+        from .compile_pass import StepPass  # loads the compiler, which takes seconds
 
         step_pass = StepPass(open_link(getattr(self.original, "__self__", None)))
-        options: Any = ALIKE | {"post_grad_custom_pre_pass": step_pass}
+        options: Any = DETERMINISTIC_OPTIONS | {"post_grad_custom_pre_pass": step_pass}
         return torch.compile(self.original, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,9 +82,9 @@ class SteppingForward:
         ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
         if positions is None:
             positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
-        how = "eager" if cache.disable_compile else cache.step
-        ways = [self.original, self.compiled] if how == "compiled" else [self.original]
-        logits = decode_step(ways, cache, ids, positions, kwargs.get("attention_mask"), capture=how != "eager")
+        mode = "eager" if cache.disable_compile else cache.step_mode
+        forwards = [self.original, self.compiled] if mode == "compiled" else [self.original]
+        logits = decode_step(forwards, cache, ids, positions, kwargs.get("attention_mask"), capture=mode != "eager")
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
@@ -96,8 +95,8 @@ def _release_with_groups() -> None:
 
     @functools.wraps(original)
     def destroy(group: Any = None) -> None:
-        for cache in _with_steps:
-            cache.steps.clear()  # a cache that is used again captures again
+        for cache in _caches_with_steps:
+            cache.captured_steps.clear()  # a cache that is used again captures again
         close_links(group)
         original(group)
 
@@ -106,7 +105,7 @@ def _release_with_groups() -> None:
 
 
 def is_step(arguments: dict[str, Any]) -> bool:
-    """Whether a call of `forward` is one new token for each row of a static TreeCache, and asks for nothing else."""
+    """Return whether a call of `forward` feeds one token per row to a static TreeCache, and asks only for logits."""
     cache, ids, mask = (arguments.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
     return (
         isinstance(cache, TreeCache)
@@ -116,59 +115,60 @@ def is_step(arguments: dict[str, Any]) -> bool:
         and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
         and arguments.get("use_cache") is not False
         and arguments.get("return_dict") is not False
-        and all(value is None for name, value in arguments.items() if name not in TAKEN)
+        and all(value is None for name, value in arguments.items() if name not in SUPPORTED | WITHOUT_EFFECT)
         and not torch.is_grad_enabled()
     )
 
 
 def decode_step(
-    ways: Sequence[Callable[..., Any]], cache: TreeCache, ids: Tensor, positions: Tensor, padding: Tensor | None, *,
-    capture: bool,
-) -> Tensor:  # fmt: skip
-    """Feed ids `[B, 1]` at `positions`; returns the logits `[B, 1, vocabulary]`, new memory each time.
+    forwards: Sequence[Forward], cache: TreeCache, ids: Tensor, positions: Tensor, padding: Any, *, capture: bool
+) -> Tensor:
+    """Feed ids `[B, 1]` at `positions`; return the logits `[B, 1, vocabulary]` in new memory.
 
-    ways: forward functions; each runs one step, and all others are the last one's. capture: as a CUDA graph, on GPUs.
+    forwards: step i runs `forwards[i]`; later steps repeat the last one. capture: that one, as a CUDA graph on GPUs.
     """
-    cursor = cache.begin_step(len(ids), ids.device, padding)
-    key = (id(ways[0]), len(ways), capture, ids.shape, positions.shape, cursor.padding is None, cache.placement.version)
-    step = cache.steps.get(key)
+    exchange, cursor = cache.exchange, cache.begin_step(len(ids), ids.device, padding)
+    version = cache.step_state.buffers_version
+    key = (id(forwards[0]), len(forwards), capture, ids.shape, positions.shape, cursor.padding is None, version)
+    step = cache.captured_steps.get(key)
     if step is None:
-        cache.steps.clear()
-        _with_steps.add(cache)
-        step = cache.steps[key] = Captured(ids.clone(), positions.clone())
+        cache.captured_steps.clear()
+        _caches_with_steps.add(cache)
+        step = cache.captured_steps[key] = CapturedStep(ids.clone(), positions.clone())
     step.ids.copy_(ids)
     step.positions.copy_(positions)
-    forward, before = ways[min(step.runs, len(ways) - 1)], cache.placement.received_bytes
-    if step.runs == len(ways) and ids.is_cuda and capture:
+    forward, before = forwards[min(step.runs, len(forwards) - 1)], exchange.received_bytes
+    if step.runs == len(forwards) and ids.is_cuda and capture:
         _capture(forward, cache, step)
     if step.graph is None or step.logits is None:
         logits = _run(forward, cache, step)
     else:
         step.graph.replay()
         logits = step.logits.clone()
-    if step.runs == 0:  # later ones may be run without our Python
-        step.received_bytes = cache.placement.received_bytes - before
-    cache.placement.received_bytes = before + step.received_bytes
+    counted = exchange.received_bytes - before
+    if step.runs == 0:
+        step.received_bytes = counted
+    exchange.count(step.received_bytes - counted)  # a replayed or compiled step runs no Python code that counts
     step.runs += 1
     cache.end_step()
     return logits
 
 
-def _capture(forward: Callable[..., Any], cache: TreeCache, step: Captured) -> None:
-    """The graph of a step, which is not run here; without one, and with a warning, if the model does not let it."""
+def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:
+    """Capture a step without running it. If the model cannot be captured, warn, and leave `step.graph` None."""
     graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        # thread_local: NCCL's watchdog looks at its events meanwhile
+        # thread_local: NCCL's watchdog thread queries its events at the same time
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step.logits = _run(forward, cache, step)
         step.graph = graph
     except RuntimeError as error:
-        torch.cuda.set_stream(here)  # torch leaves a stream that it could not capture current
+        torch.cuda.set_stream(here)  # after a failed capture torch leaves its capture stream current
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         warnings.warn(f"the decode step is launched kernel by kernel, it cannot be captured: {reason}", stacklevel=2)
 
 
-def _run(forward: Callable[..., Any], cache: TreeCache, step: Captured) -> Tensor:
+def _run(forward: Forward, cache: TreeCache, step: CapturedStep) -> Tensor:
     with cache.stepping():
         return forward(
             input_ids=step.ids, position_ids=step.positions, past_key_values=cache, use_cache=True, return_dict=True

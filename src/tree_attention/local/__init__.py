@@ -22,24 +22,18 @@ __all__ = ["BACKENDS", "AttentionCall", "KeySelection", "attend", "check_call", 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of `attend`.
-
-    Attributes:
-        attend: AttentionCall -> Partial.
-        obstacle: AttentionCall -> why the backend cannot run it, or None.
-        reads_pages: True if it takes lengths and page tables itself; otherwise it gets keys and values in order.
-    """
+    """One implementation of `attend`."""
 
     attend: Callable[[AttentionCall], Partial]
-    obstacle: Callable[[AttentionCall], str | None]
-    reads_pages: bool = False
+    obstacle: Callable[[AttentionCall], str | None]  # why it cannot run a call, or None
+    reads_pages: bool = False  # takes lengths and page tables itself, instead of keys and values in order
 
 
 BACKENDS = {  # in the order in which "auto" tries them
     "cpu_flash": Backend(torch_ops.cpu_flash, torch_ops.cpu_flash_obstacle),
     "triton": Backend(triton_decode.attend, triton_decode.obstacle, reads_pages=True),
     "cudnn": Backend(torch_ops.cudnn, torch_ops.cudnn_obstacle),
-    "cuda_flash": Backend(torch_ops.cuda_flash, torch_ops.cuda_flash_obstacle),
+    "cuda_flash": Backend(torch_ops.cuda_flash, torch_ops.half_precision_obstacle),
     "efficient": Backend(torch_ops.efficient, torch_ops.efficient_obstacle),
     "reference": Backend(reference.attend, lambda _: None),
 }

@@ -53,10 +53,6 @@ def cuda_flash(call: AttentionCall) -> Partial:
     return _partial(out, lse, None)
 
 
-def cuda_flash_obstacle(call: AttentionCall) -> str | None:
-    return _half_precision_obstacle(call)
-
-
 def cudnn(call: AttentionCall) -> Partial:
     """`aten._scaled_dot_product_cudnn_attention`: the fastest of PyTorch's operators on Hopper (docs/log.md)."""
     q, k, v, selection, scale, _ = call
@@ -67,7 +63,7 @@ def cudnn(call: AttentionCall) -> Partial:
 
 
 def cudnn_obstacle(call: AttentionCall) -> str | None:
-    found = _half_precision_obstacle(call)
+    found = half_precision_obstacle(call)
     if found is None and not torch.backends.cudnn.is_available():
         return "needs cuDNN, which this PyTorch does not have"
     return found
@@ -100,7 +96,7 @@ def efficient_obstacle(call: AttentionCall) -> str | None:
     return _softcap_obstacle(call)
 
 
-def _half_precision_obstacle(call: AttentionCall) -> str | None:
+def half_precision_obstacle(call: AttentionCall) -> str | None:
     q, v, selection = call.q, call.v, call.selection
     if q.device.type != "cuda":
         return f"runs on CUDA tensors, got {q.device.type}"

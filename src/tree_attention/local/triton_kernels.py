@@ -1,13 +1,13 @@
-"""Split-KV decoding in Triton: persistent programs share out the tiles of keys evenly, and merge their parts in order.
+"""Split-KV decoding in Triton: persistent programs share the tiles of keys evenly and merge their parts in order.
 
-Words beside DESIGN.md's: a *group* is one (batch row, KV head) with its `M = T G` query rows, `G = H / H_kv`, row
-`m = t G + g`. A *tile* is BN keys of a group. A *part* is the result of one program on one group; its place among the
-parts is `program + group`, which never repeats along the staircase of (program, group) pairs. A *unit* is what one
-program merges at once: UR rows and UD columns of a group.
+Terms: a *group* is one (batch row, KV head) with its `M = T G` query rows, `G = H / H_kv`, row `m = t G + g`. A *tile*
+is BN keys of a group. A *part* is the result of one program on one group; its index among the parts is
+`program + group`, which is unique, since programs take the groups in order. A *unit* is what one program merges at
+once: UR rows and UD columns of a group.
 
-Work division after LeanAttention (arXiv 2405.10480): the tiles of all groups in a row, cut in equal lengths; those of a
-group that some programs share among themselves are dealt out in turn. It is computed here, from lengths that lie on the
-device: a captured graph replays with any lengths, and no host plans.
+Work division after LeanAttention (arXiv 2405.10480): the tiles of all groups form one sequence, which is split into
+equal ranges. Programs that share one group take its tiles round-robin. The division is computed here from lengths in
+device memory, so a captured graph replays with any lengths and the host plans nothing.
 """
 
 import triton
@@ -25,8 +25,8 @@ def split_kernel(
     tensors, strides, sizes, factors, parts,
     G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr,
     DV_PAD: tl.constexpr, B_PAD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """All tiles -> parts. Arguments as in `split`."""
+):
+    """Compute the parts of all tiles. Arguments as in `split`."""
     if PDL:
         gdc_wait()
     work = divide(tensors[3], sizes, tl.num_programs(0), BN, B_PAD)
@@ -41,17 +41,15 @@ def merge_kernel(
     lens, parts, out, lse, sizes, programs,
     G: tl.constexpr, BN: tl.constexpr, DV: tl.constexpr, B_PAD: tl.constexpr,
     UR: tl.constexpr, UD: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Parts -> out `[B, T, H, DV]` and lse `[B, T, H]`, float32: what `split_kernel` left, on `programs` programs."""
+):
+    """Merge the parts of `split_kernel`, run on `programs` programs: out `[B, T, H, DV]`, lse `[B, T, H]`, float32."""
     if PDL:
         gdc_wait()
     B, T, H_kv, epoch = sizes[0], sizes[1], sizes[3], tl.full([], 1, tl.int32)
     work = divide(lens, sizes, programs, BN, B_PAD)
     group, m, cols = unit_at(tl.program_id(0), T * G, UR, UD, DV)
     first, last = contributors(group, work, B, H_kv, B_PAD)
-    total, row_lse = merge_parts(
-        parts, epoch, sizes, programs, first, last, group, m, cols, None, None, G, DV, PARTS
-    )
+    total, row_lse = merge_parts(parts, epoch, sizes, programs, first, last, group, m, cols, None, None, G, DV, PARTS)
     row = out_row(group, m, B, T, H_kv, G)
     live = (m < T * G)[:, None] & (cols < DV)[None, :]
     tl.store(out + row[:, None] * DV + cols[None, :], total, mask=live)
@@ -63,13 +61,13 @@ def split(
     tensors, strides, sizes, factors, work, parts, epoch,
     G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr,
     DV_PAD: tl.constexpr, B_PAD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """This program's tiles -> its parts, as packets of `epoch`.
+):
+    """Compute this program's parts and store them as packets of `epoch`.
 
-    tensors: q, k, v, and, or None: lens `[B]`, page_table `[B, pages]`, q_positions `[B or 1, T]`,
+    tensors: q, k, v; and each of these or None: lens `[B]`, page_table `[B, pages]`, q_positions `[B or 1, T]`,
         k_positions `[B or 1, S]`, mask `[B or 1, H or 1, T, S]`.
     strides: of q (b, t, h), k (b or page, s, h), v likewise, page_table (b), q_positions (b, t), k_positions (b, s),
-        mask (b, h, t, s); 0 where a dim is repeated.
+        mask (b, h, t, s); 0 where a dim is broadcast.
     sizes: B, T, S, H_kv, page_size. factors: scale log2(e), softcap and window, the last two or None. work: `divide`.
     parts: packets, int64: `[programs + groups, M, DV]` numbers, then `[programs + groups, M]` log-sum-exps in base 2.
     """
@@ -86,21 +84,21 @@ def split(
             peak, total, acc = attend_tile(
                 tensors, strides, sizes, factors, q_rows, group, at - start, keys, peak, total, acc,
                 G, BM, BN, D, DV, D_PAD, DV_PAD, EVEN,
-            )  # fmt: skip
+            )
             group_ends = at + 1 == start + tiles
             if group_ends | (at + 1 == end):
-                leave(parts, epoch, program + group, programs + B * H_kv, M, peak, total, acc, BM, DV, DV_PAD)
+                store_part(parts, epoch, program + group, programs + B * H_kv, M, peak, total, acc, BM, DV, DV_PAD)
             peak, total = tl.where(group_ends, NO_SCORE, peak), tl.where(group_ends, 0.0, total)
             acc = tl.where(group_ends, 0.0, acc)
             start = tl.where(group_ends, start + tiles, start)
             group = tl.where(group_ends, group + 1, group)
             here = tl.arange(0, B_PAD) == group % B
             keys, tiles = tl.sum(tl.where(here, work[1], 0), 0), tl.sum(tl.where(here, work[0], 0), 0)
-    else:  # a pipeline a group: less to do for a tile, and queries stay in registers
+    else:  # one pipeline per group: less work per tile, and queries stay in registers
         first = tile
         while tile < end:
             stop = tl.minimum(end, start + tiles)
-            base, step = turns(program, first, start, tiles, work)
+            base, step = tile_order(program, first, start, tiles, work)
             q_rows = query_rows(tensors[0], strides[0], group, B, M, G, BM, D, D_PAD)
             peak, total = tl.full([BM], NO_SCORE, tl.float32), tl.zeros([BM], tl.float32)
             acc = tl.zeros([BM, DV_PAD], tl.float32)
@@ -108,16 +106,14 @@ def split(
                 peak, total, acc = attend_tile(
                     tensors, strides, sizes, factors, q_rows, group, base + at * step, keys, peak, total, acc,
                     G, BM, BN, D, DV, D_PAD, DV_PAD, EVEN,
-                )  # fmt: skip
-            leave(parts, epoch, program + group, programs + B * H_kv, M, peak, total, acc, BM, DV, DV_PAD)
+                )
+            store_part(parts, epoch, program + group, programs + B * H_kv, M, peak, total, acc, BM, DV, DV_PAD)
             tile, start, group = stop, start + tiles, group + 1
 
 
 @triton.jit
-def query_rows(
-    q, strides, group, B, M, G: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
-):  # fmt: skip
-    """The queries of a group `[BM, D_PAD]`."""
+def query_rows(q, strides, group, B, M, G: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Load the queries of a group, `[BM, D_PAD]`."""
     m, dims = tl.arange(0, BM), tl.arange(0, D_PAD)
     base = q + (group % B).to(tl.int64) * strides[0] + group // B * G * strides[2]
     at = base + (m // G * strides[1] + m % G * strides[2])[:, None] + dims[None, :]
@@ -129,10 +125,10 @@ def attend_tile(
     tensors, strides, sizes, factors, q_rows, group, tile, length, peak, total, acc,
     G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr,
     DV_PAD: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """One more tile: the new (largest score, sum of weights, their sum of values), scores in base 2.
+):
+    """Add a tile; return the new (largest score, sum of weights, weighted sum of values), scores in base 2.
 
-    EVEN: all tiles are full and all dims powers of two, so nothing needs a mask.
+    EVEN: all tiles are full and all dims are powers of two, so no load needs a mask.
     """
     _, k, v, _, page_table, q_positions, k_positions, mask = tensors
     _, k_strides, v_strides, table_stride, q_pos_strides, k_pos_strides, mask_strides = strides
@@ -179,22 +175,22 @@ def attend_tile(
 
 
 @triton.jit
-def leave(
-    parts, epoch, place, places, M, peak, total, acc, BM: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr
-):  # fmt: skip
-    """A part to its place of `places`: out and lse in base 2, (0, -inf) if no key was seen."""
+def store_part(
+    parts, epoch, index, count, M, peak, total, acc, BM: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr
+):
+    """Store part `index` of `count`: out and lse in base 2, (0, -inf) if no key was seen."""
     m, v_dims = tl.arange(0, BM), tl.arange(0, DV_PAD)
-    at = (place * M + m).to(tl.int64)
+    at = (index * M + m).to(tl.int64)
     some = total > 0
     safe = tl.where(some, total, 1.0)
     out_live = (m < M)[:, None] & (v_dims < DV)[None, :]
     send(parts + at[:, None] * DV + v_dims[None, :], acc / safe[:, None], epoch, out_live)
-    send(parts + places * M * DV + at, tl.where(some, peak + tl.log2(safe), float("-inf")), epoch, m < M)
+    send(parts + count * M * DV + at, tl.where(some, peak + tl.log2(safe), float("-inf")), epoch, m < M)
 
 
 @triton.jit
 def _rows(pointers, dims, live, D: tl.constexpr, D_PAD: tl.constexpr, EVEN: tl.constexpr):
-    """Rows of k or v; zeros where no key is, so that whatever lies there does not count, NaN included."""
+    """Load rows of k or v; zeros past the end, so that unused memory does not count, not even NaN."""
     at = pointers[:, None] + dims[None, :]
     if EVEN:
         return tl.load(at)
@@ -206,10 +202,10 @@ def _rows(pointers, dims, live, D: tl.constexpr, D_PAD: tl.constexpr, EVEN: tl.c
 
 @triton.jit
 def prefetch(tensors, strides, sizes, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, B_PAD: tl.constexpr):
-    """Ask L2 for this program's first tile, while the kernel before still runs.
+    """Prefetch this program's first tile to L2 while the previous kernel still runs.
 
-    Safe whatever that kernel writes: its stores land in L2 too, and only what is read after `gdc_wait` is used. Only
-    addresses that the host knows are asked for, so neither ragged nor paged caches.
+    This is safe whatever that kernel writes: its stores go to L2 too, and values are only used if read after
+    `gdc_wait`. Only addresses that the host knows are prefetched, so neither ragged nor paged caches.
     """
     k, v, page_table = tensors[1], tensors[2], tensors[4]
     _, k_strides, v_strides, _, _, _, _ = strides
@@ -219,12 +215,12 @@ def prefetch(tensors, strides, sizes, BN: tl.constexpr, D: tl.constexpr, DV: tl.
         tile = tl.minimum(first_tile(tl.program_id(0), work), work[5] - 1)
         group, start, tiles, _ = group_at(tile, work, B, H_kv, B_PAD)
         b, head = (group % B).to(tl.int64), (group // B).to(tl.int64)
-        base, step = turns(tl.program_id(0), tile, start, tiles, work)
+        base, step = tile_order(tl.program_id(0), tile, start, tiles, work)
         key = tl.minimum((base + tile * step) * BN + tl.arange(0, BN), S - 1).to(tl.int64)
         k_rows = k + b * k_strides[0] + head * k_strides[2] + key * k_strides[1]
         v_rows = v + b * v_strides[0] + head * v_strides[2] + key * v_strides[1]
         if S > 0:
-            for line in tl.static_range(0, D, 64):  # 64 numbers of 16 bits are a line of L2
+            for line in tl.static_range(0, D, 64):  # 64 16-bit numbers are one line of L2
                 _prefetch_line(k_rows + line)
             for line in tl.static_range(0, DV, 64):
                 _prefetch_line(v_rows + line)
@@ -241,10 +237,10 @@ def _prefetch_line(pointers):
 def merge_parts(
     parts, epoch, sizes, programs, first, last, group, m, cols, fault, timeout_ns,
     G: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """The parts of programs `first` to `last` of rows `m` and columns `cols`: out and natural lse, `[UR, UD]` both.
+):
+    """Merge the parts of programs `first` to `last`, rows `m`, columns `cols`: out and natural lse, both `[UR, UD]`.
 
-    Merged in that order, PARTS at a time. Waits for them, unless timeout_ns is None.
+    In that order, PARTS at a time. Waits for the parts, unless timeout_ns is None.
     """
     B, T, _, H_kv, _ = sizes
     M = T * G
@@ -269,7 +265,7 @@ def merge_parts(
 
 @triton.jit
 def unit_at(unit, M, UR: tl.constexpr, UD: tl.constexpr, DV: tl.constexpr):
-    """(group, its rows `[UR]`, columns `[UD]`) of a unit; rows and columns may lie past the end."""
+    """Return (group, rows `[UR]`, columns `[UD]`) of a unit; rows and columns may lie past the end."""
     per_row: tl.constexpr = (DV + UD - 1) // UD
     block, column = unit // per_row, unit % per_row
     blocks = tl.cdiv(M, UR)
@@ -278,17 +274,18 @@ def unit_at(unit, M, UR: tl.constexpr, UD: tl.constexpr, DV: tl.constexpr):
 
 @triton.jit
 def out_row(group, m, B, T, H_kv, G: tl.constexpr):
-    """The row of `[B T H, DV]` that is row `m` of a group."""
+    """Return the row of `[B T H, DV]` of row `m` of a group."""
     return ((group % B * T + m // G) * H_kv + group // B).to(tl.int64) * G + m % G
 
 
 @triton.jit
 def divide(lens, sizes, programs, BN: tl.constexpr, B_PAD: tl.constexpr):
-    """(tiles of a group, keys, where a row's tiles end, span, splits, all tiles); the first three by batch row.
+    """Return (tiles of a group, keys, end of the row's tiles, span, splits, all tiles); the first three by batch row.
 
-    Each `span` tiles in a row are shared out evenly among `splits` programs. Where the groups have one length and fill
-    most of the programs, a span is a group, and no program has parts of two; otherwise it is all tiles. A group without
-    keys has one tile, so that it is answered too. With one row or without lens B_PAD is 0, the first three are numbers.
+    Each `span` consecutive tiles are split evenly among `splits` programs. If the groups have equal lengths and fill
+    most of the programs, a span is a group, and no program has parts of two groups; otherwise it is all tiles. A group
+    without keys has one tile, so that it gets a result too. With one row or without lens, B_PAD is 0 and the first
+    three are scalars.
     """
     B, _, S, H_kv, _ = sizes
     if B_PAD == 0:
@@ -309,7 +306,7 @@ def divide(lens, sizes, programs, BN: tl.constexpr, B_PAD: tl.constexpr):
 
 @triton.jit
 def first_tile(program, work):
-    """The first of a program's tiles; that of `program + 1` is the end."""
+    """Return the first of a program's tiles; that of `program + 1` is the end."""
     _, _, _, span, splits, total = work
     place = program % splits
     each, over = span // splits, span % splits
@@ -317,11 +314,11 @@ def first_tile(program, work):
 
 
 @triton.jit
-def turns(program, first, start, tiles, work):
-    """(base, step): as its tile `at`, from `first` on, a program does tile `base + at step` of the group.
+def tile_order(program, first, start, tiles, work):
+    """Return (base, step): loop index `at`, starting at `first`, maps to tile `base + at * step` of the group.
 
-    Programs that share a group, and have no other, take its tiles in turn, and so read neighbouring memory at the same
-    time. With a range of tiles for each some lengths are 6 % slower (docs/log.md).
+    Programs that share one group, and have no other, take its tiles round-robin, and so read neighbouring memory at the
+    same time. With contiguous ranges some lengths are 6 % slower (docs/log.md).
     """
     _, _, _, span, splits, _ = work
     shared = span == tiles
@@ -330,18 +327,18 @@ def turns(program, first, start, tiles, work):
 
 @triton.jit
 def program_of(tile, work):
-    """Whose tile it is: the inverse of `first_tile`."""
+    """Return the program that has a tile; the inverse of `first_tile`."""
     _, _, _, span, splits, _ = work
     place = tile % span
     each, over = span // splits, span % splits
-    early = over * (each + 1)  # the tiles of the programs that have one more
+    early = over * (each + 1)  # tiles of the programs that have one more
     late = over + tl.maximum(place - early, 0) // each
     return tile // span * splits + tl.where(place < early, place // (each + 1), late)
 
 
 @triton.jit
 def group_at(tile, work, B, H_kv, B_PAD: tl.constexpr):
-    """(group, its first tile, tiles, keys) of a tile."""
+    """Return (group, its first tile, number of tiles, keys) of a tile."""
     tiles, keys, ends, _, _, total = work
     if B_PAD == 0:
         return tile // tiles, tile // tiles * tiles, tiles, keys
@@ -357,7 +354,7 @@ def group_at(tile, work, B, H_kv, B_PAD: tl.constexpr):
 
 @triton.jit
 def contributors(group, work, B, H_kv, B_PAD: tl.constexpr):
-    """The first and the last of the programs that have tiles of a group."""
+    """Return the first and the last program that have tiles of a group."""
     tiles, _, ends, _, _, total = work
     if B_PAD == 0:
         start, count = group * tiles, tiles

@@ -19,15 +19,12 @@ class Link:
     Attributes:
         group: the process group; None for this process alone.
         algorithms: names of the algorithms that run over this link; "auto" takes the first.
+        node_sizes: number of ranks of each node; empty if this link knows no nodes.
     """
 
     group: ProcessGroup | None
     algorithms: tuple[str, ...] = ()
-
-    @property
-    def node_sizes(self) -> tuple[int, ...]:
-        """Number of ranks of each node; empty if this link knows no nodes."""
-        return ()
+    node_sizes: tuple[int, ...] = ()
 
     @property
     def carrier(self) -> Link | ProcessGroup | None:
@@ -84,12 +81,7 @@ class AssumedRanks(Link):
         if world_size < 1 or sum(node_sizes) not in (0, world_size):
             raise InputError(f"world_size must be at least 1 and the sum of node_sizes, got {world_size}, {node_sizes}")
         self.group, self.world_size = None, world_size
-        self.algorithms = () if link is None else link.algorithms
-        self._node_sizes = tuple(node_sizes)
-
-    @property
-    def node_sizes(self) -> tuple[int, ...]:
-        return self._node_sizes
+        self.algorithms, self.node_sizes = () if link is None else link.algorithms, tuple(node_sizes)
 
     def rank_and_size(self) -> tuple[int, int]:
         return 0, self.world_size

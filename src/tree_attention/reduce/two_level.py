@@ -69,11 +69,8 @@ class TwoLevel(Link):
         check_links(self.nodes, seats)
         self.peers = next(node for node in self.nodes if rank in node)
         self.place = self.peers.index(rank)
-        self.slices = min(map(len, self.nodes))
-
-    @property
-    def node_sizes(self) -> tuple[int, ...]:
-        return tuple(map(len, self.nodes))
+        self.node_sizes = tuple(map(len, self.nodes))
+        self.slices = min(self.node_sizes)
 
     @property
     def carrier(self) -> Link | ProcessGroup | None:

@@ -1,13 +1,14 @@
-"""GPUs and links in time: when a kernel ends, when a message arrives. All ranks at once, as vectors.
+"""The timeline of GPUs and links: when each kernel ends and each message arrives, for all ranks at once as vectors.
 
 A rank has two ports, each with a sending and a receiving side: one to the GPUs of its node (`machine.inside`), one to
-other nodes (`machine.across`). A message of n bytes holds the sender's port for n / bytes_per_s; its first byte is at
-the receiver latency_s later, and it is taken in at the same rate once the receiver's port is free. So between idle
-ports it takes latency_s + n / bytes_per_s. A rank starts no other exchange before its message has left.
+other nodes (`machine.across`). A message of n bytes occupies the sender's port for n / bytes_per_s. Its first byte
+reaches the receiver latency_s later, and is received at the same rate as soon as the receiver's port is free. Between
+idle ports a message therefore takes latency_s + n / bytes_per_s. A rank starts no other exchange before its message has
+left.
 
-A port takes messages in the order of the program; those of one `send_to_all`, which nobody orders, as they come. So the
-time of every event is a maximum of times of earlier ones plus a duration, no event can overtake another, and rounds
-computed as vectors give the times that a queue of events gives (tests/test_simulate.py has the queue).
+A port receives messages in program order; those of one `send_to_all`, which have no order, as they arrive. The time of
+every event is therefore a maximum of earlier times plus a duration, no event can overtake another, and rounds computed
+as vectors give the same times as a queue of events (tests/test_simulate.py has the queue).
 """
 
 import math
@@ -17,35 +18,34 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .machine import Machine
+from tree_attention.cost.machine import Machine
 
 AHEAD = 32
 
 Array = NDArray[np.float64]
-Ranks = NDArray[np.int64]
+RankArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Messages:
-    """At most one from each rank and at most one to each: `source[i]` sends to `target[i]`. Made by `Cluster.route`."""
+    """One round of messages `source[i]` -> `target[i]`: at most one from, and one to each rank. See `Cluster.route`."""
 
-    source: Ranks | slice  # a slice where it can be one, which is faster
-    target: Ranks | slice
-    sender: Ranks | None  # where every rank sends and is sent to: who sends to it
-    port: Ranks | slice  # the target's: r inside a node, P + r for other nodes
+    source: RankArray | slice  # a slice if possible: faster
+    target: RankArray | slice
+    sender: RankArray | None  # the sender to each rank, if every rank sends and receives
+    port: RankArray | slice  # the target's: r inside a node, P + r for other nodes
     across: NDArray[np.bool_]
     latency_s: Array
     s_per_byte: Array
-    call_s: Array  # [P], what one NCCL call for them costs each rank beside the messages; 0 where there is none
+    call_s: Array  # [P], cost of the NCCL call on each rank, without the messages; 0 if it makes none
     sent_bytes: Array  # so far, counted by `Cluster.send`
 
 
 class Cluster:
-    """The state of a run: when each port is free to receive, and what each has sent.
+    """The state of a simulation: when each port is free to receive, and the bytes that each rank has sent.
 
-    machine: the nodes' GPUs are neighbouring ranks. kernel_jitter, link_jitter: every kernel and every message takes
-    (1 + jitter Exp(1)) of its time, Exp(1) a random number of mean 1 drawn for it alone. stragglers: rank -> how many
-    times as long its kernels take.
+    machine: each node holds consecutive ranks. kernel_jitter, link_jitter: the time of every kernel and every message
+    is multiplied by 1 + jitter Exp(1), drawn for each one. stragglers: rank -> factor by which its kernels take longer.
     """
 
     def __init__(
@@ -71,19 +71,19 @@ class Cluster:
             self._slowness[rank] = factor
 
     def kernel(self, seconds: Array | float, ready_s: Array) -> Array:
-        """When kernels end that start at `ready_s` `[P]`.
+        """Return when the kernels that start at `ready_s` `[P]` end.
 
-        seconds: one number or `[P]`, what they take on a GPU that is no straggler.
+        seconds: their duration, one number or `[P]`, on a GPU that is not a straggler.
         """
         return self.kernels((seconds,), ready_s)[0]
 
     def kernels(self, seconds: Sequence[Array | float], ready_s: Array) -> list[Array]:
-        """The same of kernels that start together and share their jitter."""
+        """The same for several kernels that start together and share their jitter."""
         stretch = self._slowness * self._kernel_jitter.stretch(ready_s.shape)
         return [ready_s + each_s * stretch for each_s in seconds]
 
-    def route(self, source: Ranks, target: Ranks, *, adapters: int = 1) -> Messages:
-        """adapters: over how many of a node's a message to another node is spread; counted as the source's own."""
+    def route(self, source: RankArray, target: RankArray, *, adapters: int = 1) -> Messages:
+        """Prepare a round of messages. adapters: number of a node's adapters that share a message to another node."""
         across = source // self.machine.per_node != target // self.machine.per_node
         inside, between = self.machine.inside, self.machine.across
         latency_s = np.where(across, between.latency_s, inside.latency_s)
@@ -106,9 +106,9 @@ class Cluster:
         return messages
 
     def send(self, messages: Messages, message_bytes: Array | float, ready_s: Array) -> Array:
-        """When each rank's message has left and the one to it has arrived; `ready_s` where there is neither.
+        """Return when each rank's message has left and the one to it has arrived; `ready_s` if there is neither.
 
-        message_bytes: one number, or one for each message. ready_s: `[P]`, when each rank has what it sends.
+        message_bytes: one number, or one per message. ready_s: `[P]`, when each rank's data is ready.
         """
         stretch = self._link_jitter.stretch(messages.latency_s.shape)
         port_s = message_bytes * messages.s_per_byte * stretch
@@ -124,9 +124,9 @@ class Cluster:
         return done_s
 
     def send_to_all(self, size: int, message_bytes: float, ready_s: Array) -> Array:
-        """When each rank has sent to all others of its `size` neighbours (0 .. size - 1, and so on) and heard from all.
+        """Return when each rank has sent to, and received from, all others of its `size` consecutive ranks in the node.
 
-        Within the node. Rank r sends to r + 1, r + 2, ... in turn; the receiver's port takes them as they come.
+        Rank r sends to r + 1, r + 2, ... in turn. The receiver's port takes messages as they arrive.
         """
         P, others = self.ranks, np.arange(1, size)
         stretch = self._link_jitter.stretch((P, size - 1))
@@ -134,18 +134,18 @@ class Cluster:
         left_s = ready_s[:, None] + port_s.cumsum(1)
         heads_s = left_s - port_s + self.machine.inside.latency_s * stretch
         rank = np.arange(P)[:, None]
-        source = rank // size * size + (rank - others) % size  # who sends to `rank` as its i-th
+        source = rank // size * size + (rank - others) % size  # the sender whose i-th message goes to `rank`
         heads_s, port_s = heads_s[source, others - 1], port_s[source, others - 1]
         order = heads_s.argsort(1)
         heads_s, port_s = np.take_along_axis(heads_s, order, 1), np.take_along_axis(port_s, order, 1)
-        rest_s = port_s[:, ::-1].cumsum(1)[:, ::-1]  # this message and those behind it
+        rest_s = port_s[:, ::-1].cumsum(1)[:, ::-1]  # this message and the ones after it
         arrived_s = np.maximum((heads_s + rest_s).max(1), self._port_free_s[:P] + rest_s[:, 0])
         self._port_free_s[:P] = arrived_s
         self._sent_to_all_bytes += (size - 1) * message_bytes
         return np.maximum(left_s[:, -1], arrived_s)
 
     def sent_bytes(self) -> Array:
-        """`[2, P]`: what each rank has sent inside its node and to other nodes."""
+        """`[2, P]`: bytes that each rank has sent within its node and to other nodes."""
         sent = np.zeros((2, self.ranks))
         sent[0] += self._sent_to_all_bytes
         for messages in self._routes:
@@ -154,13 +154,13 @@ class Cluster:
 
 
 class _Jitter:
-    """How many times as long kernels or messages take, each for itself: 1 + share Exp(1)."""
+    """Random factors 1 + share Exp(1) for the durations of kernels or messages."""
 
     def __init__(self, random: np.random.Generator, share: float) -> None:
         self._random, self._share, self._drawn = random, share, np.empty(0)
 
     def stretch(self, shape: tuple[int, ...]) -> Array | float:
-        """So many numbers, drawn for AHEAD calls at once: most of a call's time is not the drawing."""
+        """Return random factors of this shape. They are drawn for AHEAD calls at once, which is faster."""
         if not self._share:
             return 1.0
         count = math.prod(shape)
@@ -173,6 +173,6 @@ class _Jitter:
         return stretch
 
 
-def _index(ranks: Ranks) -> Ranks | slice:
+def _index(ranks: RankArray) -> RankArray | slice:
     start, stop = int(ranks[0]), int(ranks[-1]) + 1
     return slice(start, stop) if np.array_equal(ranks, np.arange(start, stop)) else ranks

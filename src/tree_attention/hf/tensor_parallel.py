@@ -1,19 +1,18 @@
-"""Tensor parallelism beside the sequence: a mesh of two axes, whose second one shares out weights and heads.
+"""Tensor parallelism next to sequence parallelism: a mesh of two axes, the second of which splits weights and heads.
 
     mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("sequence", "tensor"))    # on all ranks
-    model = load_tensor_parallel(name, mesh)                                          # a quarter of the weights a rank
-    cache = TreeCache(model.config, mesh["sequence"])                                 # a half of the tokens a rank
+    model = load_tensor_parallel(name, mesh)                                          # 1/4 of the weights per rank
+    cache = TreeCache(model.config, mesh["sequence"])                                 # 1/2 of the tokens per rank
 
-transformers splits the model by its own plan: a rank has some of the heads and a part of each MLP, and two all-reduces
-a layer add up what the ranks of the tensor axis give. A cache sees its rank's heads only, and spreads their keys over
-the sequence axis. By itself transformers splits a model over all ranks there are; here it is told the axis.
+transformers splits the model by its own plan, with two all-reduces per layer over the tensor axis. A cache sees only
+its rank's heads, and spreads their keys over the sequence axis.
 """
 
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,47 +30,50 @@ from ..group import Group, resolve_group
 AXES = ("sequence", "tensor")
 
 
-def load_tensor_parallel(model: str | Path | PreTrainedConfig, mesh: DeviceMesh, **how: Any) -> Any:
+def load_tensor_parallel(model: str | Path | PreTrainedConfig, mesh: DeviceMesh, **model_kwargs: Any) -> Any:
     """A causal language model with attn_implementation="tree_attention", split over the mesh's tensor axis.
 
-    All ranks of the mesh load it together. A rank reads, and keeps on its device, its own part of each weight in the
-    plan; the others, such as norms, are whole on every rank.
+    All ranks of the mesh load it together. Each rank reads its own part of the weights that the plan splits, and keeps
+    it on its device. Other weights, such as norms, are whole on every rank.
 
     Args:
-        model: a folder, a name on the hub, or a configuration: then weights are drawn at random, each rank its own part
-            on its device, after `torch.manual_seed(0)`. They are others than one process would draw; on CPUs the parts
-            of one weight are alike.
-        mesh: axes "sequence" and "tensor"; the current device is this rank's. With a tensor axis of 1 nothing is split.
-            All its ranks work on one batch: with both axes above 1 they share the logits.
-        how: further arguments of `from_pretrained`, or of `from_config`: dtype, and so on.
+        model: a folder, a name on the hub, or a configuration. With a configuration each rank draws its own part of the
+            weights at random on its device, after `torch.manual_seed(0)`. These differ from the weights that a single
+            process would draw; on CPUs all parts of a weight are equal.
+        mesh: axes "sequence" and "tensor"; the current device is this rank's. A tensor axis of 1 splits nothing. All
+            ranks of the mesh work on one batch: if both axes are above 1 they share the logits.
+        model_kwargs: further arguments of `from_pretrained`, or of `from_config`, such as dtype.
 
-    Raises, before any communication:
-        InputError: other axes, or heads that cannot be shared out over so many ranks.
-        Unsupported: transformers has no plan for this model.
+    Raises:
+        InputError: the axes have other names, or the heads do not divide by the tensor axis.
+        Unsupported: transformers has no plan for this model. Both are raised before any communication.
     """
     if mesh.mesh_dim_names != AXES:
         raise InputError(f"mesh must have the axes {AXES}, got {mesh.mesh_dim_names}")
-    ranks, tensor, how = mesh.size(1), mesh["tensor"], {"attn_implementation": "tree_attention"} | how
+    ranks, tensor = mesh.size(1), mesh["tensor"]
+    model_kwargs = {"attn_implementation": "tree_attention"} | model_kwargs
     config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
     check_tensor_parallel(config, ranks)
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     loaded: Any
     if isinstance(model, PreTrainedConfig):
-        loaded = _drawn(model, tensor, device, how)
+        loaded = _with_random_weights(model, tensor, device, model_kwargs)
     elif ranks == 1:
-        loaded = AutoModelForCausalLM.from_pretrained(model, **how)
+        loaded = AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
     else:
         with _split_over(tensor):
-            loaded = AutoModelForCausalLM.from_pretrained(model, distributed_config=_config(ranks), **how)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, distributed_config=DistributedConfig(tp_size=ranks, tp_plan="auto"), **model_kwargs
+            )
     loaded = loaded.to(device).eval()
     loaded.tree_attention_mesh = mesh
     if mesh.size(0) > 1 and ranks > 1:
-        _equal_bits(loaded, mesh["sequence"].get_group())
+        _share_logits(loaded, mesh["sequence"].get_group())
     return loaded
 
 
 def check_tensor_parallel(config: PreTrainedConfig, ranks: int) -> None:
-    """Raise unless a model of this configuration can be split over so many ranks; no communication."""
+    """Raise unless a model of this configuration can be split over `ranks` ranks. No communication."""
     text = config.get_text_config(decoder=True)
     if ranks == 1:
         return
@@ -93,13 +95,13 @@ def check_tensor_parallel(config: PreTrainedConfig, ranks: int) -> None:
 
 
 def sequence_axis(model: Any) -> DeviceMesh | None:
-    """The ranks with the same heads, of a model from `load_tensor_parallel`; None for others: all ranks."""
+    """The ranks with the same heads, for a model from `load_tensor_parallel`; None (all ranks) for other models."""
     mesh = getattr(model, "tree_attention_mesh", None)
     return None if mesh is None else mesh["sequence"]
 
 
 def tensor_group(model: Any) -> ProcessGroup | None:
-    """The ranks that the model is split over, however it was loaded; None if it is whole."""
+    """The ranks that the model is split over, however it was loaded; None if it is not split."""
     mesh = getattr(model, "_device_mesh", None)
     if mesh is None or tensor_ranks(model.config) == 1:
         return None
@@ -107,12 +109,12 @@ def tensor_group(model: Any) -> ProcessGroup | None:
 
 
 def tensor_ranks(config: PreTrainedConfig) -> int:
-    """How many ranks a loaded model is split over, which transformers notes in its configuration."""
+    """Number of ranks that a loaded model is split over, which transformers records in the configuration."""
     return getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
 
 
 def check_axes(model: Any, group: Group) -> None:
-    """Raise InputError if ranks with different heads would merge their attention: the wrong ranks for a cache."""
+    """Raise InputError if a cache over `group` would merge the attention of ranks with different heads."""
     tensor, sequence = tensor_group(model), resolve_group(group)
     if tensor is None or sequence is None:
         return
@@ -124,50 +126,41 @@ def check_axes(model: Any, group: Group) -> None:
         )
 
 
-def _config(ranks: int) -> DistributedConfig:
-    return DistributedConfig(tp_size=ranks, tp_plan="auto")
-
-
-@dataclass(frozen=True)
-class _OneAxis:
-    """Stands for the mesh of all of transformers' axes, of which the others have one rank."""
-
-    tensor: DeviceMesh
-
-    def get_mesh(self, dims: Any) -> DeviceMesh:
-        return self.tensor
-
-
-def _as_transformers_wants(tensor: DeviceMesh) -> Any:
-    """Older ones take the mesh itself."""
-    return _OneAxis(tensor) if hasattr(transformers.distributed.utils, "TransformersDeviceMesh") else tensor
+def _mesh_argument(tensor: DeviceMesh) -> Any:
+    """The mesh in the form that this version of transformers takes: newer ones ask an object for one axis."""
+    has_axes = hasattr(transformers.distributed.utils, "TransformersDeviceMesh")
+    return SimpleNamespace(get_mesh=lambda dims: tensor) if has_axes else tensor
 
 
 @contextlib.contextmanager
 def _split_over(tensor: DeviceMesh) -> Iterator[None]:
-    """Within it `from_pretrained(distributed_config=...)` splits over this mesh, not over one that it makes.
+    """Inside, `from_pretrained(distributed_config=...)` splits over this mesh, not over one that it makes itself.
 
-    Weights come to the CPU, whence the caller moves them: a device_map would need accelerate.
+    Weights are loaded to the CPU, and the caller moves them: a device_map would require accelerate.
     """
 
     def prepare(cls: Any, distributed_config: Any, **_: Any) -> tuple[Any, None, Any]:
-        return distributed_config, None, _as_transformers_wants(tensor)
+        return distributed_config, None, _mesh_argument(tensor)
 
     cls: Any = PreTrainedModel
-    cls.prepare_distribute_model = classmethod(prepare)  # hides the inherited one
+    cls.prepare_distribute_model = classmethod(prepare)  # shadows the inherited method
     try:
         yield
     finally:
         del cls.prepare_distribute_model
 
 
-def _drawn(config: PreTrainedConfig, tensor: DeviceMesh, device: torch.device, how: dict[str, Any]) -> Any:
-    """Split while it has no memory yet, so that no rank ever holds a whole weight of the plan."""
+def _with_random_weights(
+    config: PreTrainedConfig, tensor: DeviceMesh, device: torch.device, model_kwargs: dict[str, Any]
+) -> Any:
+    """Split the model before its memory is allocated: no rank ever holds a whole weight that the plan splits."""
     model: Any
     with torch.device("meta"), no_tie_weights():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **how)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **model_kwargs)
     if tensor.size() > 1:
-        model = model.maybe_distribute_model(model, _config(tensor.size()), _as_transformers_wants(tensor))
+        model = model.maybe_distribute_model(
+            model, DistributedConfig(tp_size=tensor.size(), tp_plan="auto"), _mesh_argument(tensor)
+        )
     model.to_empty(device=device)
     torch.manual_seed(0)
     model.initialize_weights()
@@ -175,16 +168,16 @@ def _drawn(config: PreTrainedConfig, tensor: DeviceMesh, device: torch.device, h
     return model
 
 
-def _equal_bits(model: Any, sequence: ProcessGroup) -> None:
-    """The first rank's logits for all of them.
+def _share_logits(model: Any, sequence: ProcessGroup) -> None:
+    """Give all ranks of the sequence axis the first rank's logits.
 
-    An all-reduce gives its own ranks the same bits, but another group may add in another order. Then logits that differ
-    in the last bit could sample different tokens.
+    An all-reduce gives its own ranks the same bits, but another group may sum in another order. Logits that differ in
+    the last bit could then sample different tokens.
     """
 
     def share(module: Any, arguments: Any, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.contiguous() if sequence.rank() == 0 else torch.zeros_like(logits)
-        dist.all_reduce(logits, group=sequence)  # a broadcast, which torch.compile could not take
+        dist.all_reduce(logits, group=sequence)  # a broadcast of rank 0's, in a form that torch.compile supports
         return logits
 
     model.get_output_embeddings().register_forward_hook(share)

@@ -1,9 +1,9 @@
-"""What a compiled step does beside attention, where inductor leaves time on the table: a pass over its graph.
+"""`StepPass`: a pass over inductor's graph of a compiled step, which speeds up what is not attention.
 
-- Products of one vector. cuBLAS takes 3 to 5 us longer for one than reading its weights does, two hundred times a token
-  (docs/log.md). Our kernel takes its place, one launch for all that share the vector: a layer's q, k and v, its gate
-  and up.
-- Sums over the ranks of a tensor-parallel model: sums.py takes the place of NCCL, 12 us each.
+- Products of a matrix and one vector. cuBLAS takes 3 to 5 us longer for each than it takes to read the weights, two
+  hundred times per token (docs/log.md). Our kernel replaces it, with one launch for all products that share a vector: a
+  layer's q, k and v, or its gate and up.
+- Sums over the ranks of a tensor-parallel model: link_sums.py replaces NCCL, which takes 12 us for each.
 """
 
 from typing import Any, cast
@@ -14,45 +14,48 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node, map_arg
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import sums
+from . import link_sums
 
 ops: Any = torch.ops
 aten, collectives, rounding = ops.aten, ops._c10d_functional, ops.prims.convert_element_type.default
 PRODUCTS = (aten.mm.default, aten.addmm.default)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 COLS, WARPS = 2048, 4
-TOGETHER = 16  # products of one launch at most
+MAX_TOGETHER = 16  # products in one launch
 
 
 class StepPass(CustomGraphPass):
-    """Replaces `x @ w.T`, with a bias or without, and small sums over linked ranks.
+    """Replaces products `x @ w.T`, with or without a bias, and small sums over linked ranks.
 
-    x: `[1, K]`. w: `[N, K]`, a contiguous input of the graph on a device of this type. sums_over: the name of the group
-    of linked ranks; None: sums stay as they are.
+    A product is replaced if x is `[1, K]` and w is `[N, K]`, a contiguous input of the graph on a `device_type` device.
+
+    Args:
+        sums_over: the name of the group whose ranks are linked; None leaves sums to NCCL.
+        device_type: the type of device with our kernel.
     """
 
     def __init__(self, sums_over: str | None = None, device_type: str = "cuda") -> None:
         self.sums_over, self.device_type = sums_over, device_type
-        self.ranks = 1 if sums_over is None else sums.ranks_of(sums_over)
+        self.ranks = 1 if sums_over is None else link_sums.link_size(sums_over)
 
     def __call__(self, graph: Graph) -> None:
         sharing: dict[Node, list[Node]] = {}
         for node in list(graph.nodes):
-            if node.target in PRODUCTS and self._takes(node):
+            if node.target in PRODUCTS and self._is_replaceable(node):
                 sharing.setdefault(_source(_vector(node)), []).append(node)
         for products in sharing.values():
-            for first in range(0, len(products), TOGETHER):
-                _multiply(graph, products[first : first + TOGETHER])
+            for first in range(0, len(products), MAX_TOGETHER):
+                _multiply(graph, products[first : first + MAX_TOGETHER])
         for node in graph.find_nodes(op="call_function", target=collectives.all_reduce.default):
             x, what, group_name = cast("tuple[Node, str, str]", node.args)
-            if what == "sum" and group_name == self.sums_over and sums.fits(x.meta["val"], self.ranks):
+            if what == "sum" and group_name == self.sums_over and link_sums.fits(x.meta["val"], self.ranks):
                 _sum_over_link(graph, node, x, group_name, self.ranks)
 
     def uuid(self) -> Any:
-        """What, beside the graph, decides what is compiled: inductor keeps that on disk."""
-        return get_hash_for_files((__file__, sums.__file__), f"{self.sums_over} {self.ranks} {self.device_type}")
+        """The key of this pass in inductor's cache on disk."""
+        return get_hash_for_files((__file__, link_sums.__file__), f"{self.sums_over} {self.ranks} {self.device_type}")
 
-    def _takes(self, product: Node) -> bool:
+    def _is_replaceable(self, product: Node) -> bool:
         transposed: Any = product.args[-1]
         if transposed.target is not aten.permute.default or [dim % 2 for dim in transposed.args[1]] != [1, 0]:
             return False
@@ -61,7 +64,7 @@ class StepPass(CustomGraphPass):
         x, w = _vector(product).meta["val"], _weight(product).meta["val"]
         return (
             w.device.type == self.device_type
-            and w.dtype in sums.DTYPES
+            and w.dtype in link_sums.DTYPES
             and w.is_contiguous()
             and statically_known_true(x.shape[0] == 1)
             and x.is_contiguous()
@@ -77,14 +80,14 @@ def _weight(product: Node) -> Node:
 
 
 def _source(x: Any) -> Any:
-    """What this is a view of, its numbers in the same order: one node for all products of one vector."""
+    """The node that x is a view of, with the elements in the same order: the same for all products of one vector."""
     while x.target in VIEWS:
         x = x.args[0]
     return x
 
 
 def _multiply(graph: Graph, together: list[Node]) -> None:
-    """One launch for all of these products."""
+    """Replace these products, which share a vector, by one launch."""
     weights = [_weight(product) for product in together]
     with graph.inserting_before(together[0]):
         all_rows = _call(graph, ops.tree_attention.products.default, _vector(together[0]), weights)
@@ -102,7 +105,7 @@ def _multiply(graph: Graph, together: list[Node]) -> None:
 
 
 def _sum_over_link(graph: Graph, node: Node, x: Node, group_name: str, ranks: int) -> None:
-    """By one exchange of float32; what was float32 before its last rounding is taken as it was then."""
+    """Replace an all-reduce by one exchange of float32, from before the last rounding if x was rounded from float32."""
     source, like = _source(x), x.meta["val"]
     with graph.inserting_before(node):
         if source.target is rounding and source.args[0].meta["val"].dtype == torch.float32:
@@ -119,7 +122,7 @@ def _sum_over_link(graph: Graph, node: Node, x: Node, group_name: str, ranks: in
 
 
 def _call(graph: Graph, target: Any, *args: Any) -> Node:
-    """A new node, with the value that its neighbours expect it to note."""
+    """Insert a call. Sets `meta["val"]`, which inductor needs."""
     node = graph.call_function(target, args)
     node.meta["val"] = target(*cast(Any, map_arg(args, lambda other: other.meta["val"])))
     return node
@@ -127,7 +130,7 @@ def _call(graph: Graph, target: Any, *args: Any) -> Node:
 
 @torch.library.custom_op("tree_attention::products", mutates_args=())
 def products(x: Tensor, weights: list[Tensor]) -> Tensor:
-    """x `[1, K]` times the transposed of each weight `[N_i, K]`: float32 `[1, sum of N_i]`."""
+    """Multiply x `[1, K]` by the transpose of each weight `[N_i, K]`: float32 `[1, sum of N_i]`."""
     from .product_kernels import products_kernel
 
     sizes = tuple(len(weight) for weight in weights)
@@ -144,9 +147,11 @@ def _(x: Tensor, weights: list[Tensor]) -> Tensor:
     return x.new_empty((1, sum(len(weight) for weight in weights)), dtype=torch.float32)
 
 
-# It counts epochs in the link's own memory. All ranks run the same graph, so whatever order that has is theirs alike.
+# The link counts epochs in its own memory, so the order of these calls matters: all ranks run the same graph.
 mean_over_ranks = torch.library.custom_op(
-    "tree_attention::mean_over_ranks", sums.mean_over_ranks, mutates_args=(),
+    "tree_attention::mean_over_ranks",
+    link_sums.mean_over_ranks,
+    mutates_args=(),
     schema="(Tensor x, str group_name) -> Tensor",
-)  # fmt: skip
+)
 mean_over_ranks.register_fake(lambda x, group_name: x.new_empty(x.shape))

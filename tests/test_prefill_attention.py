@@ -1,10 +1,10 @@
-"""Attention of a chunk whose queries and keys are spread over ranks, against attention of all of it at once."""
+"""Attention of a chunk whose queries and keys are spread over ranks, compared with attention in one piece."""
 
 import pytest
 import torch
 
 from tree_attention import Layout, attend
-from tree_attention.hf import chunk
+from tree_attention.hf import prefill_attention
 from tree_attention.partial import Partial
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 
@@ -12,7 +12,7 @@ SCALE = 0.3
 
 
 def of_a_rank(group, shape, block, start, passed, causal_only, scale=SCALE):
-    """This rank's queries of the chunk; -> their Partial, where they lie, and the bytes received."""
+    """Return the Partial of this rank's queries of the chunk, their slots, and the bytes received."""
     stop = shape["S"]
     q, k, v = peaked_inputs(T=stop, **shape)
     layout = Layout(group.size(), block)
@@ -21,14 +21,20 @@ def of_a_rank(group, shape, block, start, passed, causal_only, scale=SCALE):
     def build(query_slots, key_slots):
         return (key_slots[None, :] <= query_slots[:, None])[None, None]
 
-    chunk.choose_pass, choose = (lambda *_: passed), chunk.choose_pass
+    prefill_attention.choose_pass, choose = (lambda *_: passed), prefill_attention.choose_pass
     try:
-        partial, received = chunk.attend_chunk(
-            q[:, mine], k[:, held], v[:, held], chunk=(start, stop), layout=layout, group=group, build_mask=build,
-            causal_only=causal_only, scale=scale, softcap=None,
-        )  # fmt: skip
+        partial, received = prefill_attention.attend_chunk(
+            q[:, mine],
+            k[:, held],
+            v[:, held],
+            (start, stop),
+            layout,
+            group,
+            None if causal_only else build,
+            {"scale": scale, "softcap": None},
+        )
     finally:
-        chunk.choose_pass = choose
+        prefill_attention.choose_pass = choose
     return partial.out, partial.lse, mine, received
 
 
@@ -52,20 +58,20 @@ def test_a_chunk_spread_over_ranks(pool, passed, ranks, block, cycles, chunk_cyc
 
 
 def test_all_ranks_draw_the_same_inputs():
-    """Also where several queries point the same key; with threads that share it out they would not."""
+    """Even if several queries point at the same key, which threads could otherwise write in any order."""
     shape = {"B": 1, "T": 1024, "S": 1024, "H": 8, "H_kv": 1, "D": 64}
     first, again = peaked_inputs(**shape), peaked_inputs(**shape)
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 def test_merge_rows_is_merge():
-    """Where no part has a key, too."""
+    """Also for rows in which no part has a key."""
     out, lse = torch.randn(3, 2, 5, 4, 8), torch.randn(3, 2, 5, 4) * 9
     lse[0, :, 1], lse[:, :, 2] = -torch.inf, -torch.inf
     out[lse == -torch.inf] = 0.0
     out[2, :, :3], lse[2, :, :3] = 0.0, -torch.inf
-    expected = chunk.merge(Partial(out, lse))
-    actual = chunk.merge_rows([(0, Partial(out[0].clone(), lse[0])), (0, Partial(out[1], lse[1])),
+    expected = prefill_attention.merge(Partial(out, lse))
+    actual = prefill_attention.merge_rows([(0, Partial(out[0].clone(), lse[0])), (0, Partial(out[1], lse[1])),
                                (3, Partial(out[2, :, 3:], lse[2, :, 3:]))])  # fmt: skip
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
     assert torch.equal(actual.lse == -torch.inf, expected.lse == -torch.inf)

@@ -1,4 +1,4 @@
-"""The pass over a compiled step: products of one vector by our kernel, sums over ranks through a link."""
+"""The pass over a compiled step's graph: our kernel multiplies one vector, and a link sums over ranks."""
 
 from dataclasses import dataclass, field
 
@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch.nn.functional import linear
 
 from tree_attention import Partial
-from tree_attention.hf import sums
-from tree_attention.hf.inductor import COLS, TOGETHER, StepPass, products
+from tree_attention.hf import link_sums
+from tree_attention.hf.compile_pass import COLS, MAX_TOGETHER, StepPass, products
 from tree_attention.hf.step import install_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Watched(StepPass):
-    """Keeps how many products each launch has, and how many products and sums are left to the library."""
+    """Records the number of products in each launch, and of products and sums that are not replaced."""
 
     def __call__(self, graph):
         super().__call__(graph)
@@ -28,11 +28,11 @@ class Watched(StepPass):
         self.sums = len(graph.find_nodes(target=torch.ops._c10d_functional.all_reduce.default, **named))
 
     def uuid(self):
-        """Always run, never from inductor's cache."""
+        """Always run the pass, and never use inductor's cache."""
 
 
 def compiled(function, *arguments, sums_over=None):
-    """Its result as torch.compile has it with the pass, and the pass."""
+    """Return the result of a function that was compiled with the pass, and the pass."""
     torch._dynamo.reset()
     watched = Watched(sums_over, DEVICE)
     options = {"deterministic": True, "post_grad_custom_pre_pass": watched}
@@ -41,7 +41,7 @@ def compiled(function, *arguments, sums_over=None):
 
 
 def assert_close(found, expected):
-    """Of half precision, rounded here and there in another order."""
+    """Compare half-precision results that were rounded at different places."""
     assert found.dtype == torch.float16
     assert (found - expected).abs().max() <= 4e-3 * expected.abs().max()
 
@@ -63,7 +63,7 @@ def test_every_row_of_every_weight(K, dtype):
 
 
 def layer(x, q, k, v, bias, down):
-    """Two products that share a vector, one with a bias, one of what comes of them."""
+    """Three products that share a vector, one with a bias, and one product of their result."""
     together = torch.cat([linear(x, q), linear(x, k), linear(x, v, bias)], -1)
     return linear(together.sin(), down)
 
@@ -83,9 +83,9 @@ def test_what_is_not_one_vector_stays_with_the_library():
 
 
 def test_many_products_are_several_launches():
-    x, *weights = drawn((1, 24), *[(2, 24)] * (TOGETHER + 1))
+    x, *weights = drawn((1, 24), *[(2, 24)] * (MAX_TOGETHER + 1))
     found, watched = compiled(lambda x, *weights: torch.cat([linear(x, w) for w in weights]), x, *weights)
-    assert (watched.together, watched.left) == ([TOGETHER, 1], 0)
+    assert (watched.together, watched.left) == ([MAX_TOGETHER, 1], 0)
     assert_close(found, torch.cat([linear(x, w) for w in weights]))
 
 
@@ -114,7 +114,7 @@ def test_a_double_weight_stays_with_the_library():
 
 @dataclass
 class Mirror:
-    """Stands for a link between ranks that all have the same numbers; test_gpu.py has real ones."""
+    """Replaces a link between ranks that all have the same numbers; test_gpu.py has real ones."""
 
     world_size: int
     calls: int = 0
@@ -144,7 +144,7 @@ def group():
 def test_small_sums_go_through_the_link(group, monkeypatch):
     x, w, small = drawn((1, 1, 24), (40, 24), (2, 1, 24))
     mirror = Mirror(3)
-    monkeypatch.setitem(sums._links, group.group_name, (mirror, torch.zeros(sums.ROWS, device=DEVICE)))
+    monkeypatch.setitem(link_sums._links, group.group_name, (mirror, torch.zeros(link_sums.ROWS, device=DEVICE)))
     (total, more), watched = compiled(split_layer, x, w, small.clone(), sums_over=group.group_name)
     assert (watched.together, watched.sums, mirror.calls) == ([1], 0, 2)
     assert_close(total, 3 * linear(x, w))
@@ -152,10 +152,10 @@ def test_small_sums_go_through_the_link(group, monkeypatch):
 
 
 def test_other_sums_stay_with_the_library(group, monkeypatch):
-    monkeypatch.setattr(sums, "ROWS", 2)  # of gcd(8, 128) = 8 numbers, over 3 - 1
+    monkeypatch.setattr(link_sums, "ROWS", 2)  # of gcd(8, 128) = 8 numbers, over 3 - 1
     x, w, small = drawn((1, 1, 24), (8, 24), (2, 1, 8))
     mirror = Mirror(3)
-    monkeypatch.setitem(sums._links, group.group_name, (mirror, torch.zeros(8, device=DEVICE)))
+    monkeypatch.setitem(link_sums._links, group.group_name, (mirror, torch.zeros(8, device=DEVICE)))
     (_, more), watched = compiled(split_layer, x, w, small.clone(), sums_over=group.group_name)
     assert (watched.sums, mirror.calls) == (1, 1)
     assert_close(more, small + 1)
@@ -172,7 +172,7 @@ def odd_sums(x):
 
 def test_sums_of_odd_tensors(group, monkeypatch):
     (x,) = drawn((4, 6, 8))
-    monkeypatch.setitem(sums._links, group.group_name, (Mirror(2), torch.zeros(sums.ROWS, device=DEVICE)))
+    monkeypatch.setitem(link_sums._links, group.group_name, (Mirror(2), torch.zeros(link_sums.ROWS, device=DEVICE)))
     (across, whole, exact), watched = compiled(odd_sums, x, sums_over=group.group_name)
     assert watched.sums == 2  # a scalar and float64 are the library's, one rank's own
     assert_close(across, 4 * x.transpose(0, 1))
@@ -182,11 +182,11 @@ def test_sums_of_odd_tensors(group, monkeypatch):
 
 def test_a_link_ends_with_its_group(group, monkeypatch):
     first, second = Mirror(2), Mirror(2)
-    monkeypatch.setattr(sums, "_links", {"a": (first, None), "b": (second, None)})
+    monkeypatch.setattr(link_sums, "_links", {"a": (first, None), "b": (second, None)})
     install_step(torch.nn.Linear(1, 1))
     dist.destroy_process_group(dist.GroupMember.NON_GROUP_MEMBER)  # of a group that this rank is not in
-    assert list(sums._links) == ["a", "b"]
-    sums.close_links(first.group)
-    assert list(sums._links) == ["b"]
-    sums.close_links(None)
-    assert not sums._links
+    assert list(link_sums._links) == ["a", "b"]
+    link_sums.close_links(first.group)
+    assert list(link_sums._links) == ["b"]
+    link_sums.close_links(None)
+    assert not link_sums._links

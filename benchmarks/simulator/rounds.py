@@ -1,6 +1,6 @@
-"""The exchanges between ranks as rounds of messages: who sends how much to whom, and what waits for it.
+"""The exchange algorithms as rounds of messages: who sends how many bytes to whom.
 
-                 rounds, P = g M ranks on M nodes                  bytes a rank sends, n = rows (D_v + 1) 4
+                 rounds, P = g M ranks on M nodes                  bytes sent per rank, n = rows (D_v + 1) 4
 all_reduce       3 calls of log2 g + 2 ceil(log2 M) + log2 g       2 (P - 1) / P rows (D_v + 2) 4, mean over ranks
 all_gather       1 call of P - 1                                   (P - 1) n
 tree             ceil(log2 P) calls of 1                           ceil(log2 P) n at most
@@ -8,8 +8,8 @@ two_level        2 pushes, between them 1 call of M - 1            (4 (g - 1) + 
 symmetric        1 push to all                                     2 (P - 1) n
 fused            1 push to all, from the attention's kernel        2 (P - 1) n
 
-A call is one of NCCL's, measured with two ranks: it costs its link's collective_s less the latencies in that, then
-messages as they come. A push is a kernel that writes packets, half data and half epoch, into its peers' memory.
+A call is an NCCL call. It costs the link's collective_s, measured with two ranks, less the latencies included in that,
+followed by the messages. A push is a kernel that writes packets, half data and half epoch, into peer memory.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,15 @@ from functools import partial
 
 import numpy as np
 
-from .cluster import Array, Cluster, Ranks
-from .decode import MERGE_KERNELS, PACK_KERNELS
+from tree_attention.cost.decode import MERGE_KERNELS, PACK_KERNELS
 
-Stage = Callable[[Array], Array]  # when each rank is ready, `[P]` -> when it is done, `[P]`
+from .cluster import Array, Cluster, RankArray
+
+Stage = Callable[[Array], Array]  # `[P]`, when each rank is ready -> `[P]`, when it is done
 
 
 def stages(algorithm: str, cluster: Cluster, rows: int, value_dim: int) -> list[Stage]:
-    """What stands between the end of each rank's attention over its own keys and the merged result on all ranks."""
+    """The stages between the end of each rank's local attention and the merged result on all ranks."""
     n = 4 * rows * (value_dim + 1)
     if cluster.ranks == 1:
         return []
@@ -45,11 +46,11 @@ def stages(algorithm: str, cluster: Cluster, rows: int, value_dim: int) -> list[
 
 
 def ring(cluster: Cluster) -> Callable[[Array, Array, Array], Array]:
-    """A function of shard bytes, seconds to read them and when ranks are ready, `[P]` each: when each has the result.
+    """Return a step of ring attention, as in bench/peers.py: (shard bytes, read seconds, ready) -> done, each `[P]`.
 
-    As bench/peers.py. The shards go round, KV heads unrepeated, sent on while the attention over the one at hand is
-    computed; two buffers, so a shard leaves when its receiver is through with the one before the last; a hop ends when
-    attention, sending and receiving have; all results are merged at the end.
+    A shard, without repeated KV heads, is sent on while the attention over it is computed. There are two buffers, so a
+    shard leaves when its receiver has finished the one before the last. A hop ends when attention, sending and
+    receiving have ended. The results are merged at the end.
     """
     P, gpu = cluster.ranks, cluster.machine.gpu
     following = np.roll(np.arange(P), -1)
@@ -59,7 +60,7 @@ def ring(cluster: Cluster) -> Callable[[Array, Array, Array], Array]:
         attend_s = gpu.launch_s + PACK_KERNELS * gpu.kernel_s + np.concatenate([read_s, read_s])
         shard_bytes = np.concatenate([shard_bytes, shard_bytes])
         for hop in range(P):
-            here = slice(P - hop, 2 * P - hop)  # whose shard is where
+            here = slice(P - hop, 2 * P - hop)  # the owner of the shard that each rank holds
             attended_s, called_s = cluster.kernels((attend_s[here], around.call_s), ready_s)  # they start together
             if hop < P - 1:
                 ready_s = cluster.send(around, shard_bytes[here], np.maximum(called_s, called_s[following]))
@@ -70,7 +71,7 @@ def ring(cluster: Cluster) -> Callable[[Array, Array, Array], Array]:
 
 
 def _algorithm_3(cluster: Cluster, rows: int, value_dim: int) -> list[Stage]:
-    """arXiv 2408.04093 as printed: the maximum, the numerator, the denominator, each all-reduced in float32."""
+    """Algorithm 3 of arXiv 2408.04093: all-reduce the maximum, the numerator and the denominator, in float32."""
     largest, numerator, denominator = (_all_reduce(cluster, 4 * count) for count in (rows, rows * value_dim, rows))
     copy, divide = _kernels(cluster, 1), _kernels(cluster, 1)
     weigh = _kernels(cluster, PACK_KERNELS + MERGE_KERNELS - 2)  # subtract, exp, multiply
@@ -78,9 +79,9 @@ def _algorithm_3(cluster: Cluster, rows: int, value_dim: int) -> list[Stage]:
 
 
 def _all_reduce(cluster: Cluster, total_bytes: float) -> list[Stage]:
-    """Reduce-scatter in each node, each piece up a binomial tree of the nodes and down again, all-gather in each node.
+    """Reduce-scatter in each node, each piece up and down a binomial tree of the nodes, all-gather in each node.
 
-    In a node by halving, which has the tree's rounds and the ring's bytes; round a ring if g is no power of two.
+    Within a node by recursive halving: log2 g rounds and the bytes of a ring. If g is not a power of two: a ring.
     """
     size, ranks = cluster.node_size, np.arange(cluster.ranks)
     if size & (size - 1):
@@ -96,10 +97,10 @@ def _all_reduce(cluster: Cluster, total_bytes: float) -> list[Stage]:
     return [_call(cluster, 2), *scatter, *over_nodes, *gather]
 
 
-def _gather(cluster: Cluster, members: Ranks, message_bytes: float) -> list[Stage]:
-    """One all-gather in each column of `members` `[M, lanes]`: a ring, in which each passes on what it was sent last.
+def _gather(cluster: Cluster, members: RankArray, message_bytes: float) -> list[Stage]:
+    """One all-gather in each column of `members` `[M, lanes]`, as a ring.
 
-    What crosses from node to node is spread over all the adapters of a node; NCCL lays a ring through each of them.
+    Messages between nodes are spread over all adapters of a node: NCCL builds a ring through each of them.
     """
     around = cluster.route(
         members.ravel(), np.roll(members, -1, 0).ravel(), adapters=cluster.node_size // members.shape[1]
@@ -108,7 +109,7 @@ def _gather(cluster: Cluster, members: Ranks, message_bytes: float) -> list[Stag
 
 
 def _tree(cluster: Cluster, n: float) -> list[Stage]:
-    """As reduce/tree.py: recursive doubling; the ranks past the largest power of two send before it, receive after."""
+    """As reduce/tree.py: recursive doubling. Ranks beyond the largest power of two send before it and receive after."""
     power = 1 << (cluster.ranks.bit_length() - 1)
     core, extra = np.arange(power), np.arange(power, cluster.ranks)
     rounds = [(core, core ^ distance) for distance in _powers(power)]
@@ -126,7 +127,7 @@ def _tree(cluster: Cluster, n: float) -> list[Stage]:
 
 
 def _two_level(cluster: Cluster, n: float) -> list[Stage]:
-    """In a node every GPU merges a slice of the rows; each slice is gathered over the nodes; nodes share all slices."""
+    """Each GPU of a node merges a slice of the rows, slices are gathered across nodes, then within each node."""
     size = cluster.node_size
     push = [_kernels(cluster, 1), partial(cluster.send_to_all, size, 2 * n / size)] if size > 1 else []
     if cluster.nodes == 1:
@@ -135,12 +136,12 @@ def _two_level(cluster: Cluster, n: float) -> list[Stage]:
     return [*push, _kernels(cluster, PACK_KERNELS), *across, _kernels(cluster, MERGE_KERNELS), *push]
 
 
-def _send(cluster: Cluster, source: Ranks, target: Ranks, message_bytes: float) -> Stage:
+def _send(cluster: Cluster, source: RankArray, target: RankArray, message_bytes: float) -> Stage:
     return partial(cluster.send, cluster.route(source.ravel(), target.ravel()), message_bytes)
 
 
 def _call(cluster: Cluster, included: int) -> Stage:
-    """One NCCL call of all ranks, without the messages whose latency is in collective_s, which was measured."""
+    """One NCCL call of all ranks, without the latencies that are included in the measured collective_s."""
     link = cluster.machine.across if cluster.nodes > 1 else cluster.machine.inside
     return partial(cluster.kernel, link.collective_s - included * link.latency_s)
 

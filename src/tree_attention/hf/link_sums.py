@@ -1,8 +1,8 @@
-"""Sums over the ranks of a tensor-parallel model, two a layer: through a SymmetricLink, where its GPUs can have one.
+"""Sums over the ranks of a tensor-parallel model, two per layer, through a SymmetricLink if the GPUs support one.
 
-The merge of Partials with equal log-sum-exps is the mean. Links are kept by the name of their group, as torch keeps
-groups, since a compiled step has no objects; they end with it (step.py). A step's exchanges, of sums and of attention,
-follow each other on one stream, so none keeps another out.
+The merge of Partials with equal log-sum-exps is their mean. A compiled step cannot refer to objects, so links are kept
+by the name of their group, as torch keeps groups, and end with it (step.py). All exchanges of a step, of sums and of
+attention, run one after the other on one stream, so no two of them wait for each other.
 """
 
 import math
@@ -14,16 +14,19 @@ from torch import Tensor
 from ..errors import Unavailable
 from ..partial import Partial
 from ..reduce import SymmetricLink
-from .placement import PATIENCE_S
-from .tensor import tensor_group
+from .exchange import TIMEOUT_S
+from .tensor_parallel import tensor_group
 
-ROWS, WIDTH = 2048, 128  # of 2 ranks; more have fewer rows: above that NCCL is faster (computed, by cost/mesh.py)
+ROWS, WIDTH = 2048, 128  # for 2 ranks, fewer rows for more ranks: above that NCCL is faster (computed, cost/mesh.py)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _links: dict[str, tuple[SymmetricLink, Tensor]] = {}
 
 
 def open_link(model: Any) -> str | None:
-    """The name of the group that a model is split over, if its ranks are linked. All together: it is made here."""
+    """Link the ranks that a model is split over; return their group's name, or None without a link.
+
+    All ranks call it together.
+    """
     group = tensor_group(model)
     if group is None or model.device.type != "cuda":
         return None
@@ -31,7 +34,7 @@ def open_link(model: Any) -> str | None:
     if name in _links and _links[name][0].group is group:
         return name
     try:
-        link = SymmetricLink(group, rows=ROWS, head_dim=WIDTH, timeout_s=PATIENCE_S)
+        link = SymmetricLink(group, rows=ROWS, head_dim=WIDTH, timeout_s=TIMEOUT_S)
     except Unavailable:  # on every rank alike
         return None
     _links[name] = link, torch.zeros(ROWS, device=link.device)
@@ -39,26 +42,26 @@ def open_link(model: Any) -> str | None:
 
 
 def close_links(group: Any) -> None:
-    """Of a group that ends; None: of all groups."""
+    """Drop the link of a group that is about to end; None: the links of all groups."""
     for name, (link, _) in list(_links.items()):
         if group in (None, torch.distributed.group.WORLD, link.group):
             del _links[name]
 
 
-def ranks_of(group_name: str) -> int:
-    """How many are linked."""
+def link_size(group_name: str) -> int:
+    """Number of ranks that the link of a group connects."""
     return _links[group_name][0].world_size
 
 
 def fits(numbers: Tensor, ranks: int) -> bool:
-    """Whether a link takes them, and is faster."""
+    """Return whether a link between `ranks` ranks can sum these numbers, and is faster than NCCL."""
     if numbers.dtype not in DTYPES or numbers.ndim == 0:
         return False
     return numbers.numel() * (ranks - 1) <= ROWS * math.gcd(numbers.shape[-1], WIDTH)
 
 
 def mean_over_ranks(x: Tensor, group_name: str) -> Tensor:
-    """The mean of float32 x, which `fits`, over the ranks of a group; the same bits on all."""
+    """Return the mean of x over the ranks of a group, the same bits on each. x: float32, and `fits` is true of it."""
     link, equal = _links[group_name]
     rows = x.reshape(1, 1, -1, math.gcd(x.shape[-1], WIDTH))
     return link.reduce(Partial(rows, equal[: rows.shape[2]].view(rows.shape[:3]))).out.view(x.shape)

@@ -1,13 +1,12 @@
-"""Decode steps of attention on a cluster that is not at hand: every kernel and every message, rank by rank.
+"""Simulates decode steps of attention on a cluster: every kernel and every message of every rank.
 
-Modelled: each rank reads its own keys (in a ragged batch ranks have different numbers of them, a straggler is slower,
-kernels jitter), then the exchange of exchange.py runs message by message over the ports of cluster.py. A rank goes on
-as soon as it has what it needs: no barrier stands between rounds, layers or steps, so ranks drift apart, and delays
-hide each other or add up as they would. One stream a GPU; a ring's messages go beside it.
+Modelled: each rank reads its own keys (their number differs between ranks in a ragged batch, stragglers are slower,
+kernels jitter). Then the exchange of rounds.py runs message by message over the ports of cluster.py. A rank continues
+as soon as its inputs are there: no barrier separates rounds, layers or steps. Ranks drift apart, and delays hide
+each other or add up. Each GPU has one stream; the messages of a ring run in parallel to it.
 
-Not modelled: switches and routes (between any two ports lies a path of their own), memory bandwidth that messages take
-from kernels, NCCL's choice among its algorithms and protocols, the host, prefill, and what a layer does besides
-attention (`beside_s` stands for it).
+Not modelled: switches and routes (any two ports have a path of their own), memory bandwidth that messages take from
+kernels, NCCL's choice of algorithm and protocol, the host, prefill, and the rest of a layer (`beside_s` stands for it).
 """
 
 from collections.abc import Mapping
@@ -16,21 +15,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tree_attention.cost.decode import AttentionShape, decode_cost
+from tree_attention.cost.machine import Machine
+
 from .cluster import Array, Cluster
-from .decode import Shape, decode_cost
-from .exchange import ring, stages
-from .machine import Machine
+from .rounds import ring, stages
 
 Slots = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """A batch of sequences of different lengths, padded on the left to the longest, each step a token longer.
+    """A batch of sequences of different lengths, padded on the left to the longest. Each step adds one token to each.
 
-    lengths: tokens of each, over all ranks. block: slots in a block of the block-cyclic layout (layout.py), in which
-    block b lies on rank b % P; None for the contiguous one: slots cut into P equal parts at the first step, new tokens
-    on the last rank.
+    lengths: tokens per sequence, over all ranks. block: slots per block of the block-cyclic layout (layout.py), in
+    which block b is stored on rank b % P. None: the contiguous layout, in which the slots are split into P equal parts
+    at the first step and new tokens are stored on the last rank.
     """
 
     lengths: tuple[int, ...]
@@ -41,7 +41,7 @@ class Ragged:
             raise ValueError(f"lengths must be at least 0 and block at least 1, got {self.lengths} and {self.block}")
 
     def keys(self, ranks: int, step: int) -> Array:
-        """`[P]`: how many keys of all sequences together each rank holds at a step."""
+        """`[P]`: number of keys that each rank holds at a step, over all sequences."""
         stop, rank = max(self.lengths), np.arange(ranks)
         starts = stop - np.array(self.lengths)[:, None]
         if self.block is None:
@@ -53,12 +53,12 @@ class Ragged:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a simulation found.
+class SimulationResult:
+    """Times and bytes of a simulation.
 
-    step_s: `[steps]`, by how much the rank that is last at the end of a step is later than the last one before it.
-    end_s: `[P]`, when each rank has its last result, counted from the start of the first step.
-    sent_bytes: `[2, P]`, of all steps, over the links inside a node and over those to other nodes.
+    step_s: `[steps]`, time between the ends of consecutive steps on their slowest ranks. end_s: `[P]`, when each rank
+    has its last result, counted from the start of the first step. sent_bytes: `[2, P]`, over all steps, within the
+    node and to other nodes.
     """
 
     step_s: Array
@@ -70,12 +70,12 @@ class Run:
         return float(self.step_s.mean())
 
     def quantile_s(self, share: float) -> float:
-        """0.5: the median; 0.99: what one step of a hundred exceeds."""
+        """Quantile of the step times; 0.5: the median."""
         return float(np.quantile(self.step_s, share))
 
 
 def simulate(
-    shape: Shape,
+    shape: AttentionShape,
     machine: Machine,
     ranks: int,
     algorithm: str,
@@ -88,26 +88,26 @@ def simulate(
     link_jitter: float = 0.0,
     stragglers: Mapping[int, float] | None = None,
     ragged: Ragged | None = None,
-) -> Run:
-    """Simulate `steps` decode steps of `layers` layers on `ranks` GPUs, whole nodes of the machine or one part of one.
+) -> SimulationResult:
+    """Simulate `steps` decode steps of `layers` layers on `ranks` GPUs: whole nodes, or a part of one node.
 
     Args:
-        shape: its keys, one number or one a rank, hold at every step; `ragged` replaces them.
+        shape: its keys, one number or one per rank, apply to every step; `ragged` replaces them.
         algorithm: one of decode.ALGORITHMS.
-        beside_s: what every rank does in a layer before the attention.
-        seed: the same gives the same numbers, bit for bit.
-        kernel_jitter, link_jitter: each kernel, each message takes (1 + jitter Exp(1)) times as long.
-        stragglers: rank -> how many times as long its kernels take.
-        ragged: lengths of `shape.batch` sequences and where their tokens lie.
+        beside_s: time of the rest of each layer, before its attention, on every rank.
+        seed: the same seed gives the same numbers, bit for bit.
+        kernel_jitter, link_jitter: the time of each kernel, of each message is multiplied by 1 + jitter Exp(1).
+        stragglers: rank -> factor by which its kernels take longer.
+        ragged: lengths of the `shape.batch` sequences and the layout of their tokens.
 
-    Raises ValueError for what decode_cost refuses, for parts of several nodes, for a negative number of anything, and
-    for lengths or stragglers that do not fit.
+    Raises ValueError for the inputs that decode_cost refuses, for several incomplete nodes, for negative numbers, and
+    for lengths or stragglers that do not match the batch or the ranks.
     """
     least_zero = (ranks - 1, steps - 1, layers - 1, beside_s, kernel_jitter, link_jitter)
     _check(machine, ranks, ragged, shape.batch, stragglers, least_zero)
     if ragged is not None:
         shape = replace(shape, keys=tuple(ragged.keys(ranks, 0) / shape.batch))
-    decode_cost(shape, machine, ranks, algorithm)  # refuses what makes no sense of the rest
+    decode_cost(shape, machine, ranks, algorithm)  # checks the remaining arguments
     cluster = Cluster(
         machine, ranks, seed=seed, kernel_jitter=kernel_jitter, link_jitter=link_jitter, stragglers=stragglers
     )
@@ -130,11 +130,11 @@ def simulate(
             for stage in exchange:
                 ready_s = stage(ready_s)
         ends_s[step + 1] = ready_s.max()
-    return Run(np.diff(ends_s), ready_s, cluster.sent_bytes())
+    return SimulationResult(np.diff(ends_s), ready_s, cluster.sent_bytes())
 
 
 def _before(slot: Slots | int, rank: Slots, ranks: int, block: int) -> Slots:
-    """How many of the slots before `slot` each rank holds: `Layout.local_length`."""
+    """Number of slots before `slot` on each rank, as `Layout.local_length`."""
     cycle = ranks * block
     return slot // cycle * block + np.clip(slot % cycle - rank * block, 0, block)
 
@@ -150,9 +150,11 @@ def _check(
     if min(least_zero) < 0:
         raise ValueError("ranks, steps and layers must be at least 1, beside_s and both jitters at least 0")
     if ranks > machine.per_node and ranks % machine.per_node:
-        raise ValueError(f"several nodes must be whole: {machine.per_node} GPUs each, got {ranks} ranks")
+        raise ValueError(f"several nodes must be complete ({machine.per_node} GPUs each), got {ranks} ranks")
     if ragged is not None and len(ragged.lengths) != batch:
         raise ValueError(f"a batch of {batch} needs as many lengths, got {len(ragged.lengths)}")
     for rank, factor in (stragglers or {}).items():
         if not 0 <= rank < ranks or factor <= 0:
-            raise ValueError(f"stragglers are ranks of 0 .. {ranks - 1} and factors above 0, got {rank}: {factor}")
+            raise ValueError(
+                f"stragglers must be ranks from 0 to {ranks - 1} with positive factors, got {rank}: {factor}"
+            )

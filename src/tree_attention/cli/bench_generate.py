@@ -1,0 +1,66 @@
+"""`tree-attention bench generate`: compares ranks with one process."""
+
+import platform
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from . import environment
+from .checks import check_model_folder
+from .launch import run_on_ranks
+from .options import BenchGenerateOptions, parse_numbers
+from .records import print_document, print_table, publish
+
+CHUNK_TOKENS = 1024
+
+
+def bench_generate(options: BenchGenerateOptions) -> int:
+    """Measure on the ranks, print a table and one JSON document. Returns the exit code."""
+    check_model_folder(options.model)
+    contexts = sorted(parse_numbers("contexts", options.contexts))
+    if min(contexts[0], options.decode_tokens, options.rounds) < 1 or options.nproc < 2:
+        raise InputError("contexts, decode-tokens and rounds must be at least 1, nproc at least 2")
+    return run_on_ranks(_on_rank, options.nproc, "cpu", options, contexts)
+
+
+def _on_rank(options: BenchGenerateOptions, contexts: list[int], device: torch.device) -> None:
+    from transformers import AutoTokenizer  # takes seconds to load; only the ranks need it
+
+    from ..bench.generation import measure_generation
+
+    text = "\n\n".join(topics[key] for key in sorted(topics))
+    tokenizer = AutoTokenizer.from_pretrained(options.model, model_max_length=10**9)
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : contexts[-1]]
+    if ids.shape[1] < contexts[-1]:
+        raise InputError(f"contexts must be at most the {ids.shape[1]} tokens of the text, got {contexts[-1]}")
+    about = {"date": environment.date(), "model": Path(options.model).name, "cpu": environment.cpu_name()}
+    about |= {"python": platform.python_version()}
+    about |= {name: environment.package_version(name) for name in ("torch", "transformers")}
+    how = {"decode_tokens": options.decode_tokens, "chunk_tokens": CHUNK_TOKENS, "rounds": options.rounds}
+    batches = [measure_generation(options.model, ids, contexts, **how)]
+    records = publish(batches, lambda batch: _show(batch, options.nproc), about, options.output)
+    print_document(about | {"records": records})
+
+
+def _show(records: list[dict[str, Any]], nproc: int) -> None:
+    """A row per context and contestant. The ratios are to the faster of the two one-process runs."""
+    rows = []
+    for context in sorted({record["context_tokens"] for record in records}):
+        of_context = [record for record in records if record["context_tokens"] == context]
+        one = [record for record in of_context if record["ranks"] == 1 and record["what"] != "apart"]
+        ttft_s, tpot_s = (min(record[key] for record in one) for key in ("ttft_s", "tpot_s"))
+        for record in of_context:
+            ours = f"ours, {record['ranks']} rank(s)"
+            name = {"stock": "transformers, sdpa", "apart": f"{nproc} x ours, separate"}.get(record["what"], ours)
+            kv_mb = record["kv_bytes_per_rank"] / 1e6
+            cells = [f"{record['ttft_s']:.2f}", f"{1e3 * record['tpot_s']:.1f}", f"{kv_mb:.1f}"]
+            if record["ranks"] == nproc:
+                kv = record["kv_bytes_per_rank"] / one[0]["kv_bytes_per_rank"]
+                cells += [f"{ttft_s / record['ttft_s']:.2f} x faster", f"{record['tpot_s'] / tpot_s:.2f} x"]
+                cells.append(f"{kv:.3f} x")
+            rows.append([str(context), name, *cells])
+    columns = ("context", "", "first token, s", "ms per token", "KV per rank, MB", "ratio: prefill", "decode", "KV")
+    print_table(columns, rows, "CPU, float32, each process on one core")

@@ -1,0 +1,123 @@
+"""`tree-attention bench steps` and `bench prefill`: a whole model on GPUs, its decode step and its prefill."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from ..bench import prefill, steps
+from ..errors import InputError
+from . import environment
+from .launch import run_on_ranks
+from .models import load_model
+from .options import BenchPrefillOptions, BenchStepsOptions, parse_numbers
+from .records import print_document, print_table, publish
+from .terminal import reading_bar
+
+Measure = Callable[[Any, int], list[dict[str, Any]]]  # (model, context) -> records, on every rank
+
+
+def bench_steps(options: BenchStepsOptions) -> int:
+    """Measure the decode step over contexts, print tables and one JSON document. Returns the exit code."""
+    contexts = sorted(parse_numbers("contexts", options.contexts))
+    is_split = options.tensor_parallel != 1
+    known = steps.TENSOR_PARALLEL_VARIANTS if is_split else steps.VARIANTS
+    variants = _variants(options, known, " with tensor-parallel" if is_split else "")
+    if min(contexts[0], options.nproc, options.tokens) < 1:
+        got = f"{options.contexts}, {options.nproc} and {options.tokens}"
+        raise InputError(f"contexts, nproc and tokens must be at least 1, got {got}")
+    environment.disable_multicast()
+    return run_on_ranks(_steps_on_rank, options.nproc, options.device, options, contexts, variants)
+
+
+def bench_prefill(options: BenchPrefillOptions) -> int:
+    """Measure the prefill of prompts, print tables and one JSON document. Returns the exit code."""
+    contexts, variants = sorted(parse_numbers("contexts", options.contexts)), _variants(options, prefill.VARIANTS)
+    if min(contexts[0], options.nproc, options.chunk_tokens, options.rounds) < 1:
+        raise InputError("contexts, nproc, chunk-tokens and rounds must be at least 1")
+    environment.disable_multicast()
+    return run_on_ranks(_prefill_on_rank, options.nproc, options.device, options, contexts, variants)
+
+
+def _variants(options: BenchStepsOptions | BenchPrefillOptions, known: Sequence[str], where: str = "") -> list[str]:
+    """Check the config and return the chosen variants."""
+    if not options.config.is_file():
+        raise InputError(f"config must be a model's config.json, got {options.config}")
+    chosen = list(known) if options.variants == "all" else options.variants.split(",")
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise InputError(f"variants must be all or some of {', '.join(known)}{where}, got {', '.join(unknown)!r}")
+    return chosen
+
+
+def _steps_on_rank(options: BenchStepsOptions, contexts: list[int], variants: list[str], device: torch.device) -> None:
+    def measure(model: Any, context: int) -> list[dict[str, Any]]:
+        return steps.measure_steps(model, context, variants, tokens=options.tokens)
+
+    about = {"tokens": options.tokens, "tensor_parallel": options.tensor_parallel}
+    _run(options, contexts, device, measure, _show_steps, about)
+
+
+def _prefill_on_rank(
+    options: BenchPrefillOptions, contexts: list[int], variants: list[str], device: torch.device
+) -> None:
+    how = {"chunk_tokens": options.chunk_tokens, "rounds": options.rounds}
+
+    def measure(model: Any, context: int) -> list[dict[str, Any]]:
+        with reading_bar(context, shown=dist.get_rank() == 0) as on_progress:
+            return prefill.measure_prefill(model, context, variants, **how, on_progress=on_progress)
+
+    _run(options, contexts, device, measure, _show_prefill, {})
+
+
+def _run(
+    options: BenchStepsOptions | BenchPrefillOptions,
+    contexts: list[int],
+    device: torch.device,
+    measure: Measure,
+    show: Callable[[list[dict[str, Any]]], None],
+    about: dict[str, Any],
+) -> None:
+    """Load the model with random weights; measure and publish each context."""
+    transformers.logging.set_verbosity_error()
+    tensor_parallel = about.get("tensor_parallel", 1)
+    model = load_model(str(options.config), "auto", device, random=True, tensor_parallel=tensor_parallel)
+    on_gpu, dtype = device.type == "cuda", str(model.dtype).removeprefix("torch.")
+    known: dict[str, Any] = {"date": environment.date(), "model": Path(options.config).stem, "dtype": dtype}
+    known |= {"device": torch.cuda.get_device_name(device) if on_gpu else "cpu"}
+    known |= {name: environment.package_version(name) for name in ("torch", "transformers")}
+
+    def batches() -> Iterator[list[dict[str, Any]]]:
+        for context in contexts:
+            yield measure(model, context)
+
+    records = publish(batches(), show, known | about, options.output)
+    print_document(known | about | {"records": records})
+
+
+def _show_steps(records: list[dict[str, Any]]) -> None:
+    rows = []
+    for record in records:
+        cells = ["-", "-", "-"]
+        if record["tpot_s"] is not None:
+            rate = record["bytes"] / record["tpot_s"] / 1e12
+            cells = [f"{1e3 * record['tpot_s']:.2f}", f"{rate:.2f}", f"{record['peak_bytes'] / 1e9:.1f}"]
+        rows.append([record["what"], str(record["ranks"]), *cells, record["note"] or ""])
+    columns = ("", "ranks", "ms per token", "TB/s per rank", "peak, GB", "")
+    print_table(columns, rows, f"context of {records[0]['context_tokens']} tokens")
+
+
+def _show_prefill(records: list[dict[str, Any]]) -> None:
+    rows = []
+    for record in records:
+        cells = ["-", "-", "-"]
+        if record["seconds"] is not None:
+            rate = record["flops"] / record["seconds"] / record["ranks"] / 1e12
+            cells = [f"{record['first_s']:.2f}", f"{record['seconds']:.2f}", f"{rate:.0f}"]
+        sizes = [f"{record[name] / 1e9:.1f}" for name in ("peak_bytes", "weight_bytes", "kv_bytes")]
+        rows.append([record["what"], str(record["ranks"]), *cells, *sizes, record["note"] or ""])
+    columns = ("", "ranks", "first, s", "then, s", "TFLOP/s per rank", "peak, GB", "weights", "cache", "")
+    print_table(columns, rows, f"prefill of {records[0]['context_tokens']} tokens")

@@ -1,0 +1,119 @@
+"""What the ranks of `generate` and `chat` share: load the model, open the session, and decide how to generate."""
+
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..errors import InputError, TreeAttentionError
+from ..group import Group, gather_objects
+from ..hf import Session, load_tensor_parallel
+from ..hf.chat_template import ChatTemplate
+from ..hf.tensor_parallel import AXES, check_tensor_parallel, sequence_axis
+from ..reduce import TwoLevel
+from .options import ChatOptions, DecodingOptions, GenerateOptions
+
+
+def load_model(model: str, dtype: str, device: torch.device, *, random: bool = False, tensor_parallel: int = 1) -> Any:
+    """Load a model with "tree_attention" onto this rank's device, on all ranks together.
+
+    Args:
+        model: a folder or a name on the hub; with `random`, a config.json.
+        dtype: the name of a torch dtype, or "auto": float32 on the CPU, else bfloat16.
+        device: this rank's device.
+        random: draw the weights at random, the same on every rank.
+        tensor_parallel: number of neighboring ranks that the weights are split over.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    model_kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "tree_attention"}
+    try:
+        if tensor_parallel != 1:
+            config = AutoConfig.from_pretrained(model)
+            mesh = _mesh(config, tensor_parallel, device)
+            return load_tensor_parallel(config if random else model, mesh, **model_kwargs)
+        if random:
+            torch.manual_seed(0)
+            with device:
+                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), **model_kwargs).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
+    except TreeAttentionError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {model} cannot be loaded: {error}") from None
+    return loaded.to(device).eval()
+
+
+def _mesh(config: Any, tensor_parallel: int, device: torch.device) -> DeviceMesh:
+    """Return a mesh of all ranks: the sequence axis, then the tensor axis."""
+    check_tensor_parallel(config, tensor_parallel)
+    ranks = dist.get_world_size()
+    if ranks % tensor_parallel:
+        raise InputError(
+            f"nproc must be a multiple of tensor-parallel, got {ranks} and {tensor_parallel}: the ranks of the "
+            "sequence times those of tensor-parallel"
+        )
+    return init_device_mesh(device.type, (ranks // tensor_parallel, tensor_parallel), mesh_dim_names=AXES)
+
+
+def check_step_mode(compiled: bool, device: torch.device) -> str:
+    """Return the `step` argument of TreeCache. Raises InputError for --compile on a CPU."""
+    if compiled and device.type != "cuda":
+        raise InputError("compile is for GPUs, where steps are captured: leave it out")
+    return "compiled" if compiled else "captured"
+
+
+def open_session(
+    options: GenerateOptions | ChatOptions,
+    model: Any,
+    tokenizer: Any,
+    max_tokens: int | None,
+    template: ChatTemplate | None = None,
+) -> Session:
+    """Open a session on all ranks, or load the saved one that `chat --load` names."""
+    session_kwargs: dict[str, Any] = {
+        "group": _sequence_ranks(model),
+        "max_tokens": max_tokens,
+        "template": template,
+        "block_tokens": options.block_tokens,
+        "step": check_step_mode(options.compiled, model.device),
+    }
+    if isinstance(options, ChatOptions) and options.load is not None:
+        return Session.load(options.load, model, tokenizer, **session_kwargs)
+    return Session.open(model, tokenizer, **session_kwargs)
+
+
+def _sequence_ranks(model: Any) -> Group | TwoLevel:
+    """Return the ranks that share the sequence; a TwoLevel if they are all ranks, of several hosts."""
+    axis = sequence_axis(model)
+    hosts = set(gather_objects(socket.gethostname(), dist.group.WORLD))
+    return TwoLevel() if axis is None and len(hosts) > 1 else axis
+
+
+def check_positions(options: DecodingOptions, config: Any, tokens: int, new_tokens: int) -> None:
+    """Raise InputError if a text of `tokens` and `new_tokens` exceeds the model's positions, unless --extrapolate."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not options.extrapolate and positions is not None and tokens + new_tokens > positions:
+        raise InputError(
+            f"the model has {positions} positions, and {tokens} prompt tokens with {new_tokens} new ones "
+            "do not fit: give it less text (generate truncates it with --max-prompt-tokens), or --extrapolate to go "
+            "beyond its training"
+        )
+
+
+def generate_kwargs(options: GenerateOptions | ChatOptions) -> dict[str, Any]:
+    """Return the arguments of `Session.ask` and `model.generate` that the options ask for."""
+    chosen: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.sample}
+    if not options.sample:  # None overrides the sampling settings of the model's generation_config
+        chosen |= dict.fromkeys(("temperature", "top_p", "top_k"))
+    elif isinstance(options, GenerateOptions):
+        chosen["temperature"] = options.temperature
+    if isinstance(options, GenerateOptions) and options.random_weights:
+        chosen["eos_token_id"] = None  # always write max_new_tokens
+    return chosen

@@ -1,0 +1,94 @@
+"""`CacheExchange`: how the ranks of one cache reach each other, and the number of bytes this rank received."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from transformers import PreTrainedConfig
+
+from ..errors import Unavailable
+from ..group import Group
+from ..partial import Partial, PartialSpec, spec_of
+from ..reduce import (
+    Link,
+    SharedMemoryLink,
+    SymmetricLink,
+    TwoLevel,
+    check_no_gradient,
+    resolve_reduction,
+    run_reduction,
+)
+from .cache_ranks import CacheRanks
+from .tensor_parallel import tensor_ranks
+
+TIMEOUT_S = 300.0  # a rank may compile for longer than the others; a dead one is noticed by the process that started it
+
+
+class CacheExchange:
+    """The links of one cache. Only the methods of this class change it.
+
+    Attributes:
+        link: a TwoLevel that the caller passed, or a link that was made here; None if the process group is used.
+        received_bytes: bytes received for attention so far.
+    """
+
+    def __init__(self, group: Group | TwoLevel, ranks: CacheRanks, config: PreTrainedConfig) -> None:
+        topology = group if isinstance(group, TwoLevel) and len(group.nodes) > 1 else None  # one node: like its group
+        self.ranks = ranks
+        self.link: Link | None = topology or _shared_memory_link(ranks.group)
+        self.link_pending = topology is None and ranks.layout.world_size > 1  # a SymmetricLink, made at the first step
+        self.heads, self.head_dim = _largest_heads(config)
+        self.received_bytes = 0.0
+
+    @property
+    def target(self) -> Link | ProcessGroup | None:
+        """What `tree_decode` and `tree_reduce` take as the group."""
+        return self.ranks.group if self.link is None else self.link
+
+    def link_for_steps(self, batch: int, device: torch.device) -> bool:
+        """Make a SymmetricLink for steps of `batch` rows unless the link fits or GPUs do not support one; True if made.
+
+        All ranks call this together, before a step. A link for fewer rows is replaced.
+        """
+        if device.type != "cuda" or not self.link_pending:
+            return False
+        spec = PartialSpec((batch, 1, self.heads, self.head_dim), torch.float32, device)
+        if self.link is not None and self.link.obstacle(spec) is None:
+            return False
+        try:
+            self.link = SymmetricLink(self.ranks.group, rows=spec.rows(), head_dim=self.head_dim, timeout_s=TIMEOUT_S)
+        except Unavailable:  # on every rank alike
+            self.link_pending = False
+            return False
+        return True
+
+    def reduce(self, partial: Partial) -> Partial:
+        """Merge the partials of all ranks, and count the bytes."""
+        reduction = resolve_reduction(spec_of(partial), self.target, "auto")
+        check_no_gradient(reduction.world_size, *partial)
+        self.count(reduction.received_bytes)
+        return run_reduction(partial, reduction)
+
+    def count(self, received: float) -> None:
+        """Count bytes that this rank received."""
+        self.received_bytes += received
+
+
+def _largest_heads(config: Any) -> tuple[int, int]:
+    """Query heads per rank, and an upper bound on their head dim D_v. A link for too few would not be used."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None) or 1
+    names = ("head_dim", "v_head_dim", "global_head_dim")
+    head_dim = max(getattr(text, name, None) or 0 for name in names) or getattr(text, "hidden_size", 0) // heads
+    return heads // tensor_ranks(config), max(head_dim, 1)
+
+
+def _shared_memory_link(group: ProcessGroup | None) -> SharedMemoryLink | None:
+    """Return a link for CPU tensors if the group has gloo and all its ranks are on one host."""
+    if group is None or group.size() == 1 or "gloo" not in str(dist.get_backend_config(group)):
+        return None
+    try:
+        return SharedMemoryLink(group)
+    except Unavailable:  # several hosts; on every rank alike
+        return None

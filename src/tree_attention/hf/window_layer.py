@@ -1,0 +1,119 @@
+"""`ReplicatedWindowLayer`: a layer of a TreeCache with a window, which is whole on every rank."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from .layers import KeyLayer
+from .prefill_attention import gather_in_slot_order
+
+
+class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
+    """Sliding-window or chunked attention: the window is whole on every rank.
+
+    Between steps the window is a ring: buffers in which slot s lies at `s % sliding_window`.
+    """
+
+    def __init__(self, *shared: Any, sliding_window: int) -> None:
+        super().__init__(*shared, sliding_window=sliding_window)
+        self.ring: list[Tensor] = []
+        self.is_ring = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Gather a chunk's keys from all ranks, then update the window; return the window and the new tokens."""
+        if self.step_state.is_stepping:
+            return self._step(key_states, value_states)
+        self.from_ring()
+        if self.chunk is not None and self.ranks.group is not None:
+            mine = torch.cat([key_states, value_states], -1)
+            gathered = gather_in_slot_order(mine, self.ranks.group, self.ranks.layout.block)
+            key_states, value_states = gathered.split([key_states.shape[3], value_states.shape[3]], -1)
+            self.exchange.count(gathered.nbytes - mine.nbytes)
+        self.step_state.invalidate_cursor()
+        self.cumulative_length = self.length  # the base class counts before it allocates, which may fail
+        result = super().update(key_states, value_states, *args, **kwargs)
+        super().count(key_states.shape[2])
+        return result
+
+    def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        place = self.step_state.step_cursor.slot % self.sliding_window
+        for buffer, new in zip(self.ring, (key_states, value_states), strict=True):
+            buffer.index_copy_(2, place, new)
+        return self.ring[0], self.ring[1]
+
+    def count(self, tokens: int) -> None:
+        super().count(tokens)
+        self.cumulative_length = self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self.sliding_window, 0) if self.step_state.is_stepping else super().get_mask_sizes(query_length)
+
+    def begin_steps(self) -> None:
+        """Turn the window into a ring."""
+        if self.is_ring:
+            return
+        windows: list[Any] = [self.keys, self.values]
+        shapes = [(*t.shape[:2], self.sliding_window, t.shape[3]) for t in windows]
+        if [tuple(t.shape) for t in self.ring] != shapes:
+            self.ring = [t.new_zeros(shape) for t, shape in zip(windows, shapes, strict=True)]
+            self.step_state.buffers_changed()
+        for buffer, window in zip(self.ring, windows, strict=True):
+            buffer.index_copy_(2, self._places(window.shape[2]), window)
+        self.is_ring = True
+
+    def from_ring(self) -> None:
+        """Turn the ring into the window of the base class: the last `sliding_window - 1` tokens in order."""
+        if self.is_ring:
+            places = self._places(min(self.length, self.sliding_window - 1))
+            self.keys, self.values = (t[:, :, places] for t in self.ring)
+            self.is_ring = False
+            self.step_state.invalidate_cursor()
+
+    def _places(self, count: int) -> Tensor:
+        """The places of the last `count` tokens in the ring."""
+        return torch.arange(self.length - count, self.length, device=self.device) % self.sliding_window
+
+    def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self.from_ring()
+        tensors = {"keys": self.keys, "values": self.values} if self.keys is not None else {}
+        return tensors, {"length": self.length}
+
+    def import_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        if tensors:
+            self.lazy_initialization(tensors["keys"], tensors["values"])
+            self.keys, self.values = tensors["keys"].clone(), tensors["values"].clone()
+        self.count(plain["length"])
+
+    def undo_point(self) -> Callable[[], None]:
+        state = self.export_state()  # an update replaces a window, so these tensors keep their values
+
+        def undo() -> None:
+            self.reset()
+            self.import_state(*state)
+
+        return undo
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.from_ring()
+        super().crop(tokens_to_remove)
+        self.length = self.cumulative_length
+        self.step_state.invalidate_cursor()
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        self.from_ring()
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.from_ring()
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.from_ring()
+        super().batch_repeat_interleave(repeats)
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length, self.is_ring = 0, False
