@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := $(VENV)/oldest-transformers
+EMPTY := $(VENV)/empty
 TWO := --numprocesses 2 --dist loadfile  # for tests whose ranks mostly wait; slow ones take both cores by themselves
 
-.PHONY: demo test check install lint clean
+.PHONY: demo test check docs dist install lint clean
 
 demo: install  ## answer a question on a long text, the cache over 2 processes, checked against one process
 	$(BIN)/python scripts/smollm2.py --text $(VENV)/topics.txt
@@ -25,11 +26,29 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+docs: install  ## the documentation site, in docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
+
+dist: install  ## sdist and wheel, checked; the wheel alone runs the command and the core example
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(MAKE) $(EMPTY)/installed
+	$(EMPTY)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(EMPTY)/bin/tree-attention info
+	$(EMPTY)/bin/python -m tree_attention info --json
+	$(EMPTY)/bin/torchrun --nproc-per-node 2 examples/decode.py
+
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(EMPTY)/installed: pyproject.toml constraints.txt  # a fresh environment whenever the dependencies may have changed
+	$(BIN)/python -m venv --clear $(EMPTY)
+	$(EMPTY)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt dist/*.whl
 	touch $@
 
 $(OLDEST)/installed: Makefile | install
