@@ -3,9 +3,9 @@
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,8 @@ def generate(options: GenerateOptions, document: str, device: torch.device) -> i
     )
     session.cache.reserve(max_tokens)
     dist.barrier()
-    timeline = _answer(options, session, prompt)
-    figures = _figures(options, timeline, session, prompt.tokens)
+    start_s, written = _answer(options, session, prompt)
+    figures = _figures(options, start_s, written, session, prompt.tokens)
     input_ids = session.tokens[:, : prompt.tokens]
     dist.destroy_process_group()
     if not is_first:
@@ -49,7 +49,7 @@ def generate(options: GenerateOptions, document: str, device: torch.device) -> i
         if options.tensor_parallel != 1:  # this rank holds a part of the weights
             del model
             model = load_model(name, options.dtype, device)
-        figures["verify"] = _verify(options, model, input_ids, timeline.tokens)
+        figures["verify"] = _verify(options, model, input_ids, figures["tokens"])
     _report(figures)
     if options.as_json:
         say(json.dumps(figures) + "\n")
@@ -105,26 +105,22 @@ def random_prompt(options: GenerateOptions, config: Any) -> Prompt:
     return Prompt(NoTokenizer(), ChatTemplate("", "", "", ""), ids, "", tokens)
 
 
-@dataclass
-class Timeline:
-    """When each token was written by the clock of this rank, and how many bytes it had received by then."""
+class _Written(NamedTuple):
+    """A token of the answer: its id, this rank's clock, and the bytes received so far."""
 
-    start_s: float
-    tokens: list[int] = field(default_factory=list)
-    token_s: list[float] = field(default_factory=list)
-    received_bytes: list[float] = field(default_factory=list)
+    token: int
+    time_s: float
+    received_bytes: float
 
 
-def _answer(options: GenerateOptions, session: Session, prompt: Prompt) -> Timeline:
-    """Read and answer. The first rank shows the bar and prints the answer."""
-    is_first = dist.get_rank() == 0
+def _answer(options: GenerateOptions, session: Session, prompt: Prompt) -> tuple[float, list[_Written]]:
+    """Read and answer. The first rank shows the bar and prints the answer. Returns the start time and the tokens."""
+    is_first, written = dist.get_rank() == 0, []
     torch.manual_seed(options.seed)
-    timeline = Timeline(time.perf_counter())
+    start_s = time.perf_counter()
 
     def on_token(token: int) -> None:
-        timeline.token_s.append(time.perf_counter())
-        timeline.tokens.append(token)
-        timeline.received_bytes.append(session.cache.received_bytes)
+        written.append(_Written(token, time.perf_counter(), session.cache.received_bytes))
 
     with reading_bar(len(prompt.text), shown=is_first) as on_progress:
         session.read(prompt.text, chunk_tokens=options.chunk_tokens, on_progress=on_progress)
@@ -133,28 +129,30 @@ def _answer(options: GenerateOptions, session: Session, prompt: Prompt) -> Timel
             say(piece)
     if is_first and not options.random_weights:
         say("\n")
-    return timeline
+    return start_s, written
 
 
-def _figures(options: GenerateOptions, timeline: Timeline, session: Session, prompt_tokens: int) -> dict[str, Any]:
+def _figures(
+    options: GenerateOptions, start_s: float, written: list[_Written], session: Session, prompt_tokens: int
+) -> dict[str, Any]:
     """Return the results. Times are those of the slowest rank."""
-    device, token_s, received = session.tokens.device, timeline.token_s, timeline.received_bytes
-    steps = len(token_s) - 1
-    times = torch.tensor([token_s[0] - timeline.start_s, (token_s[-1] - token_s[0]) / max(steps, 1)], device=device)
+    first, last, steps = written[0], written[-1], len(written) - 1
+    times = torch.tensor([first.time_s - start_s, (last.time_s - first.time_s) / max(steps, 1)])
+    times = times.to(session.tokens.device)
     dist.all_reduce(times, dist.ReduceOp.MAX)
     return {
         "model": options.model or str(options.config),
         "random_weights": options.random_weights,
         "ranks": dist.get_world_size(),
         "tensor_parallel": options.tensor_parallel,
-        "device": device.type,
+        "device": times.device.type,
         "prompt_tokens": prompt_tokens,
-        "new_tokens": len(timeline.tokens),
+        "new_tokens": len(written),
         "ttft_s": float(times[0]),
         "tpot_s": float(times[1]) if steps else None,
         "kv_bytes_per_rank": gather_objects(session.cache.kv_bytes, dist.group.WORLD),
-        "received_bytes_per_token": (received[-1] - received[0]) / steps if steps else None,
-        "tokens": timeline.tokens,
+        "received_bytes_per_token": (last.received_bytes - first.received_bytes) / steps if steps else None,
+        "tokens": [each.token for each in written],
     }
 
 

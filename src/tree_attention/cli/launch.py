@@ -23,18 +23,9 @@ PEER_TIMEOUT = timedelta(minutes=10)  # for a slow peer; the process that starte
 def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device: str, *args: Any) -> int:
     """Call `function(*args, device)` on `nproc` ranks of one process group. Under torchrun, be one of its ranks.
 
-    Args:
-        function: importable by name; returns the rank's exit code, or None for 0.
-        nproc: the number of ranks. None: 1, or torchrun's number.
-        device: "cpu", "cuda" or "auto"; `function` gets the rank's own `torch.device`.
-        args: further arguments of `function`, pickled for the ranks.
-
-    Returns:
-        The exit code of the first rank that ended with one, else 0.
-
-    Raises:
-        InputError: impossible `nproc` or `device`.
-        RankDied: a rank ended by an unexpected error or a signal; the others were terminated.
+    `function` must be importable by name. It gets the rank's own `torch.device`, and returns the rank's exit code or
+    None for 0. Returns the exit code of the first rank that ended with one, else 0. Raises InputError for an impossible
+    `nproc` or `device`, RankDied if an unexpected error or a signal ended a rank; the others are terminated.
     """
     size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else (1 if nproc is None else nproc)
     if size < 1:

@@ -21,12 +21,8 @@ from .options import ChatOptions, DecodingOptions, GenerateOptions
 def load_model(model: str, dtype: str, device: torch.device, *, random: bool = False, tensor_parallel: int = 1) -> Any:
     """Load a model with "tree_attention" onto this rank's device, on all ranks together.
 
-    Args:
-        model: a folder or a name on the hub; with `random`, a config.json.
-        dtype: the name of a torch dtype, or "auto": float32 on the CPU, else bfloat16.
-        device: this rank's device.
-        random: draw the weights at random, the same on every rank.
-        tensor_parallel: number of neighboring ranks that the weights are split over.
+    model: a folder or a name on the hub; with `random`, a config.json, and the weights are random but the same on every
+    rank. dtype: "auto" means float32 on the CPU, else bfloat16. tensor_parallel: ranks that the weights are split over.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -41,7 +41,8 @@ NAME = re.compile(r"[0-9a-f]{32}")
 FILE = re.compile(r"layer-\d+(-rank-\d+)?(-tensor-\d+)?\.safetensors")
 SAMPLES = 64  # numbers of each weight that the digest of a model reads
 # Config fields that do not affect outputs.
-IGNORED_FIELDS = set(PreTrainedConfig().to_dict()) | {
+IGNORED_FIELDS = {
+    *PreTrainedConfig().to_dict(),
     "attention_dropout",
     "bos_token_id",
     "distributed_config",
@@ -111,14 +112,11 @@ def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor:
 
 
 def load_cache(
-    cache: TreeCache,
-    folder: Path,
-    manifest: dict[str, Any],
-    device: torch.device,
-    *,
-    tensor: ProcessGroup | None = None,
+    cache: TreeCache, folder: Path, manifest: dict[str, Any], device: torch.device, tensor: ProcessGroup | None
 ) -> None:
     """Fill a new cache, of any number of ranks and any block size. All ranks call it together.
+
+    tensor: as in `save_cache`.
 
     Raises:
         InputError: the static cache is too small.

@@ -66,7 +66,6 @@ class Session:
         tokenizer: Any,
         group: Group | TwoLevel = None,
         *,
-        max_tokens: int | None = None,
         template: ChatTemplate | None = None,
         **cache_kwargs: Any,
     ) -> "Session":
@@ -76,12 +75,11 @@ class Session:
             model: loaded with attn_implementation="tree_attention", on this rank's device.
             tokenizer: the model's tokenizer.
             group: as in `TreeCache`. Default: the sequence axis of `load_tensor_parallel`, or all ranks.
-            max_tokens: as in `TreeCache`.
             template: the text around messages. Default: the tokenizer's chat template.
-            cache_kwargs: further arguments of `TreeCache`.
+            cache_kwargs: further arguments of `TreeCache`, such as `max_tokens`.
         """
         group = sequence_axis(model) if group is None else group
-        cache = TreeCache(model.config, group, max_tokens=max_tokens, **cache_kwargs)
+        cache = TreeCache(model.config, group, **cache_kwargs)
         no_tokens = torch.empty((1, 0), dtype=torch.long, device=model.device)
         return cls(model, tokenizer, cache, no_tokens, in_question=False, template=template)
 
@@ -199,7 +197,6 @@ class Session:
         tokenizer: Any,
         group: Group | TwoLevel = None,
         *,
-        max_tokens: int | None = None,
         template: ChatTemplate | None = None,
         **cache_kwargs: Any,
     ) -> "Session":
@@ -212,8 +209,8 @@ class Session:
         group = sequence_axis(model) if group is None else group
         sequence = group.group if isinstance(group, TwoLevel) else resolve_group(group)
         manifest = read_manifest_of(model, Path(folder), sequence, tensor_group(model))
-        cache = TreeCache(model.config, group, max_tokens=max_tokens, **cache_kwargs)
-        load_cache(cache, Path(folder), manifest, model.device, tensor=tensor_group(model))
+        cache = TreeCache(model.config, group, **cache_kwargs)
+        load_cache(cache, Path(folder), manifest, model.device, tensor_group(model))
         about = manifest["about"]
         tokens = torch.tensor([about["tokens"]], dtype=torch.long, device=model.device)
         return cls(model, tokenizer, cache, tokens, in_question=about["in_question"], template=template)
