@@ -15,8 +15,9 @@ demo: install  ## answer a question on a long text, the cache over 2 processes, 
 
 test: check $(OLDEST)/installed  ## everything: what `check` does, the slow tests, and the oldest transformers we support
 	$(BIN)/python -m pytest -m "slow or model"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(TWO) tests/test_hf.py tests/test_session.py tests/test_tensor_parallel.py \
-		-m "not model" -k "not slow or every_architecture"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(TWO) tests/test_hf_*.py tests/test_session.py tests/test_tensor_parallel.py \
+		-m "not model" -k "not slow or (every_architecture and 3-)"
+	$(MAKE) docs dist
 
 check: install lint  ## format, lint, types, fast tests
 	$(BIN)/python -m pytest $(TWO) -m "not slow and not model"

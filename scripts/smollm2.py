@@ -18,7 +18,6 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from gguf import GGUFReader, ReaderTensor, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -91,6 +90,8 @@ def _download(scratch: Path) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
+    from gguf import GGUFReader  # here: tests that only share this module's helpers run without it
+
     reader = GGUFReader(path)
     field = {key: value.contents() for key, value in reader.fields.items()}
     config = _config(field)
@@ -123,8 +124,10 @@ def _config(field: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weight(tensor: ReaderTensor, config: dict[str, Any]) -> tuple[str, torch.Tensor]:
-    """Return the tensor under the name and in the layout of transformers."""
+def _weight(tensor: Any, config: dict[str, Any]) -> tuple[str, torch.Tensor]:
+    """Return a gguf.ReaderTensor under the name and in the layout of transformers."""
+    from gguf import dequantize
+
     *block, part, kind = tensor.name.split(".")
     weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.bfloat16)
     if part in ("attn_q", "attn_k"):

@@ -53,9 +53,10 @@ TOLERANCE = 2e-5
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 
 
-def tiny(name, attn_implementation):
+def tiny(name, attn_implementation, layers=4):
+    """A model with random weights; two layers have one of each kind, for tests whose time goes into compiling."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **{**COMMON, **ARCHITECTURES[name]})
+    config = transformers.AutoConfig.for_model(name, **{**COMMON, **ARCHITECTURES[name], **_of_layers(name, layers)})
     config._attn_implementation = attn_implementation
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
     with torch.no_grad():
@@ -63,6 +64,11 @@ def tiny(name, attn_implementation):
             if weight.ndim > 1:
                 weight.mul_(3)
     return model
+
+
+def _of_layers(name, layers):
+    types = ARCHITECTURES[name].get("layer_types")
+    return {"num_hidden_layers": layers} | ({"layer_types": types[:layers]} if types else {})
 
 
 def prompt(padded):
@@ -81,18 +87,18 @@ GREEDY = {
 
 
 @functools.cache
-def one_process(name, padded):
+def one_process(name, padded, layers=4):
     """Tokens and logits `[new, B, vocab]` of eager attention with transformers' own cache."""
     ids, mask = prompt(padded)
-    model = tiny(name, "eager")
+    model = tiny(name, "eager", layers)
     out = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), **GREEDY)
     return out.sequences, torch.stack(out.logits)
 
 
-def sharded(group, name, padded, reading, static=False, step="captured"):
+def sharded(group, name, padded, reading, static=False, step="captured", layers=4):
     """The same with a TreeCache; reading is "replicated", "chunked" or "parallel"."""
     ids, mask = prompt(padded)
-    model = tiny(name, "tree_attention")
+    model = tiny(name, "tree_attention", layers)
     max_tokens = TOKENS + NEW_TOKENS - 1 if static else None  # the last token is not fed
     cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=max_tokens, step=step)
     how = {"prefill_chunk_size": 16} if reading == "chunked" else {}

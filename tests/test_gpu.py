@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 S = 4096
+LAYERS = {"captured": 4, "compiled": 2}  # compiling takes most of a test's time
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +164,13 @@ def test_generate(gpus):
 def static(group, name, step):
     """Steps of a static cache, run in one of the ways: one process's tokens in float32, eager's bits in bfloat16."""
     torch.backends.cuda.matmul.allow_tf32 = False
+    layers = LAYERS[step]
     for padded in (False, True):
-        tokens, logits = one_process(name, padded)
+        tokens, logits = one_process(name, padded, layers)
         ids, mask = (t.cuda() for t in prompt(padded))
         of_dtype = []
         for dtype, way in ((torch.float32, step), (torch.bfloat16, step), (torch.bfloat16, "eager")):
-            model = tiny(name, "tree_attention").cuda().to(dtype)
+            model = tiny(name, "tree_attention", layers).cuda().to(dtype)
             cache = TreeCache(model.config, group, block_tokens=4, max_tokens=tokens.shape[1])
             cache.step_mode = way
             out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
@@ -197,8 +199,9 @@ def split(group, folder, name, step, sequence=1):
     """Tensor parallelism, alone or beside the sequence: its all-reduces are in the graph. Otherwise as `static`."""
     torch.backends.cuda.matmul.allow_tf32 = False
     mesh = init_device_mesh("cuda", (sequence, 2), mesh_dim_names=AXES)
+    layers = LAYERS[step]
     for padded in (False, True):
-        tokens, logits = one_process(name, padded)
+        tokens, logits = one_process(name, padded, layers)
         ids, mask = (t.cuda() for t in prompt(padded))
         of_dtype = []
         for dtype, way in ((torch.float32, step), (torch.bfloat16, step), (torch.bfloat16, "eager")):
@@ -226,7 +229,7 @@ def split(group, folder, name, step, sequence=1):
     parts = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in drawn.parameters()]
     assert all(part.is_cuda and part.isfinite().all() for part in parts)
     assert sum(part.numel() for part in parts) < 0.7 * sum(
-        weight.numel() for weight in tiny(name, "eager").parameters()
+        weight.numel() for weight in tiny(name, "eager", layers).parameters()
     )
     out = drawn.generate(ids, max_new_tokens=8, do_sample=True, eos_token_id=None)  # the cache that it makes itself
     assert same_on_all_ranks(out)
@@ -238,7 +241,7 @@ def split(group, folder, name, step, sequence=1):
 )
 def test_tensor_parallel(gpus, tmp_path, name, step):
     folder = str(tmp_path / "model")
-    tiny(name, "eager").save_pretrained(folder)
+    tiny(name, "eager", LAYERS[step]).save_pretrained(folder)
     gpus(split, folder, name, step)
 
 

@@ -39,8 +39,8 @@ def test_torch_compile_takes_a_step_whole(monkeypatch, name, padded):
     torch._dynamo.utils.counters.clear()
     compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function))
-    tokens, logits = one_process(name, padded)
-    assert_like_one_process([sharded(None, name, padded, "replicated", True, "compiled")], tokens, logits)
+    result = sharded(None, name, padded, "replicated", True, "compiled", layers=2)
+    assert_like_one_process([result], *one_process(name, padded, layers=2))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
