@@ -68,6 +68,7 @@ def layer(x, q, k, v, bias, down):
     return linear(together.sin(), down)
 
 
+@pytest.mark.slow
 def test_products_that_share_a_vector_are_one_launch():
     x, *weights = drawn((1, 1, 24), (6, 24), (10, 24), (3, 24), (3,), (7, 19))
     found, watched = compiled(layer, x, *weights)
@@ -82,6 +83,7 @@ def test_what_is_not_one_vector_stays_with_the_library():
     assert_close(found, layer(x, *weights))
 
 
+@pytest.mark.slow
 def test_many_products_are_several_launches():
     x, *weights = drawn((1, 24), *[(2, 24)] * (MAX_TOGETHER + 1))
     found, watched = compiled(lambda x, *weights: torch.cat([linear(x, w) for w in weights]), x, *weights)
@@ -141,6 +143,7 @@ def group():
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_small_sums_go_through_the_link(group, monkeypatch):
     x, w, small = drawn((1, 1, 24), (40, 24), (2, 1, 24))
     mirror = Mirror(3)
@@ -151,6 +154,7 @@ def test_small_sums_go_through_the_link(group, monkeypatch):
     assert_close(more, 3 * small + 1)
 
 
+@pytest.mark.slow
 def test_other_sums_stay_with_the_library(group, monkeypatch):
     monkeypatch.setattr(link_sums, "ROWS", 2)  # of gcd(8, 128) = 8 numbers, over 3 - 1
     x, w, small = drawn((1, 1, 24), (8, 24), (2, 1, 8))
@@ -170,6 +174,7 @@ def odd_sums(x):
     return across, whole, exact
 
 
+@pytest.mark.slow
 def test_sums_of_odd_tensors(group, monkeypatch):
     (x,) = drawn((4, 6, 8))
     monkeypatch.setitem(link_sums._links, group.group_name, (Mirror(2), torch.zeros(link_sums.ROWS, device=DEVICE)))

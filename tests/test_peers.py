@@ -74,6 +74,7 @@ def test_what_cannot_run_says_so(name):
     assert (LOCAL_PEERS | SPREAD_PEERS)[name].obstacle(*peaked_inputs(dtype=torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_the_read_covers_every_word():
     """Under Triton's interpreter, in a process of its own: it must be on before the kernel is defined."""
     pytest.importorskip("triton")

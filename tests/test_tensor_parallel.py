@@ -84,6 +84,7 @@ def assert_cases(results, name, cases):
         assert_like_one_process([result[case] for result in results], *one_process(name, case[0]))
 
 
+@pytest.mark.slow
 def test_llama_on_two_by_two_ranks(pool, folder):
     cases = [(False, "parallel", False), (True, "replicated", True)]
     assert_cases(pool.run(on_a_mesh, folder("llama"), (2, 2), cases), "llama", cases)
@@ -251,7 +252,8 @@ def goes_on(group, folder, shape, save):
         return str(error).replace(save, "SAVE")
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_save_is_taken_up_on_other_ranks_of_the_sequence(pool, folder, tmp_path, name):
     save = str(tmp_path / "save")
     expected = talk(None, None, None, None, name)

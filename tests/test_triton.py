@@ -286,7 +286,7 @@ def step_of(name, size):
     return (q, ks, vs, lens, sinks, scatter), exact, plain.out.half()
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3))])
 def test_fused_steps_between_ranks(size):
     ranks = Ranks(size)
     first = {}
@@ -599,6 +599,7 @@ def assert_compiles(cases):
         assert found["past L1"] == (name not in ("merge", "products")), what
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper():
     assert_compiles(FEW)
 
