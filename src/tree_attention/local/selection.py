@@ -130,36 +130,27 @@ def key_count(k: Tensor, page_table: Tensor | None) -> int:
     return k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
 
 
-def select(
-    q: Tensor,
-    k: Tensor,
-    *,
-    local_seqlens: Tensor | None = None,
-    q_positions: Tensor | None = None,
-    k_positions: Tensor | None = None,
-    window: int | None = None,
-    mask: Tensor | None = None,
-    page_table: Tensor | None = None,
-    causal: bool = False,
-) -> KeySelection:
-    """Check the rules of `attend` for q `[B, T, H, D]` and k `[B, S_local, H_kv, D]`, or pages of it."""
-    if page_table is not None:
-        _check_page_table(page_table, q, local_seqlens)
-    if local_seqlens is not None:
-        _check_lengths(local_seqlens, q, k, page_table)
-    keys = key_count(k, page_table)
+def select(q: Tensor, k: Tensor, **rules: Any) -> KeySelection:
+    """Check `rules`, the fields of a KeySelection, for q `[B, T, H, D]` and k `[B, S_local, H_kv, D]`, or its pages."""
+    given = KeySelection(**rules)
+    if given.page_table is not None:
+        _check_page_table(given.page_table, q, given.local_seqlens)
+    if given.local_seqlens is not None:
+        _check_lengths(given.local_seqlens, q, k, given.page_table)
+    q_positions, k_positions, keys = given.q_positions, given.k_positions, key_count(k, given.page_table)
     if (q_positions is None) != (k_positions is None):
         raise InputError("q_positions and k_positions must be given together, or neither")
     if q_positions is not None and k_positions is not None:
-        q_positions = _rows("q_positions", q_positions, q.shape[0], q.shape[1], q.device)
-        k_positions = _rows("k_positions", k_positions, q.shape[0], keys, k.device)
-    if window is not None and (q_positions is None or window < 1):
-        raise InputError(f"window must be at least 1, and needs q_positions and k_positions, got {window}")
-    if causal and (q.shape[1] != keys or q_positions is not None):
+        rules["q_positions"] = _rows("q_positions", q_positions, q.shape[0], q.shape[1], q.device)
+        rules["k_positions"] = _rows("k_positions", k_positions, q.shape[0], keys, k.device)
+    if given.window is not None and (q_positions is None or given.window < 1):
+        raise InputError(f"window must be at least 1, and needs q_positions and k_positions, got {given.window}")
+    if given.causal and (q.shape[1] != keys or q_positions is not None):
         raise InputError(f"causal needs a key for each query and no positions, got {q.shape[1]} queries, {keys} keys")
-    if mask is not None:
-        _check_mask(mask, q, keys)
-    return KeySelection(local_seqlens, q_positions, k_positions, window, mask, page_table, causal and q.shape[1] > 1)
+    if given.mask is not None:
+        _check_mask(given.mask, q, keys)
+    rules["causal"] = given.causal and q.shape[1] > 1
+    return KeySelection(**rules)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, *, paged: bool) -> None:

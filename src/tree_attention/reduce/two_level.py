@@ -10,16 +10,15 @@ Each number is merged in the same order wherever it is merged, so all ranks get 
 heads, so neither number needs to divide by the ranks: the last slice is padded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
 from ..group import Group, check_agreement, gather_objects, rank_and_size, resolve_group
-from ..partial import Partial, PartialSpec, merge, spec_of
-from .collectives import pack, unpack
+from ..partial import Partial, merge, spec_of
+from .collectives import pack, swap, unpack
 from .link import Link, NodeLink, rows_of
 from .topology import Nodes, check_links, found_nodes, given_nodes, own_seat
 
@@ -54,11 +53,7 @@ class TwoLevel(Link):
     algorithms = ("two_level",)
 
     def __init__(
-        self,
-        group: Group = None,
-        nodes: int | Sequence[Sequence[int]] | None = None,
-        *,
-        link: NodeLink | None = None,
+        self, group: Group = None, nodes: int | Sequence[Sequence[int]] | None = None, *, link: NodeLink | None = None
     ) -> None:
         self.group, self.link = resolve_group(group), link
         rank, size = rank_and_size(self.group)
@@ -79,20 +74,18 @@ class TwoLevel(Link):
             return self
         return self.group if self.link is None else self.link
 
-    def obstacle(self, spec: PartialSpec) -> str | None:
-        return None
-
     def reduce(self, partial: Partial, *, scatter: bool = False) -> Partial:
-        rows = partial.lse.numel()
+        rows, place, slices = partial.lse.numel(), self.place, self.slices
         if rows == 0 or self.group is None:
             return partial
-        pieces = _sliced(pack(partial), self.slices)
-        has_room = self.link is not None and self.link.obstacle(spec_of(rows_of(pieces))) is None
-        inside = self.link if self.link is not None and has_room else _PointToPoint(self, self.group)
-        mine = inside.merge_slices(pieces, self.place)
-        if self.place < self.slices:
+        pieces = _sliced(pack(partial), slices)
+        link = self.link
+        if link is not None and link.obstacle(spec_of(rows_of(pieces))) is not None:
+            link = None
+        mine = _merge_slices(pieces, self, self.group) if link is None else link.merge_slices(pieces, place)
+        if place < slices:
             mine = _across(mine, self, self.group)
-        whole = inside.gather_slices(mine, self.place, self.slices)
+        whole = _gather_slices(mine, self, self.group) if link is None else link.gather_slices(mine, place, slices)
         return unpack(whole.flatten(0, 1)[:rows].view(*partial.lse.shape, -1))
 
     def check(self) -> None:
@@ -114,37 +107,28 @@ def _sliced(packed: Tensor, slices: int) -> Tensor:
     return pad(flat, (0, 0, 0, -len(flat) % slices)).view(slices, -1, packed.shape[-1])
 
 
-class _PointToPoint:
-    """The exchanges inside a node by sends and receives; methods as in `NodeLink`."""
+def _merge_slices(pieces: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
+    """`NodeLink.merge_slices` by sends and receives."""
+    peers, place, slices = topology.peers, topology.place, topology.slices
+    holds, others = place < slices, [i for i in range(len(peers)) if i != place]
+    parts = pieces.new_empty((len(peers) if holds else 0, *pieces.shape[1:]))
+    outgoing = {peers[i]: pieces[i] for i in others if i < slices}
+    swap(outgoing, {peers[i]: parts[i] for i in others if holds}, group)
+    if not holds:
+        return pieces[slices - 1]
+    parts[place] = pieces[place]
+    return pack(merge(unpack(parts)))
 
-    def __init__(self, topology: TwoLevel, group: ProcessGroup) -> None:
-        self.peers, self.group = topology.peers, group
 
-    def merge_slices(self, pieces: Tensor, place: int) -> Tensor:
-        holds, slices, size = place < len(pieces), len(pieces), len(self.peers)
-        parts = pieces.new_empty((size if holds else 0, *pieces.shape[1:]))
-        others = [i for i in range(size) if i != place]
-        _swap(
-            {self.peers[i]: pieces[i] for i in others if i < slices},
-            {self.peers[i]: parts[i] for i in others if holds},
-            self.group,
-        )
-        if not holds:
-            return pieces[slices - 1]
-        parts[place] = pieces[place]
-        return pack(merge(unpack(parts)))
-
-    def gather_slices(self, mine: Tensor, place: int, slices: int) -> Tensor:
-        whole = mine.new_empty((slices, *mine.shape))
-        holds = place < slices
-        if holds:
-            whole[place] = mine
-        _swap(
-            {peer: mine for peer in self.peers if holds and peer != self.group.rank()},
-            {self.peers[i]: whole[i] for i in range(slices) if i != place},
-            self.group,
-        )
-        return whole
+def _gather_slices(mine: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
+    """`NodeLink.gather_slices` by sends and receives."""
+    peers, place, slices = topology.peers, topology.place, topology.slices
+    holds, whole = place < slices, mine.new_empty((slices, *mine.shape))
+    if holds:
+        whole[place] = mine
+    outgoing = {peer: mine for peer in peers if holds and peer != group.rank()}
+    swap(outgoing, {peers[i]: whole[i] for i in range(slices) if i != place}, group)
+    return whole
 
 
 def _across(mine: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
@@ -153,14 +137,5 @@ def _across(mine: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
     parts = mine.new_empty((len(holders), *mine.shape))
     others = [i for i, holder in enumerate(holders) if holder != group.rank()]
     parts[holders.index(group.rank())] = mine
-    _swap({holders[i]: mine for i in others}, {holders[i]: parts[i] for i in others}, group)
+    swap({holders[i]: mine for i in others}, {holders[i]: parts[i] for i in others}, group)
     return pack(merge(unpack(parts)))
-
-
-def _swap(outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], group: ProcessGroup) -> None:
-    """Send and receive contiguous tensors, by rank of the group, all concurrently."""
-    operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for peer, tensor in outgoing.items()]
-    operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for peer, tensor in incoming.items()]
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
