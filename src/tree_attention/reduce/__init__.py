@@ -36,11 +36,12 @@ class Algorithm:
 
 
 ALGORITHMS = {
-    "all_gather": Algorithm(lambda P, n, _: (P - 1) * n, all_gather),
+    "all_gather": Algorithm(lambda P, n, _: (P - 1) * n, all_gather),  # 1 all-gather
+    # 3 all-reduces, Algorithm 3 of the paper
     "all_reduce": Algorithm(lambda P, n, D_v: 2 * (P - 1) / P * (n // (D_v + 1) * (D_v + 2)), all_reduce),
-    "tree": Algorithm(lambda P, n, _: (P - 1).bit_length() * n, recursive_doubling),
-    "reduce_scatter": Algorithm(lambda P, n, _: (P - 1) / P * n, reduce_scatter, scatters=True),
-    # packets: each 4 bytes travel with an epoch of 4 bytes
+    "tree": Algorithm(lambda P, n, _: (P - 1).bit_length() * n, recursive_doubling),  # exchanges in pairs
+    "reduce_scatter": Algorithm(lambda P, n, _: (P - 1) / P * n, reduce_scatter, scatters=True),  # 1 all-to-all
+    # no collective, but packets: each 4 bytes travel with an epoch of 4 bytes
     "shared_memory": Algorithm(lambda P, n, _: 2 * (P - 1) * n, link=SharedMemoryLink),
     "symmetric": Algorithm(lambda P, n, _: 2 * (P - 1) * n, link=SymmetricLink),
     "symmetric_scatter": Algorithm(lambda P, n, _: 2 * (P - 1) / P * n, link=SymmetricLink, scatters=True),
@@ -150,8 +151,7 @@ def misfit(algorithm: str, spec: PartialSpec, group: Target) -> str | None:
 
 def check_no_gradient(world_size: int, *tensors: Tensor) -> None:
     """Raise Unsupported if these require a gradient, which would have to pass from rank to rank."""
-    requires_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if requires_grad and world_size > 1:
+    if world_size > 1 and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise Unsupported("the exchange between ranks has no gradient: call it under torch.no_grad()")
 
 
@@ -164,9 +164,8 @@ def check_name(algorithm: str, names: Sequence[str] | dict[str, Algorithm]) -> N
 def choose_algorithm(device_type: str, world_size: int, *, linked: bool = False, nodes: int = 1) -> str:
     """Return the algorithm that "auto" stands for, from values that all ranks share.
 
-    linked: True if there is a link that takes the partial; then its algorithm. nodes: of a TwoLevel that is passed as
-    the group; "two_level" if there are several. Otherwise "all_gather" on CUDA, one collective and one NCCL launch, and
-    "tree" on the CPU, where gloo's point-to-point calls wake fewer threads than its collectives do (docs/log.md).
+    linked: True if there is a link that takes the partial. nodes: number of nodes of a TwoLevel. Without these,
+    "all_gather" on CUDA, one NCCL launch, and "tree" on the CPU, where gloo's point-to-point calls wake fewer threads.
     """
     if nodes > 1:
         return "two_level"
@@ -187,9 +186,8 @@ def received_bytes(
 ) -> float:
     """Return the bytes that the busiest rank receives in one `tree_reduce` of `rows = B T H` rows of `head_dim = D_v`.
 
-    device_type: what "auto" is resolved with. itemsize: bytes per element; 8 for float64. node_sizes: number of ranks
-    of each node, for "two_level" and "auto"; with fewer than two nodes both are resolved as for a plain group.
-    `level_bytes` has each level separately.
+    device_type: what "auto" is resolved with. itemsize: bytes per element. node_sizes: number of ranks of each node,
+    for "two_level" and "auto"; with fewer than two nodes both are resolved as for a plain group.
     """
     check_name(algorithm, ALGORITHMS)
     if algorithm == "auto" or (algorithm == "two_level" and len(node_sizes) < 2):

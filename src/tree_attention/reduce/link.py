@@ -14,17 +14,11 @@ from .collectives import pack, unpack
 
 
 class Link:
-    """A faster way to merge partials over the ranks of `group` than its collectives.
+    """A faster way to merge partials over the ranks of `group` than its collectives."""
 
-    Attributes:
-        group: the process group; None for this process alone.
-        algorithms: names of the algorithms that run over this link; "auto" takes the first.
-        node_sizes: number of ranks of each node; empty if this link knows no nodes.
-    """
-
-    group: ProcessGroup | None
-    algorithms: tuple[str, ...] = ()
-    node_sizes: tuple[int, ...] = ()
+    group: ProcessGroup | None  # None for this process alone
+    algorithms: tuple[str, ...] = ()  # that run over this link; "auto" takes the first
+    node_sizes: tuple[int, ...] = ()  # ranks of each node; empty if this link knows no nodes
 
     @property
     def carrier(self) -> Link | ProcessGroup | None:

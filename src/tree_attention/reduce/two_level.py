@@ -1,13 +1,10 @@
 """`TwoLevel`: inside the node, across the nodes, inside again; one merged partial per node crosses between nodes.
 
-The rows are split into slices, and the i-th rank of each node is the holder of slice i.
+The rows are split into slices, the last one padded, and the i-th rank of each node is the holder of slice i.
 
 1. inside: every rank sends each slice to its holder, which merges the node's parts in rank order
-2. across: the holders of a slice exchange it and merge it in node order
+2. across: the holders of a slice exchange it and merge it in node order, so that all get the same bits
 3. inside: every holder sends its slice to all ranks of the node
-
-Each number is merged in the same order wherever it is merged, so all ranks get the same bits. Rows are split, not
-heads, so neither number needs to divide by the ranks: the last slice is padded.
 """
 
 from collections.abc import Sequence
@@ -26,17 +23,16 @@ from .topology import Nodes, check_links, found_nodes, given_nodes, own_seat
 class TwoLevel(Link):
     """The ranks of a group, arranged by node. Pass it in place of the group. All ranks construct it together, once.
 
-    Ranks of one node are near each other; nodes are far apart. Between nodes only one merged partial per node travels,
-    split into as many slices as the smallest node has ranks: slice i is exchanged by the i-th ranks of all nodes. In a
-    larger node the remaining ranks only send their partial and receive the result, so with 8 + 8 + 1 ranks one rank per
-    node uses the network. `nodes` may also split a host, 8 + 4 ranks as 4 + 4 + 4, so that all ranks use it.
+    Between nodes only one merged partial per node travels, split into as many slices as the smallest node has ranks:
+    slice i is exchanged by the i-th ranks of all nodes. With 8 + 8 + 1 ranks one rank per node uses the network.
+    `nodes` may also split a host, 8 + 4 ranks as 4 + 4 + 4, so that all ranks use it.
 
     Args:
         group: a process group, a 1-D DeviceMesh, or None for all ranks.
         nodes: the ranks (within the group) of each node; or an int, that number of consecutive ranks per node; or None:
             by host name, and where GPUs of one host cannot access each other's memory, by peer access.
         link: a link over exactly the ranks of this node, for the exchanges inside it; on every rank or on none.
-            Default: the group's point-to-point calls (NCCL, gloo), which also carry partials too large for the link.
+            Without it, and for partials too large for it: the group's point-to-point calls.
 
     Attributes:
         nodes: tuple of tuples of ranks, each ascending, ordered by first rank.
