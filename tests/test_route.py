@@ -101,6 +101,8 @@ def test_a_route_says_it_all_in_print():
     text = str(explain(q, k, k, group=AssumedRanks(8, SharedMemoryLink)))
     for part in ("0 of 8", "cpu_flash", "shared_memory", "231.2 kB", "all heads", "fused: needs a SymmetricLink as"):
         assert part in text
+    assert "0 of 8, process group" in str(explain(q, k, k, group=AssumedRanks(8)))
+    assert "0 of 1, no exchange" in str(explain(q, k, k))
 
 
 @pytest.mark.parametrize(

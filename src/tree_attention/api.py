@@ -9,24 +9,6 @@ from .partial import Partial, merge
 from .reduce import AssumedRanks, SharedMemoryLink, SymmetricLink, TwoLevel, tree_reduce
 from .route import Route, explain
 
-__all__ = [
-    "AssumedRanks",
-    "InputError",
-    "Layout",
-    "Partial",
-    "RanksDisagree",
-    "Route",
-    "SharedMemoryLink",
-    "SymmetricLink",
-    "TreeAttentionError",
-    "TwoLevel",
-    "Unavailable",
-    "Unsupported",
-    "attend",
-    "attention_energy",
-    "attention_from_energy",
-    "explain",
-    "merge",
-    "tree_decode",
-    "tree_reduce",
-]
+__all__ = ["AssumedRanks", "InputError", "Layout", "Partial", "RanksDisagree", "Route", "SharedMemoryLink"]
+__all__ += ["SymmetricLink", "TreeAttentionError", "TwoLevel", "Unavailable", "Unsupported"]
+__all__ += ["attend", "attention_energy", "attention_from_energy", "explain", "merge", "tree_decode", "tree_reduce"]

@@ -65,20 +65,9 @@ def tree_decode(
     Example:
         >>> out = tree_decode(q, k, v, local_seqlens=held, group=link)
     """
-    how: dict[str, Any] = {
-        "group": group,
-        "local_seqlens": local_seqlens,
-        "q_positions": q_positions,
-        "k_positions": k_positions,
-        "window": window,
-        "mask": mask,
-        "page_table": page_table,
-        "scale": scale,
-        "softcap": softcap,
-        "sinks": sinks,
-        "backend": backend,
-        "algorithm": algorithm,
-    }
+    how: dict[str, Any] = {"group": group, "sinks": sinks, "backend": backend, "algorithm": algorithm}
+    how |= {"local_seqlens": local_seqlens, "page_table": page_table, "scale": scale, "softcap": softcap}
+    how |= {"q_positions": q_positions, "k_positions": k_positions, "window": window, "mask": mask}
     if verify:
         _vote(q, k, v, how)
     if isinstance(group, Link):

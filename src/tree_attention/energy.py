@@ -7,6 +7,8 @@ For one query with scaled scores `s_a` and values `v_a`, and a source `zeta` of 
 arXiv 2408.04093, equations 5-6 (one query), 25-28 (causal, heads) and 35-38 (safe form); docs/math.md derives it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,31 +57,20 @@ def attention_energy(
     return _log_sum_exp(scores).transpose(1, 2)
 
 
-def attention_from_energy(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    q_positions: Tensor | None = None,
-    k_positions: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Partial:
+def attention_from_energy(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Partial:
     """`(dF/dzeta, F)` at zeta = 0: exact attention by differentiation, itself differentiable in q, k and v.
 
-    It gives the numbers of `attend` by the paper's definition instead of its algorithm. Arguments and errors are as in
-    `attention_energy`. It works under `torch.no_grad()`; under `torch.inference_mode()` it raises Unsupported.
+    It gives the numbers of `attend` by the paper's definition instead of its algorithm. Arguments (how: q_positions,
+    k_positions, mask, scale and softcap) and errors are as in `attention_energy`. It works under `torch.no_grad()`;
+    under `torch.inference_mode()` it raises Unsupported.
     """
     if torch.is_inference_mode_enabled():
         raise Unsupported("attention_from_energy needs autograd, which torch.inference_mode forbids: use torch.no_grad")
-    check_call(q, k, v, scale=scale, softcap=softcap)
+    check_call(q, k, v)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     zeta = q.new_zeros((*q.shape[:-1], v.shape[-1]), requires_grad=True)
     with torch.enable_grad():
-        energy = attention_energy(
-            q, k, v, zeta, q_positions=q_positions, k_positions=k_positions, mask=mask, scale=scale, softcap=softcap
-        )
+        energy = attention_energy(q, k, v, zeta, **how)
         (out,) = torch.autograd.grad(energy.sum(), zeta, create_graph=differentiable)
     return Partial(out, energy if differentiable else energy.detach())
 
@@ -104,9 +95,7 @@ def _log_sum_exp(scores: Tensor) -> Tensor:
 
 def _check_source(zeta: Tensor, q: Tensor, v: Tensor) -> None:
     if q.dtype not in (torch.float64, torch.float32):
-        raise InputError(
-            f"the energy needs float32 or float64, got {q.dtype}: widen q, k and v, for example by .float()"
-        )
+        raise InputError(f"the energy needs float32 or float64, got {q.dtype}: widen q, k and v, as by .float()")
     shape = (*q.shape[:-1], v.shape[-1])
     if zeta.shape != shape or zeta.dtype != q.dtype or zeta.device != q.device:
         raise InputError(

@@ -1,11 +1,4 @@
-"""The exceptions of this library.
-
-TreeAttentionError
-├── InputError (ValueError)              an argument is invalid
-├── RanksDisagree (RuntimeError)         the ranks of a group were called with different arguments
-├── Unavailable (RuntimeError)           this machine or this input does not support the requested backend or algorithm
-└── Unsupported (NotImplementedError)    the library does not implement this use; the message names an alternative
-"""
+"""The exceptions of this library."""
 
 
 class TreeAttentionError(Exception):
@@ -21,7 +14,7 @@ class RanksDisagree(TreeAttentionError, RuntimeError):
 
 
 class Unavailable(TreeAttentionError, RuntimeError):
-    """A backend or algorithm was requested by name and cannot run here."""
+    """This machine or this input does not support a backend, an algorithm or a link that was requested by name."""
 
 
 class Unsupported(TreeAttentionError, NotImplementedError):

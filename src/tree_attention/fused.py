@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .local import AttentionCall, KeySelection
-from .local.triton_decode import LaunchPlan, early_start, gains_by_early_start, on_device, plan_launch, split_arguments
+from .local.triton_decode import EARLY_START_BYTES, LaunchPlan, early_start, on_device, plan_launch, split_arguments
 from .reduce import SymmetricLink
 
 
@@ -37,22 +37,21 @@ def _fused_decode(
     """Launch the kernel. optional: the tensors of a KeySelection, and sinks. workspace: parts and fault of the link."""
     from .fused_kernels import fused_kernel
 
-    *selected, sinks = optional
+    *rules, sinks = optional
     parts, fault = workspace
     capacity, rank, programs, is_alone, timeout_ns = numbers
-    call = AttentionCall(q, k, v, KeySelection.of_tensors(selected, window), scale, softcap)
+    call = AttentionCall(q, k, v, KeySelection(*rules, window=window), scale, softcap)
     world_size = len(buffers)
     plan = plan_launch(q, k, v, call.selection, programs, world_size)
     out, sinks = _out(q, v, world_size, scatter), None if sinks is None else sinks.contiguous()
     memory = (parts, sinks, tuple(buffers), buffers[rank], epochs, fault, out)
     ranks = {"WORLD": world_size, "W_PAD": ranks_padded(plan, world_size), "SCATTER": scatter}
     options = {"SPLIT": True, "PUSH": True, "COLLECT": True, "num_warps": plan.warps}
-    options |= early_start(q.device, bool(is_alone) and gains_by_early_start(k, v))
+    options |= early_start(q.device, bool(is_alone) and k.nbytes + v.nbytes <= EARLY_START_BYTES)
     launch = cast(Any, fused_kernel)[(plan.programs,)]
+    constants = plan.split | plan.unit | ranks | options
     with on_device(q.device):
-        launch(
-            *split_arguments(call), *memory, capacity, rank, timeout_ns, **plan.split, **plan.unit, **ranks, **options
-        )
+        launch(*split_arguments(call), *memory, capacity, rank, timeout_ns, **constants)
     return out
 
 
@@ -62,7 +61,6 @@ def _(q: Tensor, k: Tensor, v: Tensor, optional: Any, buffers: list[Tensor], *ot
 
 
 def _out(q: Tensor, v: Tensor, world_size: int, scatter: bool) -> Tensor:
-    """Allocate the result."""
     B, T, H, _ = q.shape
     return q.new_empty((B, T, H // world_size if scatter else H, v.shape[3]))
 

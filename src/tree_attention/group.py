@@ -1,8 +1,7 @@
-"""Process groups, and the votes by which their ranks agree before any of them goes on.
+"""Process groups, and the votes by which their ranks agree: at set-up and with `verify=True`, not in decode steps.
 
-Votes exchange Python objects. They are for set-up and `verify=True`, not for decode steps. Functions with `*groups`
-work over the product of several groups, such as the sequence axis and the tensor-parallel axis of a mesh; None stands
-for an axis of one rank.
+Functions with `*groups` work over the product of several groups, such as the sequence axis and the tensor-parallel axis
+of a mesh; None stands for an axis of one rank.
 """
 
 from collections.abc import Mapping
@@ -19,12 +18,10 @@ Item = TypeVar("Item")
 
 
 def resolve_group(group: Group = None) -> ProcessGroup | None:
-    """Return the process group of a group or a 1-D DeviceMesh.
+    """Return the process group of a group or a 1-D DeviceMesh; None means all ranks.
 
-    None means all ranks. The result is None if torch.distributed is not initialized: this process alone.
-
-    Raises:
-        InputError: this rank is not a member, or the mesh has more than one axis.
+    The result is None if torch.distributed is not initialized: this process alone. Raises InputError if this rank is
+    not a member.
     """
     if group is None:
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
@@ -58,12 +55,7 @@ def gather_objects(mine: Item, *groups: ProcessGroup | None) -> list[Item]:
 
 
 def first_fault(fault: str | None, *groups: ProcessGroup | None) -> str | None:
-    """Return the first rank's fault, or None if no rank has one. All ranks get the same answer and can raise together.
-
-    Example:
-        >>> if fault := first_fault(fault, sequence_group, tensor_group):
-        ...     raise InputError(fault)
-    """
+    """Return the first rank's fault, None if no rank has one. All ranks get the same answer and can raise together."""
     return next((text for text in gather_objects(fault, *groups) if text), None)
 
 
@@ -79,11 +71,8 @@ def broadcast_from_first(value: Item, *groups: ProcessGroup | None) -> Item:
 def check_agreement(described: Mapping[str, object], group: ProcessGroup | None, *, error: str | None = None) -> None:
     """Raise RanksDisagree on every rank unless all ranks describe the same call and none reports an error.
 
-    Args:
-        described: name -> value that must be equal on all ranks; values are compared as text.
-        group: the ranks that vote.
-        error: a fault that this rank found by itself. It is passed here because a rank that raises alone leaves the
-            others waiting.
+    described: name -> value that must be equal on all ranks; values are compared as text. error: a fault that this rank
+    found by itself; if it raised alone, it would leave the others waiting.
     """
     votes = gather_objects(({name: str(value) for name, value in described.items()}, error), group)
     failed = {rank: error for rank, (_, error) in enumerate(votes) if error}

@@ -30,9 +30,8 @@ def unit_shape(max_rows: int, rows: int, columns: int, *, groups: int, programs:
 def send(pointers, numbers, epoch, mask):
     """Store `numbers`, as float32, in packets of `epoch` (int32) at int64 `pointers`."""
     low = numbers.to(tl.float32).to(tl.uint32, bitcast=True).to(tl.int64)
-    tl.store(
-        pointers, low | (epoch.to(tl.int64) << 32), mask=mask, cache_modifier=".wt"
-    )  # write through L1, to the peer
+    # write through L1, to the peer
+    tl.store(pointers, low | (epoch.to(tl.int64) << 32), mask=mask, cache_modifier=".wt")
 
 
 @triton.jit

@@ -39,16 +39,13 @@ class PartialSpec(NamedTuple):
     device: torch.device
 
     def rows(self) -> int:
-        """Return the number of rows `B T H`."""
         return self.shape[0] * self.shape[1] * self.shape[2]
 
     def nbytes(self) -> int:
-        """Return the bytes of out and lse together."""
         return self.rows() * (self.shape[3] + 1) * self.dtype.itemsize
 
 
 def spec_of(partial: Partial) -> PartialSpec:
-    """Return the shape, dtype and device of a Partial."""
     return PartialSpec(tuple(partial.out.shape), partial.out.dtype, partial.out.device)
 
 

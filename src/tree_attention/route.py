@@ -16,20 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
+from . import reduce
 from .errors import InputError, Unavailable
 from .group import Group
 from .local import BACKENDS, AttentionCall, check_call, choose_backend
-from .reduce import (
-    ALGORITHMS,
-    Link,
-    Reduction,
-    check_name,
-    check_no_gradient,
-    choose_exchange,
-    misfit,
-    ranks_of,
-    reduction_obstacle,
-)
+from .reduce import ALGORITHMS, Link, Reduction, Target
 
 FUSED = {"fused": "symmetric", "fused_scatter": "symmetric_scatter"}  # -> the exchange that the launch contains
 DECODE_ALGORITHMS = (*FUSED, *ALGORITHMS)
@@ -61,8 +52,9 @@ class Route(Reduction):
 
     def __str__(self) -> str:
         launches = "decoding and exchange in one launch" if self.is_fused else "after the backend"
+        over = "process group" if self.link is None else type(self.link).__name__
         lines = [
-            f"rank       {self.rank} of {self.world_size}, {type(self.link or self.group).__name__}",
+            f"rank       {self.rank} of {self.world_size}, {over if self.world_size > 1 else 'no exchange'}",
             f"backend    {self.backend}",
             f"algorithm  {self.algorithm} ({launches})",
             f"received   {self.received_bytes / 1e3:.1f} kB per rank and step",
@@ -111,49 +103,39 @@ def explain(
 
 
 def resolve(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    group: Group | Link,
-    sinks: Tensor | None,
-    backend: str,
-    algorithm: str,
-    **attention: Any,
+    q: Tensor, k: Tensor, v: Tensor, *, group: Target, sinks: Tensor | None, backend: str, algorithm: str, **rules: Any
 ) -> tuple[AttentionCall, Route]:
     """Check the arguments of `tree_decode` and choose backend and algorithm; arguments and errors as in `explain`."""
-    call = check_call(q, k, v, **attention)
+    call = check_call(q, k, v, **rules)
     if sinks is not None and (sinks.shape != q.shape[2:3] or sinks.device != q.device):
         raise InputError(f"sinks must be [{q.shape[2]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}")
-    check_name(algorithm, DECODE_ALGORITHMS)
-    ranks, spec = ranks_of(group), call.spec()
-    check_no_gradient(ranks[2], q, k, v)
-    link, obstacles = group if isinstance(group, Link) else None, {}
-    if algorithm in FUSED and (fault := misfit(FUSED[algorithm], spec, group, ranks[2])):
+    reduce.check_name(algorithm, DECODE_ALGORITHMS)
+    ranks, spec, obstacles = reduce.ranks_of(group), call.spec(), {}
+    reduce.check_no_gradient(ranks[2], q, k, v)
+    if algorithm in FUSED and (fault := reduce.misfit(FUSED[algorithm], spec, group)):
         raise InputError(f"{algorithm} {fault}")
     chosen, tried = choose_backend(call, backend)
-    if link is not None and algorithm in ("auto", *FUSED):
+    if isinstance(group, Link) and algorithm in ("auto", *FUSED):
         name = "fused" if algorithm == "auto" else algorithm
         triton = None if chosen == "triton" else tried.get("triton") or BACKENDS["triton"].obstacle(call)
         obstacle = _obstacle(name, call, group, backend, triton)
         if obstacle is None:
-            return call, Route(FUSED[name], *ranks, link, spec, {}, name, "triton", tried)
+            return call, Route(FUSED[name], *ranks, group, spec, {}, name, "triton", tried)
         if algorithm in FUSED and q.numel() > 0:
             raise Unavailable(f"algorithm {algorithm!r} {obstacle}: use algorithm='auto'")
         obstacles[name] = obstacle
-    exchange, *known, passed_over = choose_exchange(spec, group, ranks, FUSED.get(algorithm, algorithm))
-    fields: Any = (exchange, *known, obstacles | passed_over, exchange, chosen, tried)
-    return call, Route(*fields)
+    merged = reduce.resolve_reduction(spec, group, FUSED.get(algorithm, algorithm))
+    fields: Any = vars(merged) | {"algorithm_obstacles": obstacles | merged.algorithm_obstacles}
+    return call, Route(**fields, algorithm=merged.exchange, backend=chosen, backend_obstacles=tried)
 
 
-def _obstacle(name: str, call: AttentionCall, group: Group | Link, backend: str, triton: str | None) -> str | None:
+def _obstacle(name: str, call: AttentionCall, group: Target, backend: str, triton: str | None) -> str | None:
     """Return why an algorithm cannot run a call; None if it can. triton: why the Triton backend cannot."""
-    spec, world_size = call.spec(), ranks_of(group)[2]
-    if name in FUSED and misfit(FUSED[name], spec, group, world_size) is None:
+    if name in FUSED and reduce.misfit(FUSED[name], call.spec(), group) is None:
         if call.q.numel() == 0:
             return "has no query to decode"
         if triton is not None:
             return triton
         if backend not in ("auto", "triton"):
             return f"has a kernel of its own, got backend {backend!r}"
-    return reduction_obstacle(FUSED.get(name, name), spec, group, world_size)
+    return reduce.reduction_obstacle(FUSED.get(name, name), call.spec(), group)

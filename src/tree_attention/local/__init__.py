@@ -90,20 +90,9 @@ def attend(
     Example:
         >>> out, lse = attend(q, k, v, local_seqlens=torch.tensor([4096, 17]))
     """
-    call = check_call(
-        q,
-        k,
-        v,
-        local_seqlens=local_seqlens,
-        q_positions=q_positions,
-        k_positions=k_positions,
-        window=window,
-        mask=mask,
-        page_table=page_table,
-        causal=causal,
-        scale=scale,
-        softcap=softcap,
-    )
+    cache = {"local_seqlens": local_seqlens, "page_table": page_table}
+    rules = {"q_positions": q_positions, "k_positions": k_positions, "window": window, "mask": mask, "causal": causal}
+    call = check_call(q, k, v, **cache, **rules, scale=scale, softcap=softcap)
     chosen, _ = choose_backend(call, backend)
     return run_backend(call, chosen)
 
@@ -114,19 +103,15 @@ def choose_backend(call: AttentionCall, backend: str = "auto") -> tuple[str, dic
     The choice depends on shapes, dtypes, the device, and which selection fields and softcap are set. A backend that is
     requested by name is returned as it is, or refused with Unavailable.
     """
-    if backend == "auto":
-        obstacles = {}
-        for name, candidate in BACKENDS.items():
-            obstacle = candidate.obstacle(call)
-            if obstacle is None:
-                return name, obstacles
-            obstacles[name] = obstacle
-    if backend not in BACKENDS:
+    if backend not in (*BACKENDS, "auto"):
         raise InputError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
-    obstacle = BACKENDS[backend].obstacle(call)
-    if obstacle:
-        raise Unavailable(f"backend {backend!r} {obstacle}: use backend='auto'")
-    return backend, {}
+    obstacles = {}
+    for name in BACKENDS if backend == "auto" else (backend,):
+        obstacle = BACKENDS[name].obstacle(call)
+        if obstacle is None:
+            return name, obstacles
+        obstacles[name] = obstacle
+    raise Unavailable(f"backend {backend!r} {obstacles.get(backend)}: use backend='auto'")
 
 
 def run_backend(call: AttentionCall, backend: str) -> Partial:

@@ -15,42 +15,24 @@ INTEGERS = (torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class KeySelection:
-    """Which keys each query may see, and in which pages the keys lie. None: unrestricted.
-
-    The fields are as in `attend`, but positions are `[B or 1, tokens]`.
-    """
+    """Which keys each query may see; fields as in `attend`, but positions are `[B or 1, tokens]`."""
 
     local_seqlens: Tensor | None = None
+    page_table: Tensor | None = None
     q_positions: Tensor | None = None
     k_positions: Tensor | None = None
-    window: int | None = None
     mask: Tensor | None = None
-    page_table: Tensor | None = None
+    window: int | None = None
     causal: bool = False
-
-    @classmethod
-    def of_tensors(cls, tensors: list[Tensor | None], window: int | None) -> "KeySelection":
-        """Rebuild a selection from its `tensors`."""
-        local_seqlens, page_table, q_positions, k_positions, mask = tensors
-        return cls(local_seqlens, q_positions, k_positions, window, mask, page_table)
 
     @property
     def tensors(self) -> list[Tensor | None]:
-        """The tensors in the order of the kernels' arguments."""
+        """The tensors, which are the first fields, in the order of the kernels' arguments."""
         return [self.local_seqlens, self.page_table, self.q_positions, self.k_positions, self.mask]
 
     @property
-    def is_everything(self) -> bool:
-        """True if every query sees every key."""
-        return not self.causal and not self._has_rules
-
-    @property
-    def is_causal_only(self) -> bool:
-        """True if the causal rule is the only one; fused operators apply it without a mask."""
-        return self.causal and not self._has_rules
-
-    @property
-    def _has_rules(self) -> bool:
+    def has_rules(self) -> bool:
+        """True if a rule other than `causal`, which fused operators apply without a mask, may hide keys."""
         return any(rule is not None for rule in (self.local_seqlens, self.k_positions, self.mask))
 
     def visible(self, q: Tensor, k: Tensor) -> Tensor | None:
@@ -116,8 +98,7 @@ def check_call(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, softcap: float | None = None, **rules: Any
 ) -> AttentionCall:
     """Check the arguments of `attend`, raising InputError, and return them as one value. rules: as in `select`."""
-    paged = rules.get("page_table") is not None
-    _check_tensors(q, k, v, paged=paged)
+    _check_tensors(q, k, v, paged=rules.get("page_table") is not None)
     if scale is not None and not scale > 0:
         raise InputError(f"scale must be positive, got {scale}")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -130,36 +111,27 @@ def key_count(k: Tensor, page_table: Tensor | None) -> int:
     return k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
 
 
-def select(
-    q: Tensor,
-    k: Tensor,
-    *,
-    local_seqlens: Tensor | None = None,
-    q_positions: Tensor | None = None,
-    k_positions: Tensor | None = None,
-    window: int | None = None,
-    mask: Tensor | None = None,
-    page_table: Tensor | None = None,
-    causal: bool = False,
-) -> KeySelection:
-    """Check the rules of `attend` for q `[B, T, H, D]` and k `[B, S_local, H_kv, D]`, or pages of it."""
-    if page_table is not None:
-        _check_page_table(page_table, q, local_seqlens)
-    if local_seqlens is not None:
-        _check_lengths(local_seqlens, q, k, page_table)
-    keys = key_count(k, page_table)
+def select(q: Tensor, k: Tensor, **rules: Any) -> KeySelection:
+    """Check `rules`, the fields of a KeySelection, for q `[B, T, H, D]` and k `[B, S_local, H_kv, D]`, or its pages."""
+    given = KeySelection(**rules)
+    if given.page_table is not None:
+        _check_page_table(given.page_table, q, given.local_seqlens)
+    if given.local_seqlens is not None:
+        _check_lengths(given.local_seqlens, q, k, given.page_table)
+    q_positions, k_positions, keys = given.q_positions, given.k_positions, key_count(k, given.page_table)
     if (q_positions is None) != (k_positions is None):
         raise InputError("q_positions and k_positions must be given together, or neither")
     if q_positions is not None and k_positions is not None:
-        q_positions = _rows("q_positions", q_positions, q.shape[0], q.shape[1], q.device)
-        k_positions = _rows("k_positions", k_positions, q.shape[0], keys, k.device)
-    if window is not None and (q_positions is None or window < 1):
-        raise InputError(f"window must be at least 1, and needs q_positions and k_positions, got {window}")
-    if causal and (q.shape[1] != keys or q_positions is not None):
+        rules["q_positions"] = _rows("q_positions", q_positions, q.shape[0], q.shape[1], q.device)
+        rules["k_positions"] = _rows("k_positions", k_positions, q.shape[0], keys, k.device)
+    if given.window is not None and (q_positions is None or given.window < 1):
+        raise InputError(f"window must be at least 1, and needs q_positions and k_positions, got {given.window}")
+    if given.causal and (q.shape[1] != keys or q_positions is not None):
         raise InputError(f"causal needs a key for each query and no positions, got {q.shape[1]} queries, {keys} keys")
-    if mask is not None:
-        _check_mask(mask, q, keys)
-    return KeySelection(local_seqlens, q_positions, k_positions, window, mask, page_table, causal and q.shape[1] > 1)
+    if given.mask is not None:
+        _check_mask(given.mask, q, keys)
+    rules["causal"] = given.causal and q.shape[1] > 1
+    return KeySelection(**rules)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, *, paged: bool) -> None:
@@ -198,10 +170,8 @@ def _check_page_table(page_table: Tensor, q: Tensor, local_seqlens: Tensor | Non
 def _check_lengths(local_seqlens: Tensor, q: Tensor, k: Tensor, page_table: Tensor | None) -> None:
     """Check the shape; on the CPU also the values, which on a GPU would need a synchronization."""
     if local_seqlens.shape != q.shape[:1] or local_seqlens.dtype not in INTEGERS:
-        raise InputError(
-            f"local_seqlens must be int32 or int64 [{q.shape[0]}], "
-            f"got {local_seqlens.dtype} {list(local_seqlens.shape)}"
-        )
+        got = f"{local_seqlens.dtype} {list(local_seqlens.shape)}"
+        raise InputError(f"local_seqlens must be int32 or int64 [{q.shape[0]}], got {got}")
     if local_seqlens.device.type != "cpu" or not q.shape[0] or torch.compiler.is_compiling():
         return
     low, high, keys = int(local_seqlens.min()), int(local_seqlens.max()), key_count(k, page_table)

@@ -1,9 +1,8 @@
 """PyTorch's fused attention operators that return the log-sum-exp, converted to this library's conventions.
 
-They all take `[B, H, S, D]`, round `out` to the inputs' dtype before we widen it again (one more rounding per Partial
-than the reference), and return a natural-log lse in float32. They differ in the result of a row that sees no key (lse
-0, NaN or +inf) and of an empty key set (the CPU operator divides by zero); both are unified here. They differentiate
-`out` but treat lse as a constant; here a gradient that passes through lse raises Unsupported.
+They take `[B, H, S, D]`, round `out` to the inputs' dtype (one more rounding per Partial than the reference), and
+return a natural-log lse in float32. A row that sees no key has lse 0, NaN or +inf there, and -inf here. They
+differentiate `out` but treat lse as a constant; here a gradient that passes through lse raises Unsupported.
 """
 
 from typing import Any
@@ -28,11 +27,10 @@ def cpu_flash(call: AttentionCall) -> Partial:
     bias = None if visible is None else _bias(visible, q.dtype)
     if T == 1:  # the query heads of one KV head become rows of one query block: the KV is read once, not H / H_kv times
         q = q.unflatten(2, (H_kv, -1)).flatten(1, 2).transpose(1, 2)  # [B, 1 * H_kv, G, D] -> [B, G, H_kv, D]
-        bias = None if bias is None else _group_rows(bias, H, H_kv)
-    q, k, v = _one_head_dim(q, k, v)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        *_heads_first(q, k, v), is_causal=is_causal, attn_mask=bias, scale=scale
-    )
+        if bias is not None and bias.shape[1] == H:
+            bias = bias.reshape(bias.shape[0], H_kv, H // H_kv, -1)  # as the queries: [B, H_kv, G, S]
+    heads, how = _heads_first(*_one_head_dim(q, k, v)), {"is_causal": is_causal, "attn_mask": bias, "scale": scale}
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*heads, **how)
     if T == 1:
         out, lse = out.reshape(B, H, 1, -1), lse.reshape(B, H, 1)
     return _partial(out[..., :D_v], lse, visible)
@@ -46,19 +44,17 @@ def cpu_flash_obstacle(call: AttentionCall) -> str | None:
 
 def cuda_flash(call: AttentionCall) -> Partial:
     """`aten._scaled_dot_product_flash_attention` (FlashAttention-2, split-KV for few queries)."""
-    q, k, v, selection, scale, _ = call
-    out, lse = aten._scaled_dot_product_flash_attention(
-        *_heads_first(q, k, v), is_causal=selection.causal, scale=scale
-    )[:2]
+    heads = _heads_first(call.q, call.k, call.v)
+    how = {"is_causal": call.selection.causal, "scale": call.scale}
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(*heads, **how)
     return _partial(out, lse, None)
 
 
 def cudnn(call: AttentionCall) -> Partial:
     """`aten._scaled_dot_product_cudnn_attention`: the fastest of PyTorch's operators on Hopper (docs/log.md)."""
-    q, k, v, selection, scale, _ = call
-    out, lse = aten._scaled_dot_product_cudnn_attention(
-        *_heads_first(q, k, v), None, True, is_causal=selection.causal, scale=scale
-    )[:2]
+    heads = _heads_first(call.q, call.k, call.v)
+    how = {"is_causal": call.selection.causal, "scale": call.scale}
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*heads, None, True, **how)
     return _partial(out, lse.reshape(out.shape[:-1]), None)
 
 
@@ -78,10 +74,9 @@ def efficient(call: AttentionCall) -> Partial:
         S = k.shape[1]
         bias = pad(_bias(visible, q.dtype), (0, -S % 16))[..., :S]  # the kernel needs rows aligned to 16 elements
         bias = bias.expand(q.shape[0], H, -1, -1)
-    k, v = k.repeat_interleave(G, 2), v.repeat_interleave(G, 2)
-    out, lse = aten._scaled_dot_product_efficient_attention(
-        *_heads_first(q, k, v), bias, True, is_causal=is_causal, scale=scale
-    )[:2]
+    heads = _heads_first(q, k.repeat_interleave(G, 2), v.repeat_interleave(G, 2))
+    how = {"is_causal": is_causal, "scale": scale}
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(*heads, bias, True, **how)
     return _partial(out, lse[..., : q.shape[1]], visible)
 
 
@@ -97,14 +92,14 @@ def efficient_obstacle(call: AttentionCall) -> str | None:
 
 
 def half_precision_obstacle(call: AttentionCall) -> str | None:
-    q, v, selection = call.q, call.v, call.selection
+    q, v = call.q, call.v
     if q.device.type != "cuda":
         return f"runs on CUDA tensors, got {q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"has bfloat16 and float16 only, got {q.dtype}"
     if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > 256:
         return f"needs one head dim, a multiple of 8 up to 256, got {q.shape[3]} and {v.shape[3]}"
-    if not selection.is_everything and not selection.is_causal_only:
+    if call.selection.has_rules:
         return "has no masks (local_seqlens, positions or mask)"
     return _softcap_obstacle(call)
 
@@ -115,7 +110,8 @@ def _softcap_obstacle(call: AttentionCall) -> str | None:
 
 def _mask_and_causal(call: AttentionCall) -> tuple[Tensor | None, bool]:
     """Return the mask, and whether the operator applies the causal rule itself."""
-    return (None, True) if call.selection.is_causal_only else (call.selection.visible(call.q, call.k), False)
+    selection = call.selection
+    return (None, True) if selection.causal and not selection.has_rules else (selection.visible(call.q, call.k), False)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -133,11 +129,6 @@ def _one_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
-
-
-def _group_rows(bias: Tensor, H: int, H_kv: int) -> Tensor:
-    """`[B, H or 1, 1, S]` -> `[B, H_kv or 1, G or 1, S]`: one row for each query head of a KV head."""
-    return bias.reshape(bias.shape[0], H_kv, H // H_kv, -1) if bias.shape[1] == H else bias
 
 
 def _partial(out: Tensor, lse: Tensor, visible: Tensor | None) -> Partial:

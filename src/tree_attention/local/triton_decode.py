@@ -1,7 +1,6 @@
 """The backend "triton": a split-KV kernel for few query rows and many keys, dense or paged, ragged, masked, capped.
 
-Two launches, the parts and their merge, since nothing outlives the call. A `SymmetricLink` keeps the state that one
-launch needs; with it, `fused.py` does both in one, together with the exchange over ranks.
+Two launches, the parts and their merge. With the state that a `SymmetricLink` keeps, `fused.py` needs one launch.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from .selection import AttentionCall, KeySelection, key_count
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant, since torch.compile traces `obstacle`
 MAX_QUERY_ROWS = 64  # T H / H_kv
 MAX_HEAD_DIM = 256
-LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))  # compute capabilities
+LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))  # capabilities with 160 KB or more; most have 99
 MAX_STRIDE = 1 << 24  # between neighbouring keys: kernels count the numbers of a tile, up to 128 keys, in 32 bits
 EARLY_START_BYTES = 3 << 29  # of keys and values; measured: below, an early start gains 1 to 4 us (docs/log.md)
 LOG2_E = 1.4426950408889634
@@ -36,7 +35,8 @@ def obstacle(call: AttentionCall) -> str | None:
     q, k, v, selection, _, _ = call
     if not HAS_TRITON:
         return "needs the package triton"
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreted()):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, one program after the other: for tests
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreted):
         return f"runs on CUDA tensors, got {q.device.type}"
     if torch.version.hip or (q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] < 8):
         return "runs on NVIDIA GPUs of compute capability 8.0 and later"
@@ -56,26 +56,17 @@ def obstacle(call: AttentionCall) -> str | None:
     return None
 
 
-def interpreted() -> bool:
-    """Return True if Triton interprets kernels on the CPU, one program after the other: for tests (float16 only)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Sizes of a launch, from shapes and the number of programs alone, so that all ranks compute the same.
+    """Sizes of a launch, from shapes and the number of programs alone, so that all ranks compute the same."""
 
-    programs: number to launch. warps: per program. split, merge: constants of the two kernels. units: number of units,
-    of unit["UR"] rows and unit["UD"] columns, that are merged. parts_packets: size of the workspace.
-    """
-
-    programs: int
-    warps: int
-    split: dict[str, Any]
-    merge: dict[str, int]
-    unit: dict[str, int]
+    programs: int  # to launch
+    warps: int  # per program
+    split: dict[str, Any]  # constants of the kernel
+    merge: dict[str, int]  # constants of the kernel
+    unit: dict[str, int]  # UR rows, UD columns and PARTS parts, merged at once
     units: int
-    parts_packets: int
+    parts_packets: int  # of the workspace
 
 
 def plan_launch(
@@ -96,7 +87,7 @@ def plan_launch(
     depth = max(parts, _power_of_2(world_size))
     UR, UD = unit_shape(_power_of_2(M), M, DV, groups=groups, programs=programs, depth=depth)
     parts = max(parts, 32 * warps // (UR * UD))
-    even = selection.is_everything and k.shape[1] % BN == 0 and k.shape[1] > 0 and (D, DV) == (D_PAD, DV_PAD)
+    even = not selection.has_rules and k.shape[1] % BN == 0 and k.shape[1] > 0 and (D, DV) == (D_PAD, DV_PAD)
     merge = {"G": G, "BN": BN, "DV": DV, "B_PAD": 0 if selection.local_seqlens is None or B == 1 else _power_of_2(B)}
     split = merge | {"BM": BM, "D": D, "D_PAD": D_PAD, "DV_PAD": DV_PAD, "EVEN": even, "STAGES": stages}
     unit, units = {"UR": UR, "UD": UD, "PARTS": parts}, groups * _ceil(M, UR) * _ceil(DV, UD)
@@ -106,29 +97,22 @@ def plan_launch(
 
 def _launched(groups: int, programs: int, *, equal_lengths: bool) -> int:
     """Return the most programs that share the groups evenly, if those are nearly all; otherwise all."""
-    if groups <= programs:
-        even = programs // groups * groups
-    else:
-        even = (
-            groups // _ceil(groups, programs) if equal_lengths and groups % _ceil(groups, programs) == 0 else programs
-        )
+    even, each = programs // groups * groups, _ceil(groups, programs)
+    if groups > programs:
+        even = groups // each if equal_lengths and groups % each == 0 else programs
     return even if even * 16 >= programs * 15 else programs
 
 
 def _tile(BM: int, widest: int, *, paged: bool, large: bool) -> tuple[int, int]:
-    """Return (BN, stages) that fill a multiprocessor's shared memory; measured fastest on Hopper (docs/log.md).
-
-    The entry of a page table is loaded before its page, which makes the pipeline two stages longer.
-    """
+    """Return (BN, stages) that fill a multiprocessor's shared memory; measured fastest on Hopper (docs/log.md)."""
     if widest <= 128:
         BN, stages = 128 if BM < 64 else 64, 3 if widest == 128 else 5
     else:
         BN, stages = (64, 3) if BM < 64 else (32, 2)
-    return (BN if large else max(BN // 2, 16)), stages + 2 * paged
+    return (BN if large else max(BN // 2, 16)), stages + 2 * paged  # the entry of a page is loaded before the page
 
 
 def _has_large_shared_memory(device: torch.device) -> bool:
-    """Return True if a program can use at least 160 KB of shared memory (A100, Hopper, B200); most others have 99."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return True  # interpreted, or compiled for another machine
     return torch.cuda.get_device_capability(device) in LARGE_SHARED_MEMORY
@@ -140,14 +124,15 @@ def split_arguments(call: AttentionCall) -> tuple[tuple, tuple, tuple, tuple]:
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q, call.k, call.v))
     if lens is not None:
         lens = lens.to(k.device).contiguous()
+    table_stride = 0
     if page_table is None:
         k, v = (t.contiguous() if t.stride(1) > MAX_STRIDE else t for t in (k, v))
     else:
         page_table = page_table.contiguous()
+        table_stride = page_table.stride(0)
     if selection.mask is not None:
         mask = selection.mask.view(torch.uint8)
     positions = (selection.q_positions, selection.k_positions)
-    table_stride = 0 if page_table is None else page_table.stride(0)
     by_rule = (table_stride, *(_strides(rows, 2) for rows in positions), _strides(mask, 4))
     strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], *by_rule)
     sizes = (q.shape[0], q.shape[1], k.shape[1], k.shape[2], k.shape[1] if page_table is not None else 1)
@@ -157,25 +142,19 @@ def split_arguments(call: AttentionCall) -> tuple[tuple, tuple, tuple, tuple]:
 
 @torch.library.custom_op("tree_attention::split_decode", mutates_args=())
 def _split_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selected: list[Tensor | None],
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    q: Tensor, k: Tensor, v: Tensor, rules: list[Tensor | None], scale: float, softcap: float | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Launch both kernels. selected: the tensors of a KeySelection."""
+    """Launch both kernels. rules: the tensors of a KeySelection."""
     from .triton_kernels import merge_kernel, split_kernel
 
-    call = AttentionCall(q, k, v, KeySelection.of_tensors(selected, window), scale, softcap)
+    call = AttentionCall(q, k, v, KeySelection(*rules, window=window), scale, softcap)
     plan = plan_launch(q, k, v, call.selection, multiprocessors(q.device))
     tensors, strides, sizes, factors = split_arguments(call)
     parts = torch.empty(plan.parts_packets, dtype=torch.int64, device=q.device)
-    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=torch.float32, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out, lse = _result(q, v)
     split, merge = cast(Any, split_kernel)[(plan.programs,)], cast(Any, merge_kernel)[(plan.units,)]
-    early, lens, merged = early_start(q.device, gains_by_early_start(k, v)), tensors[3], plan.merge | plan.unit
+    lens, merged = tensors[3], plan.merge | plan.unit
+    early = early_start(q.device, k.nbytes + v.nbytes <= EARLY_START_BYTES)
     with on_device(q.device):
         split(tensors, strides, sizes, factors, parts, **plan.split, num_warps=plan.warps, **early)
         early = early_start(q.device, True)
@@ -185,6 +164,10 @@ def _split_decode(
 
 @_split_decode.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _result(q, v)
+
+
+def _result(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     shape = (*q.shape[:3], v.shape[3])
     return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape[:3], dtype=torch.float32)
 
@@ -192,11 +175,6 @@ def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def multiprocessors(device: torch.device) -> int:
     """Return the number of programs that run at the same time; an odd number where they are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 7
-
-
-def gains_by_early_start(k: Tensor, v: Tensor) -> bool:
-    """Return True if reading keys and values of this size gains by an early start."""
-    return k.nbytes + v.nbytes <= EARLY_START_BYTES
 
 
 def early_start(device: torch.device, wanted: bool) -> dict[str, Any]:
@@ -220,7 +198,6 @@ def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
 
 
 def _power_of_2(n: int) -> int:
-    """Return the smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
 
 

@@ -6,8 +6,7 @@ is BN keys of a group. A *part* is the result of one program on one group; its i
 once: UR rows and UD columns of a group.
 
 Work division after LeanAttention (arXiv 2405.10480): the tiles of all groups form one sequence, which is split into
-equal ranges. Programs that share one group take its tiles round-robin. The division is computed here from lengths in
-device memory, so a captured graph replays with any lengths and the host plans nothing.
+equal ranges. It is computed here from lengths in device memory, so a captured graph replays with any lengths.
 """
 
 import triton
@@ -238,10 +237,7 @@ def merge_parts(
     parts, epoch, sizes, programs, first, last, group, m, cols, fault, timeout_ns,
     G: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """Merge the parts of programs `first` to `last`, rows `m`, columns `cols`: out and natural lse, both `[UR, UD]`.
-
-    In that order, PARTS at a time. Waits for the parts, unless timeout_ns is None.
-    """
+    """Merge the parts of programs `first` to `last` in order, PARTS at a time: out and natural lse, both `[UR, UD]`."""
     B, T, _, H_kv, _ = sizes
     M = T * G
     shape: tl.constexpr = [m.shape[0], cols.shape[0]]
@@ -317,8 +313,7 @@ def first_tile(program, work):
 def tile_order(program, first, start, tiles, work):
     """Return (base, step): loop index `at`, starting at `first`, maps to tile `base + at * step` of the group.
 
-    Programs that share one group, and have no other, take its tiles round-robin, and so read neighbouring memory at the
-    same time. With contiguous ranges some lengths are 6 % slower (docs/log.md).
+    Programs that share one group, and have no other, take its tiles round-robin: some lengths are 6 % faster then.
     """
     _, _, _, span, splits, _ = work
     shared = span == tiles

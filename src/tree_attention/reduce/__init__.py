@@ -1,17 +1,6 @@
 """Merge a Partial over the ranks. The only place of the core that communicates.
 
-                 collectives                     bytes that a rank receives, n = rows (D_v + 1) 4   result
-all_gather       1 all-gather, packed            (P - 1) n                                         all heads
-all_reduce       3 all-reduces (Algorithm 3)     2 (P - 1) / P rows (D_v + 2) 4                    all heads
-tree             ceil(log2 P) exchanges          ceil(log2 P) n                                    all heads
-reduce_scatter   1 all-to-all, packed            (P - 1) / P n                                     H / P heads
-shared_memory    none: a push, and a read        2 (P - 1) n                                       all heads
-symmetric        none: one kernel, over NVLink   2 (P - 1) n                                       all heads
-symmetric_scatter  the same                      2 (P - 1) / P n                                   H / P heads
-two_level        3 exchanges, 1 of them across   inside (L + S - 2) / S n, across (N - 1) / S n    all heads
-
-P ranks; rows = B T H; float32; two_level: N nodes, L ranks in the largest, S in the smallest. docs/math.md lists these
-beside the paper's formulas. If P is not a power of two, the last exchange of tree waits for two others (tree.py).
+docs/math.md lists the bytes that each algorithm sends beside the paper's formulas.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +15,7 @@ from ..errors import InputError, Unsupported
 from ..group import Group
 from ..partial import Partial, PartialSpec, spec_of
 from .collectives import all_gather, all_reduce, reduce_scatter
-from .link import AssumedRanks, Link, Ranks, process_group_of, ranks_of
+from .link import AssumedRanks, Link, Target, process_group_of, ranks_of
 from .shared_memory import SharedMemoryLink
 from .symmetric import SymmetricLink, link_obstacle
 from .tree import recursive_doubling
@@ -46,16 +35,13 @@ class Algorithm:
     scatters: bool = False  # each rank gets its own heads only
 
 
-def _scatter_heads(partial: Partial, group: ProcessGroup) -> Partial:
-    return reduce_scatter(partial, group, dim=2)
-
-
 ALGORITHMS = {
-    "all_gather": Algorithm(lambda P, n, _: (P - 1) * n, all_gather),
+    "all_gather": Algorithm(lambda P, n, _: (P - 1) * n, all_gather),  # 1 all-gather
+    # 3 all-reduces, Algorithm 3 of the paper
     "all_reduce": Algorithm(lambda P, n, D_v: 2 * (P - 1) / P * (n // (D_v + 1) * (D_v + 2)), all_reduce),
-    "tree": Algorithm(lambda P, n, _: (P - 1).bit_length() * n, recursive_doubling),
-    "reduce_scatter": Algorithm(lambda P, n, _: (P - 1) / P * n, _scatter_heads, scatters=True),
-    # packets: each 4 bytes travel with an epoch of 4 bytes
+    "tree": Algorithm(lambda P, n, _: (P - 1).bit_length() * n, recursive_doubling),  # exchanges in pairs
+    "reduce_scatter": Algorithm(lambda P, n, _: (P - 1) / P * n, reduce_scatter, scatters=True),  # 1 all-to-all
+    # no collective, but packets: each 4 bytes travel with an epoch of 4 bytes
     "shared_memory": Algorithm(lambda P, n, _: 2 * (P - 1) * n, link=SharedMemoryLink),
     "symmetric": Algorithm(lambda P, n, _: 2 * (P - 1) * n, link=SymmetricLink),
     "symmetric_scatter": Algorithm(lambda P, n, _: 2 * (P - 1) / P * n, link=SymmetricLink, scatters=True),
@@ -69,16 +55,13 @@ def tree_reduce(partial: Partial, group: Group | Link = None, *, algorithm: str 
     Args:
         partial: this rank's, out `[B, T, H, D_v]` and lse `[B, T, H]`; the same shape, dtype and kind of device on
             every rank. `(0, -inf)` is a valid partial, on some ranks or on all.
-        group: a process group, a 1-D DeviceMesh, or None for all ranks (this process alone if torch.distributed is not
-            initialized); or a link: a SharedMemoryLink between CPU ranks, a SymmetricLink between GPUs of one host, a
-            TwoLevel over several hosts. Any number of ranks.
+        group: as in `tree_decode`. Any number of ranks; this process alone if torch.distributed is not initialized.
         algorithm: one of `reduce.ALGORITHMS`, or "auto": the link's if it takes the partial, otherwise
             `choose_algorithm`.
 
     Returns:
         The merged Partial, the same bits on every rank ("all_reduce": if the backend's all-reduce is so; gloo's and
-        NCCL's are). With "reduce_scatter" and "symmetric_scatter", rank r gets heads
-        `r H / P .. (r + 1) H / P - 1` only.
+        NCCL's are). With "reduce_scatter" and "symmetric_scatter", rank r gets heads `r H / P .. (r + 1) H / P - 1`.
 
     Raises:
         InputError: the algorithm is unknown, needs a link that was not passed or that is too small, or scatters heads
@@ -119,29 +102,22 @@ class Reduction:
         return received_bytes(self.exchange, **how, itemsize=spec.dtype.itemsize, node_sizes=sizes)
 
 
-def resolve_reduction(spec: PartialSpec, group: Group | Link, algorithm: str = "auto") -> Reduction:
+def resolve_reduction(spec: PartialSpec, group: Target, algorithm: str = "auto") -> Reduction:
     """Return how `tree_reduce` merges partials like `spec`; raises what it would raise. No communication."""
     check_name(algorithm, ALGORITHMS)
-    return Reduction(*choose_exchange(spec, group, ranks_of(group), algorithm))
-
-
-def choose_exchange(spec: PartialSpec, group: Group | Link, ranks: Ranks, algorithm: str) -> tuple[Any, ...]:
-    """Check the request, choose the algorithm, and return the fields of a Reduction. No communication."""
-    link, obstacles = group if isinstance(group, Link) else None, {}
+    link = group if isinstance(group, Link) else None
     if link is not None and algorithm in ("auto", *link.algorithms) and link.carrier is not link:
-        return choose_exchange(spec, link.carrier, ranks_of(link.carrier), "auto")
-    if algorithm != "auto":
-        fault = reduction_obstacle(algorithm, spec, group, ranks[2])
-        if fault is not None:
-            raise InputError(f"{algorithm} {fault}")
-    elif link is not None and link.algorithms:
-        algorithm = link.algorithms[0]
-        fault = link.obstacle(spec)
-        if fault is not None:
-            obstacles[algorithm], algorithm = fault, "auto"
-    if algorithm == "auto":
-        algorithm = choose_algorithm(spec.device.type, ranks[2])
-    return algorithm, *ranks, None if ALGORITHMS[algorithm].link is None else link, spec, obstacles
+        return resolve_reduction(spec, link.carrier)
+    ranks = ranks_of(group)
+    without_link = choose_algorithm(spec.device.type, ranks[2])
+    preferred = without_link if link is None or not link.algorithms else link.algorithms[0]
+    chosen = preferred if algorithm == "auto" else algorithm
+    obstacle = reduction_obstacle(chosen, spec, group)
+    if obstacle is not None and algorithm != "auto":
+        raise InputError(f"{algorithm} {obstacle}")
+    obstacles = {} if obstacle is None else {chosen: obstacle}
+    chosen = chosen if obstacle is None else without_link
+    return Reduction(chosen, *ranks, None if ALGORITHMS[chosen].link is None else link, spec, obstacles)
 
 
 def run_reduction(partial: Partial, reduction: Reduction) -> Partial:
@@ -156,17 +132,17 @@ def run_reduction(partial: Partial, reduction: Reduction) -> Partial:
     return run(partial, reduction.group)
 
 
-def reduction_obstacle(algorithm: str, spec: PartialSpec, group: Group | Link, world_size: int) -> str | None:
+def reduction_obstacle(algorithm: str, spec: PartialSpec, group: Target) -> str | None:
     """Return why an algorithm cannot merge partials like `spec` over `group`; None if it can."""
-    fault = misfit(algorithm, spec, group, world_size)
+    obstacle = misfit(algorithm, spec, group)
     needs_link = ALGORITHMS[algorithm].link is not None
-    return group.obstacle(spec) if fault is None and needs_link and isinstance(group, Link) else fault
+    return group.obstacle(spec) if obstacle is None and needs_link and isinstance(group, Link) else obstacle
 
 
-def misfit(algorithm: str, spec: PartialSpec, group: Group | Link, world_size: int) -> str | None:
+def misfit(algorithm: str, spec: PartialSpec, group: Target) -> str | None:
     """Return why the heads or the kind of group do not fit an algorithm; None if they do."""
     needed = ALGORITHMS[algorithm]
-    if needed.scatters and spec.shape[2] % world_size:
+    if needed.scatters and spec.shape[2] % (world_size := ranks_of(group)[2]):
         return f"needs heads that divide by the ranks, got {spec.shape[2]} heads and {world_size} ranks"
     if needed.link is not None and not (isinstance(group, Link) and algorithm in group.algorithms):
         return f"needs a {needed.link.__name__} as the group, got {type(group).__name__}"
@@ -175,8 +151,7 @@ def misfit(algorithm: str, spec: PartialSpec, group: Group | Link, world_size: i
 
 def check_no_gradient(world_size: int, *tensors: Tensor) -> None:
     """Raise Unsupported if these require a gradient, which would have to pass from rank to rank."""
-    requires_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if requires_grad and world_size > 1:
+    if world_size > 1 and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise Unsupported("the exchange between ranks has no gradient: call it under torch.no_grad()")
 
 
@@ -189,9 +164,8 @@ def check_name(algorithm: str, names: Sequence[str] | dict[str, Algorithm]) -> N
 def choose_algorithm(device_type: str, world_size: int, *, linked: bool = False, nodes: int = 1) -> str:
     """Return the algorithm that "auto" stands for, from values that all ranks share.
 
-    linked: True if there is a link that takes the partial; then its algorithm. nodes: of a TwoLevel that is passed as
-    the group; "two_level" if there are several. Otherwise "all_gather" on CUDA, one collective and one NCCL launch, and
-    "tree" on the CPU, where gloo's point-to-point calls wake fewer threads than its collectives do (docs/log.md).
+    linked: True if there is a link that takes the partial. nodes: number of nodes of a TwoLevel. Without these,
+    "all_gather" on CUDA, one NCCL launch, and "tree" on the CPU, where gloo's point-to-point calls wake fewer threads.
     """
     if nodes > 1:
         return "two_level"
@@ -212,9 +186,8 @@ def received_bytes(
 ) -> float:
     """Return the bytes that the busiest rank receives in one `tree_reduce` of `rows = B T H` rows of `head_dim = D_v`.
 
-    device_type: what "auto" is resolved with. itemsize: bytes per element; 8 for float64. node_sizes: number of ranks
-    of each node, for "two_level" and "auto"; with fewer than two nodes both are resolved as for a plain group.
-    `level_bytes` has each level separately.
+    device_type: what "auto" is resolved with. itemsize: bytes per element. node_sizes: number of ranks of each node,
+    for "two_level" and "auto"; with fewer than two nodes both are resolved as for a plain group.
     """
     check_name(algorithm, ALGORITHMS)
     if algorithm == "auto" or (algorithm == "two_level" and len(node_sizes) < 2):

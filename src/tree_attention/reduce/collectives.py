@@ -1,6 +1,6 @@
 """Reductions by collectives: one packed exchange, or the paper's three all-reduces."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def all_reduce(partial: Partial, group: ProcessGroup) -> Partial:
     return Partial(numerator / denominator.clamp_min(1.0).unsqueeze(-1), denominator.log() + shift)
 
 
-def reduce_scatter(partial: Partial, group: ProcessGroup, dim: int) -> Partial:
+def reduce_scatter(partial: Partial, group: ProcessGroup, dim: int = 2) -> Partial:
     """Merge and scatter: rank r gets the r-th of P equal pieces along `dim` (1: tokens, 2: heads). One all-to-all."""
     pieces = torch.stack(pack(partial).chunk(group.size(), dim))  # [P, ...]: piece r goes to rank r
     received = torch.empty_like(pieces)
@@ -55,6 +55,15 @@ def start_gather(tensor: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[
     flat = gathered.flatten(0, 1) if tensor.ndim else gathered
     work: Any = _all_gather_single(flat, tensor.contiguous(), group=group, async_op=True)
     return gathered, work.wait
+
+
+def swap(outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], group: ProcessGroup) -> None:
+    """Send and receive contiguous tensors, by rank of the group, all concurrently."""
+    operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for peer, tensor in outgoing.items()]
+    operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for peer, tensor in incoming.items()]
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
 
 
 def pack(partial: Partial) -> Tensor:

@@ -12,21 +12,13 @@ from ..group import Group, rank_and_size, resolve_group
 from ..partial import Partial, PartialSpec, empty
 from .collectives import pack, unpack
 
-Ranks = tuple[ProcessGroup | None, int, int]  # process group, this rank, number of ranks
-
 
 class Link:
-    """A faster way to merge partials over the ranks of `group` than its collectives.
+    """A faster way to merge partials over the ranks of `group` than its collectives."""
 
-    Attributes:
-        group: the process group; None for this process alone.
-        algorithms: names of the algorithms that run over this link; "auto" takes the first.
-        node_sizes: number of ranks of each node; empty if this link knows no nodes.
-    """
-
-    group: ProcessGroup | None
-    algorithms: tuple[str, ...] = ()
-    node_sizes: tuple[int, ...] = ()
+    group: ProcessGroup | None  # None for this process alone
+    algorithms: tuple[str, ...] = ()  # that run over this link; "auto" takes the first
+    node_sizes: tuple[int, ...] = ()  # ranks of each node; empty if this link knows no nodes
 
     @property
     def carrier(self) -> Link | ProcessGroup | None:
@@ -39,7 +31,7 @@ class Link:
 
     def obstacle(self, spec: PartialSpec) -> str | None:
         """Return why this link cannot take a partial of this shape, dtype and device; None if it can."""
-        raise NotImplementedError
+        return None
 
     def reduce(self, partial: Partial, *, scatter: bool = False) -> Partial:
         """Merge the partials of all ranks; the same bits on every rank.
@@ -88,9 +80,6 @@ class AssumedRanks(Link):
     def rank_and_size(self) -> tuple[int, int]:
         return 0, self.world_size
 
-    def obstacle(self, spec: PartialSpec) -> str | None:
-        return None
-
     def reduce(self, partial: Partial, *, scatter: bool = False) -> Partial:
         self.check()
         return partial
@@ -99,17 +88,20 @@ class AssumedRanks(Link):
         raise Unsupported("AssumedRanks only answer `explain`: pass a group or a link of ranks that exist")
 
 
+Target = Group | Link  # what callers pass as `group`
+
+
 def rows_of(pieces: Tensor) -> Partial:
     """View packed `[slices, rows, D_v + 1]` as a Partial `[1, 1, slices rows, D_v]`, a shape that links take."""
     return unpack(pieces.flatten(0, 1)[None, None])
 
 
-def process_group_of(group: Group | Link) -> ProcessGroup | None:
+def process_group_of(group: Target) -> ProcessGroup | None:
     """Return the process group of a group, a 1-D DeviceMesh, a link, or None; see `resolve_group`."""
     return group.group if isinstance(group, Link) else resolve_group(group)
 
 
-def ranks_of(group: Group | Link) -> Ranks:
+def ranks_of(group: Target) -> tuple[ProcessGroup | None, int, int]:
     """Return (process group, this rank, number of ranks)."""
     process_group = process_group_of(group)
     return process_group, *(group.rank_and_size() if isinstance(group, Link) else rank_and_size(process_group))

@@ -1,9 +1,7 @@
 """`SharedMemoryLink`: an all-gather through memory that CPU ranks of one host share, since gloo's latency is high.
 
-Each rank writes its data into a slot that all ranks can read, in packets of 8 bytes, half data and half epoch. A packet
-is written and read atomically, so a reader that sees the epoch also sees the data, and no barrier is needed. Two
-alternating slots suffice: a rank writes epoch e + 2 only after every rank has written e + 1, and so has read e. Waiting
-is a bounded spin. `SymmetricLink` uses the same protocol over NVLink.
+Each rank writes packets of 8 bytes, half data and half epoch, which need no barrier (packets.py). Two alternating slots
+suffice: a rank writes epoch e + 2 only after every rank has written e + 1, and so has read e.
 """
 
 import os
@@ -56,9 +54,8 @@ class SharedMemoryLink(NodeLink):
                 raise Unavailable(f"shared memory needs all ranks on one host, ranks {elsewhere} are elsewhere")
             words = capacity_bytes // 4
             mapped = torch.from_file(name, shared=True, size=2 * self.world_size * words, dtype=torch.int64)
-            self._slots = mapped.view(
-                2, self.world_size, words
-            ).numpy()  # on few numbers NumPy takes a fifth of torch's time
+            # on few numbers NumPy takes a fifth of torch's time
+            self._slots = mapped.view(2, self.world_size, words).numpy()
             self._packets = np.empty((words, 2), dtype=np.int32)
             dist.barrier(group)
         finally:
@@ -68,10 +65,8 @@ class SharedMemoryLink(NodeLink):
     def obstacle(self, spec: PartialSpec) -> str | None:
         if spec.device.type == "cpu" and spec.nbytes() <= self.capacity_bytes:
             return None
-        return (
-            f"needs a CPU partial of at most {self.capacity_bytes} bytes (capacity_bytes), "
-            f"got {spec.nbytes()} on {spec.device}"
-        )
+        most = f"{self.capacity_bytes} bytes (capacity_bytes)"
+        return f"needs a CPU partial of at most {most}, got {spec.nbytes()} on {spec.device}"
 
     def reduce(self, partial: Partial, *, scatter: bool = False) -> Partial:
         return merge(unpack(self.gather(pack(partial))))

@@ -39,16 +39,14 @@ class KernelState(NamedTuple):
 class SymmetricLink(NodeLink):
     """Memory that all ranks of `group` can write over NVLink. Pass it in place of the group.
 
-    All ranks construct it together. One link serves one stream: calls on it must not overlap. Every rank must make the
-    same calls on it, in the same order and with the same shapes; a CUDA graph may replay them.
-
-    A call waits on the GPU for the other ranks and occupies multiprocessors meanwhile. Concurrent kernels that wait for
-    ranks (another link on another stream, NCCL) can starve each other: split the multiprocessors with `programs`. CUDA
-    loads a kernel at its first launch and may wait for the device then: with several streams, warm up all kernels
-    first, or set CUDA_MODULE_LOADING=EAGER.
+    All ranks construct it together and make the same calls on it, in the same order and with the same shapes, on one
+    stream; a CUDA graph may replay them. A call waits on the GPU for the other ranks and occupies multiprocessors
+    meanwhile. Concurrent kernels that wait for ranks (another link on another stream, NCCL) can starve each other:
+    split the multiprocessors with `programs`. CUDA loads a kernel at its first launch and may wait for the device then:
+    with several streams, warm up all kernels first, or set CUDA_MODULE_LOADING=EAGER.
 
     Memory: `2 ranks rows (D_v + D_v / 16) 8` bytes for packets, and 34 MB + `rows (D_v + 1) 8` for the parts of a
-    decode step. Nothing depends on the number of keys.
+    decode step.
 
     Args:
         group: ranks on one host with peer access, one CUDA device each: a process group, a 1-D mesh, or None for all.
@@ -56,8 +54,8 @@ class SymmetricLink(NodeLink):
         head_dim: maximum D_v.
         programs: number of multiprocessors that a call may occupy. Default: all, which requires that no other kernel
             waits for ranks at the same time.
-        timeout_s: how long a kernel waits for another rank. Then it traps, which ends this process's use of CUDA, and
-            `check` names the rank. Choose it longer than any legitimate delay of a rank.
+        timeout_s: how long a kernel waits for another rank; longer than any legitimate delay. Then it traps, which ends
+            this process's use of CUDA, and `check` names the rank.
 
     Raises:
         InputError: rows, head_dim, programs or timeout_s is not positive, or this rank is not in the group.
@@ -78,10 +76,8 @@ class SymmetricLink(NodeLink):
         timeout_s: float = 30.0,
     ) -> None:
         if min(rows, head_dim, 1 if programs is None else programs) < 1 or not timeout_s > 0:
-            raise InputError(
-                "rows, head_dim, programs and timeout_s must be positive, "
-                f"got {rows}, {head_dim}, {programs} and {timeout_s}"
-            )
+            got = f"{rows}, {head_dim}, {programs} and {timeout_s}"
+            raise InputError(f"rows, head_dim, programs and timeout_s must be positive, got {got}")
         self.group = resolve_group(group)
         check_agreement({"rows": rows, "head_dim": head_dim, "programs": programs}, self.group)
         self.rank, self.world_size = rank_and_size(self.group)
@@ -107,21 +103,15 @@ class SymmetricLink(NodeLink):
         if spec.dtype != torch.float32 or spec.device != self.device:
             return f"needs a float32 partial on {self.device}, got {spec.dtype} on {spec.device}"
         if spec.rows() > self.rows or spec.shape[3] > self.head_dim:
-            return (
-                f"has a link for at most {self.rows} rows B T H and head dim {self.head_dim}, "
-                f"got {spec.rows()} and {spec.shape[3]}"
-            )
+            most = f"{self.rows} rows B T H and head dim {self.head_dim}"
+            return f"has a link for at most {most}, got {spec.rows()} and {spec.shape[3]}"
         return None
 
     def reduce(self, partial: Partial, *, scatter: bool = False) -> Partial:
-        """Merge over the ranks in one launch: out `[B, T, H, D_v]` float32, the same bits on every rank.
-
-        scatter: rank r receives and returns heads `r H / P .. (r + 1) H / P - 1` only.
-        """
         self.check()
         if partial.out.numel() == 0:
             return Partial(*_merged(partial.out, self.world_size, scatter))
-        state = self.kernel_state()
+        state = self._state
         return Partial(*_exchange(*partial, state.buffers, state.epochs, state.fault, state.numbers, scatter))
 
     def check(self) -> None:
@@ -130,10 +120,8 @@ class SymmetricLink(NodeLink):
             return
         absent = [rank for rank, flag in enumerate(self._state.fault.tolist()) if flag]
         if absent:
-            raise TreeAttentionError(
-                f"ranks {absent} did not arrive within {self.timeout_s:g} s; "
-                "CUDA has ended in this process: start it anew"
-            )
+            after = f"{self.timeout_s:g} s; CUDA has ended in this process: start it anew"
+            raise TreeAttentionError(f"ranks {absent} did not arrive within {after}")
 
     def synchronize(self) -> None:
         """Wait for the device; a wait that ended in a trap raises TreeAttentionError, as `check` does."""
@@ -148,14 +136,12 @@ class SymmetricLink(NodeLink):
 
         capacity = self.rows * (self.head_dim + -(-self.head_dim // MIN_COLUMNS))  # packets that a rank pushes
         numbers = [capacity, self.rank, self.programs, int(is_alone), int(self.timeout_s * 1e9)]
-        parts = PARTS_BYTES // 8 + self.rows * (self.head_dim + 1)
-        return KernelState(
-            self._rendezvous(2 * self.world_size * capacity),
-            torch.zeros(EPOCHS.value, dtype=torch.int32, device=self.device),
-            torch.zeros(parts, dtype=torch.int64, device=self.device),
-            torch.zeros(self.world_size, dtype=torch.int32).pin_memory(),
-            numbers,
-        )
+        buffers = self._rendezvous(2 * self.world_size * capacity)
+        epochs = torch.zeros(EPOCHS.value, dtype=torch.int32, device=self.device)
+        parts_packets = PARTS_BYTES // 8 + self.rows * (self.head_dim + 1)
+        parts = torch.zeros(parts_packets, dtype=torch.int64, device=self.device)
+        fault = torch.zeros(self.world_size, dtype=torch.int32).pin_memory()
+        return KernelState(buffers, epochs, parts, fault, numbers)
 
     def _rendezvous(self, count: int) -> list[Tensor]:
         """Return every rank's buffer of `count` packets, in rank order; this rank's is zeroed."""
@@ -215,13 +201,7 @@ def _without_peer_access(devices: list[Any]) -> list[str]:
 
 @torch.library.custom_op("tree_attention::exchange", mutates_args=("epochs",))
 def _exchange(
-    out: Tensor,
-    lse: Tensor,
-    buffers: list[Tensor],
-    epochs: Tensor,
-    fault: Tensor,
-    numbers: list[int],
-    scatter: bool,
+    out: Tensor, lse: Tensor, buffers: list[Tensor], epochs: Tensor, fault: Tensor, numbers: list[int], scatter: bool
 ) -> tuple[Tensor, Tensor]:
     """Launch `exchange_kernel`; arguments as in `KernelState`."""
     from .symmetric_kernels import exchange_kernel

@@ -92,11 +92,7 @@ def collect(
     mine, row, cols, live, rows, capacity, rank, epoch, fault, timeout_ns,
     DV: tl.constexpr, WORLD: tl.constexpr, W_PAD: tl.constexpr, UD: tl.constexpr,
 ):
-    """Wait for all ranks' packets of these rows and columns and merge them: out and natural lse, both `[UR, UD]`.
-
-    After timeout_ns, set the missing ranks' flags in `fault`, which the host can read, and trap. With timeout_ns None,
-    do not wait.
-    """
+    """Wait for all ranks' packets of these rows and columns and merge them: out and natural lse, both `[UR, UD]`."""
     per_row: tl.constexpr = (DV + UD - 1) // UD
     ranks = tl.arange(0, W_PAD)
     place = ((epoch & 1) * WORLD + ranks).to(tl.int64)[:, None, None] * capacity

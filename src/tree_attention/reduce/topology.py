@@ -14,17 +14,13 @@ Nodes = tuple[tuple[int, ...], ...]
 
 
 class Seat(NamedTuple):
-    """Where a rank runs.
+    """Where a rank runs."""
 
-    rank: its global rank. device: its GPU, "" if it has none. reach: the GPUs whose memory its GPU can access, None if
-    this process sees only one GPU. linked: the global ranks of its link, None without a link.
-    """
-
-    rank: int
+    rank: int  # global
     host: str
-    device: str
-    reach: tuple[str, ...] | None
-    linked: tuple[int, ...] | None
+    device: str  # its GPU, "" if it has none
+    reach: tuple[str, ...] | None  # the GPUs whose memory its GPU can access; None if this process sees only one GPU
+    linked: tuple[int, ...] | None  # the global ranks of its link, None without a link
 
 
 def own_seat(link: Link | None) -> Seat:

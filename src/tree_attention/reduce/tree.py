@@ -6,12 +6,11 @@ receive the result at the end.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..partial import Partial, merge
-from .collectives import pack, unpack
+from .collectives import pack, swap, unpack
 
 
 def recursive_doubling(partial: Partial, group: ProcessGroup) -> Partial:
@@ -19,41 +18,24 @@ def recursive_doubling(partial: Partial, group: ProcessGroup) -> Partial:
     rank, size = group.rank(), group.size()
     power = 1 << (size.bit_length() - 1)
     mine = pack(partial).contiguous()
+    theirs = torch.empty_like(mine)
     if rank >= power:
-        _exchange(group, send_to=rank - power, send=mine)
-        return unpack(_exchange(group, receive_from=rank - power, like=mine))
+        swap({rank - power: mine}, {}, group)
+        swap({}, {rank - power: theirs}, group)
+        return unpack(theirs)
     if rank + power < size:
-        mine = _merge_packed(mine, _exchange(group, receive_from=rank + power, like=mine))
+        swap({}, {rank + power: theirs}, group)
+        mine = _merge_packed(mine, theirs)
     distance = 1
     while distance < power:
         partner = rank ^ distance
-        theirs = _exchange(group, send_to=partner, send=mine, receive_from=partner, like=mine)
+        swap({partner: mine}, {partner: theirs}, group)
         mine = _merge_packed(mine, theirs) if rank < partner else _merge_packed(theirs, mine)
         distance *= 2
     if rank + power < size:
-        _exchange(group, send_to=rank + power, send=mine)
+        swap({rank + power: mine}, {}, group)
     return unpack(mine)
 
 
 def _merge_packed(low: Tensor, high: Tensor) -> Tensor:
     return pack(merge(unpack(torch.stack([low, high]))))
-
-
-def _exchange(
-    group: ProcessGroup,
-    *,
-    send_to: int | None = None,
-    send: Tensor | None = None,
-    receive_from: int | None = None,
-    like: Tensor | None = None,
-) -> Tensor:
-    """Send and receive concurrently, peers by rank in the group. Return the received tensor, empty if none."""
-    received = torch.empty(0) if like is None else torch.empty_like(like)
-    operations = []
-    if send is not None:
-        operations.append(dist.P2POp(dist.isend, send, group=group, group_peer=send_to))
-    if like is not None:
-        operations.append(dist.P2POp(dist.irecv, received, group=group, group_peer=receive_from))
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
-    return received

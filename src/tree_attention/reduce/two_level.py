@@ -1,25 +1,21 @@
 """`TwoLevel`: inside the node, across the nodes, inside again; one merged partial per node crosses between nodes.
 
-The rows are split into slices, and the i-th rank of each node is the holder of slice i.
+The rows are split into slices, the last one padded, and the i-th rank of each node is the holder of slice i.
 
 1. inside: every rank sends each slice to its holder, which merges the node's parts in rank order
-2. across: the holders of a slice exchange it and merge it in node order
+2. across: the holders of a slice exchange it and merge it in node order, so that all get the same bits
 3. inside: every holder sends its slice to all ranks of the node
-
-Each number is merged in the same order wherever it is merged, so all ranks get the same bits. Rows are split, not
-heads, so neither number needs to divide by the ranks: the last slice is padded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
 from ..group import Group, check_agreement, gather_objects, rank_and_size, resolve_group
-from ..partial import Partial, PartialSpec, merge, spec_of
-from .collectives import pack, unpack
+from ..partial import Partial, merge, spec_of
+from .collectives import pack, swap, unpack
 from .link import Link, NodeLink, rows_of
 from .topology import Nodes, check_links, found_nodes, given_nodes, own_seat
 
@@ -27,17 +23,16 @@ from .topology import Nodes, check_links, found_nodes, given_nodes, own_seat
 class TwoLevel(Link):
     """The ranks of a group, arranged by node. Pass it in place of the group. All ranks construct it together, once.
 
-    Ranks of one node are near each other; nodes are far apart. Between nodes only one merged partial per node travels,
-    split into as many slices as the smallest node has ranks: slice i is exchanged by the i-th ranks of all nodes. In a
-    larger node the remaining ranks only send their partial and receive the result, so with 8 + 8 + 1 ranks one rank per
-    node uses the network. `nodes` may also split a host, 8 + 4 ranks as 4 + 4 + 4, so that all ranks use it.
+    Between nodes only one merged partial per node travels, split into as many slices as the smallest node has ranks:
+    slice i is exchanged by the i-th ranks of all nodes. With 8 + 8 + 1 ranks one rank per node uses the network.
+    `nodes` may also split a host, 8 + 4 ranks as 4 + 4 + 4, so that all ranks use it.
 
     Args:
         group: a process group, a 1-D DeviceMesh, or None for all ranks.
         nodes: the ranks (within the group) of each node; or an int, that number of consecutive ranks per node; or None:
             by host name, and where GPUs of one host cannot access each other's memory, by peer access.
         link: a link over exactly the ranks of this node, for the exchanges inside it; on every rank or on none.
-            Default: the group's point-to-point calls (NCCL, gloo), which also carry partials too large for the link.
+            Without it, and for partials too large for it: the group's point-to-point calls.
 
     Attributes:
         nodes: tuple of tuples of ranks, each ascending, ordered by first rank.
@@ -54,11 +49,7 @@ class TwoLevel(Link):
     algorithms = ("two_level",)
 
     def __init__(
-        self,
-        group: Group = None,
-        nodes: int | Sequence[Sequence[int]] | None = None,
-        *,
-        link: NodeLink | None = None,
+        self, group: Group = None, nodes: int | Sequence[Sequence[int]] | None = None, *, link: NodeLink | None = None
     ) -> None:
         self.group, self.link = resolve_group(group), link
         rank, size = rank_and_size(self.group)
@@ -79,20 +70,18 @@ class TwoLevel(Link):
             return self
         return self.group if self.link is None else self.link
 
-    def obstacle(self, spec: PartialSpec) -> str | None:
-        return None
-
     def reduce(self, partial: Partial, *, scatter: bool = False) -> Partial:
-        rows = partial.lse.numel()
+        rows, place, slices = partial.lse.numel(), self.place, self.slices
         if rows == 0 or self.group is None:
             return partial
-        pieces = _sliced(pack(partial), self.slices)
-        has_room = self.link is not None and self.link.obstacle(spec_of(rows_of(pieces))) is None
-        inside = self.link if self.link is not None and has_room else _PointToPoint(self, self.group)
-        mine = inside.merge_slices(pieces, self.place)
-        if self.place < self.slices:
+        pieces = _sliced(pack(partial), slices)
+        link = self.link
+        if link is not None and link.obstacle(spec_of(rows_of(pieces))) is not None:
+            link = None
+        mine = _merge_slices(pieces, self, self.group) if link is None else link.merge_slices(pieces, place)
+        if place < slices:
             mine = _across(mine, self, self.group)
-        whole = inside.gather_slices(mine, self.place, self.slices)
+        whole = _gather_slices(mine, self, self.group) if link is None else link.gather_slices(mine, place, slices)
         return unpack(whole.flatten(0, 1)[:rows].view(*partial.lse.shape, -1))
 
     def check(self) -> None:
@@ -114,37 +103,28 @@ def _sliced(packed: Tensor, slices: int) -> Tensor:
     return pad(flat, (0, 0, 0, -len(flat) % slices)).view(slices, -1, packed.shape[-1])
 
 
-class _PointToPoint:
-    """The exchanges inside a node by sends and receives; methods as in `NodeLink`."""
+def _merge_slices(pieces: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
+    """`NodeLink.merge_slices` by sends and receives."""
+    peers, place, slices = topology.peers, topology.place, topology.slices
+    holds, others = place < slices, [i for i in range(len(peers)) if i != place]
+    parts = pieces.new_empty((len(peers) if holds else 0, *pieces.shape[1:]))
+    outgoing = {peers[i]: pieces[i] for i in others if i < slices}
+    swap(outgoing, {peers[i]: parts[i] for i in others if holds}, group)
+    if not holds:
+        return pieces[slices - 1]
+    parts[place] = pieces[place]
+    return pack(merge(unpack(parts)))
 
-    def __init__(self, topology: TwoLevel, group: ProcessGroup) -> None:
-        self.peers, self.group = topology.peers, group
 
-    def merge_slices(self, pieces: Tensor, place: int) -> Tensor:
-        holds, slices, size = place < len(pieces), len(pieces), len(self.peers)
-        parts = pieces.new_empty((size if holds else 0, *pieces.shape[1:]))
-        others = [i for i in range(size) if i != place]
-        _swap(
-            {self.peers[i]: pieces[i] for i in others if i < slices},
-            {self.peers[i]: parts[i] for i in others if holds},
-            self.group,
-        )
-        if not holds:
-            return pieces[slices - 1]
-        parts[place] = pieces[place]
-        return pack(merge(unpack(parts)))
-
-    def gather_slices(self, mine: Tensor, place: int, slices: int) -> Tensor:
-        whole = mine.new_empty((slices, *mine.shape))
-        holds = place < slices
-        if holds:
-            whole[place] = mine
-        _swap(
-            {peer: mine for peer in self.peers if holds and peer != self.group.rank()},
-            {self.peers[i]: whole[i] for i in range(slices) if i != place},
-            self.group,
-        )
-        return whole
+def _gather_slices(mine: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
+    """`NodeLink.gather_slices` by sends and receives."""
+    peers, place, slices = topology.peers, topology.place, topology.slices
+    holds, whole = place < slices, mine.new_empty((slices, *mine.shape))
+    if holds:
+        whole[place] = mine
+    outgoing = {peer: mine for peer in peers if holds and peer != group.rank()}
+    swap(outgoing, {peers[i]: whole[i] for i in range(slices) if i != place}, group)
+    return whole
 
 
 def _across(mine: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
@@ -153,14 +133,5 @@ def _across(mine: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
     parts = mine.new_empty((len(holders), *mine.shape))
     others = [i for i, holder in enumerate(holders) if holder != group.rank()]
     parts[holders.index(group.rank())] = mine
-    _swap({holders[i]: mine for i in others}, {holders[i]: parts[i] for i in others}, group)
+    swap({holders[i]: mine for i in others}, {holders[i]: parts[i] for i in others}, group)
     return pack(merge(unpack(parts)))
-
-
-def _swap(outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], group: ProcessGroup) -> None:
-    """Send and receive contiguous tensors, by rank of the group, all concurrently."""
-    operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for peer, tensor in outgoing.items()]
-    operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for peer, tensor in incoming.items()]
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
