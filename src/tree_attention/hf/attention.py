@@ -57,7 +57,7 @@ def _attend_step(
     layer: KeyLayer, q: Tensor, k: Tensor, v: Tensor, mask: Any, sinks: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
     """A decode step's attention `[B, 1, H, D_v]`; k and v are whole buffers, of which the cursor says what is valid."""
-    cursor = layer.step_state.step_cursor
+    cursor = layer.step_state.cursor
     mask = mask if isinstance(mask, LazyMask) else lazy_mask()  # a step is never given a tensor
     if isinstance(layer, ShardedLayer):
         options |= {"mask": cursor.mask_of_shard(mask), "local_seqlens": cursor.held, "sinks": sinks}

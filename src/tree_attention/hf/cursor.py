@@ -1,9 +1,12 @@
-"""`Cursor`: the position of a static TreeCache, as tensors that a decode step advances itself.
+"""`StepState`: the decode steps of a static TreeCache. `Cursor`: its position, as tensors that a step itself advances.
 
 A captured step is replayed in the same memory, so nothing in it may ask the host.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,55 @@ from transformers.masking_utils import causal_mask_function
 
 from .cache_ranks import CacheRanks
 from .mask import LazyMask
+
+stepping_layers: list[list[Any]] = []  # the layers of each TreeCache inside `stepping`
+
+
+class StepState:
+    """The state of decode steps that a cache shares with its layers. Only the methods of this class change it.
+
+    Attributes:
+        cursor: the newest token's position on the device, a Cursor; None before the first step.
+        is_stepping: True during a step's forward pass: layers and attention then use the cursor.
+        cursor_is_stale: True if the host has changed the cache since the cursor was set.
+        buffers_version: increases when buffers move; graphs that were captured before must not be replayed.
+    """
+
+    def __init__(self, ranks: CacheRanks) -> None:
+        self.ranks = ranks
+        self.cursor: Any = None
+        self.is_stepping, self.cursor_is_stale = False, True
+        self.buffers_version = 0
+
+    def needs_cursor(self, batch: int) -> bool:
+        """True if the cursor must be set before a step of `batch` rows."""
+        return self.cursor_is_stale or self.cursor is None or self.cursor.batch != batch
+
+    def set_cursor(self, length: int, batch: int, device: torch.device, padding: Tensor | None) -> None:
+        """Set the cursor behind the first `length` tokens. padding: see `Cursor.start`."""
+        if self.cursor is None or self.cursor.batch != batch:
+            self.cursor = Cursor(self.ranks, batch, device)
+            self.buffers_changed()
+        self.cursor.start(length, padding)
+        self.cursor_is_stale = False
+
+    @contextlib.contextmanager
+    def stepping(self, layers: list[Any]) -> Iterator[None]:
+        """A step's forward pass through the layers of the cache. The cursor advances by one token."""
+        stepping_layers.append(layers)
+        self.is_stepping = True
+        try:
+            self.cursor.advance()
+            yield
+        finally:
+            self.is_stepping = False
+            stepping_layers.remove(layers)
+
+    def invalidate_cursor(self) -> None:
+        self.cursor_is_stale = True
+
+    def buffers_changed(self) -> None:
+        self.buffers_version += 1
 
 
 class Cursor:

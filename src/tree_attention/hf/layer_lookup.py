@@ -1,9 +1,8 @@
 """From an attention call back to the layer of the TreeCache that its keys came out of.
 
-transformers passes the cache to the model's attention module, but not to the attention function. So `mark` leaves the
-layer where `layer_of` finds it: on the key tensor, which other modules may share, and in a context variable for models
-that rebuild their keys from what `update` returned (latent attention). torch.compile cannot read a context variable;
-for it, `stepping_caches` has the cache whose step is running.
+transformers does not pass the cache to the attention function. So `mark` leaves the layer where `layer_of` finds it: on
+the key tensor, which other modules may share, and in a context variable for models that rebuild their keys from what
+`update` returned (latent attention). torch.compile cannot read a context variable; it uses `stepping_layers`.
 """
 
 from contextvars import ContextVar
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cursor import stepping_layers
 from .layers import KeyLayer
 
 _last_update: ContextVar[tuple[int, KeyLayer] | None] = ContextVar("_last_update", default=None)
-stepping_caches: list[Any] = []  # the TreeCaches inside `stepping()`
 
 
 def mark(key: Tensor, layer_idx: int, layer: KeyLayer) -> None:
@@ -29,7 +28,7 @@ def layer_of(module: Any, key: Tensor) -> KeyLayer | None:
     """Return the layer that `key` came out of; None if it came out of no TreeCache."""
     if torch.compiler.is_compiling():
         layer = getattr(key, "_tree_layer", None)
-        return stepping_caches[-1].layers[module.layer_idx] if layer is None and stepping_caches else layer
+        return stepping_layers[-1][module.layer_idx] if layer is None and stepping_layers else layer
     last_update = _last_update.get()
     if last_update is not None and last_update[0] == getattr(module, "layer_idx", None):
         _last_update.set(None)

@@ -1,20 +1,20 @@
 """`KeyLayer`: a layer of a TreeCache that holds keys. `ShardedLayer`: one whose keys are spread over the ranks."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 
 from ..errors import InputError
 from .cache_ranks import CacheRanks
-from .cursor import any_length
+from .cursor import StepState, any_length
 from .exchange import CacheExchange
-from .step_state import StepState
 
 
-class KeyLayer(CacheLayerMixin):
+class KeyLayer(DynamicLayer):
     """What `ShardedLayer` and `ReplicatedWindowLayer` (window_layer.py) have in common.
 
     Both also have `begin_steps`, which prepares the buffers for steps; `export_state` and `import_state`, which copy
@@ -24,6 +24,7 @@ class KeyLayer(CacheLayerMixin):
         length: number of slots over all ranks.
         last_update_tokens: number of slots over all ranks that the last update added.
         chunk: the slots (start, stop) of which each rank is fed its own only; set by `TreeCache.parallel_chunk`.
+        reserved: number of slots over all ranks to allocate when the buffers next grow; set by `TreeCache.reserve`.
     """
 
     keys: Any  # Tensor, or None before the first update
@@ -39,11 +40,6 @@ class KeyLayer(CacheLayerMixin):
         """Number of new slots over all ranks when this rank is fed `key_states`."""
         return key_states.shape[2] if self.chunk is None else self.chunk[1] - self.chunk[0]
 
-    @property
-    def can_step(self) -> bool:
-        """True if the layer can be updated through the cursor."""
-        return self.is_initialized and not getattr(self, "record_past", False)
-
     def query_slots(self, device: torch.device) -> Tensor:
         """The slots of the last update's tokens on this rank."""
         if self.chunk is not None:
@@ -54,13 +50,16 @@ class KeyLayer(CacheLayerMixin):
         """Add `tokens` slots to the length."""
         self.last_update_tokens, self.length = tokens, self.length + tokens
 
+    def _set_length(self, length: int) -> None:
+        self.length = length
+        self.step_state.invalidate_cursor()
+
     def get_seq_length(self) -> Any:
         """Number of slots; during a step the newest token's slot as a tensor, for models that compute with it."""
-        return self.step_state.step_cursor.slot[0] if self.step_state.is_stepping else self.length
+        return self.step_state.cursor.slot[0] if self.step_state.is_stepping else self.length
 
-    def reserve(self, tokens: int) -> None:
-        """Allocate at least `tokens` slots over all ranks when the buffers next grow; a window does not grow."""
-        self.reserved = max(self.reserved, tokens)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
 
     def reset(self) -> None:
         """Free the keys (transformers 5.17 would keep a window, filled with zeros)."""
@@ -71,10 +70,6 @@ class KeyLayer(CacheLayerMixin):
 
 class ShardedLayer(KeyLayer):
     """Full attention: holds slots `layout.slots(0, length, rank)`, in buffers `[B, H_kv, capacity, D]` that grow."""
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True
 
     @property
     def held(self) -> int:
@@ -94,7 +89,9 @@ class ShardedLayer(KeyLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.step_state.is_stepping:
-            return self._step(key_states, value_states)
+            for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+                buffer.index_copy_(2, self.step_state.cursor.place, new)
+            return self.keys[:, :, :-1], self.values[:, :, :-1]
         before, old, tokens = self.length, self.held, self.tokens_in(key_states)
         held = self.ranks.held(before + tokens)
         self.step_state.invalidate_cursor()
@@ -108,13 +105,6 @@ class ShardedLayer(KeyLayer):
         self.count(tokens)  # last: a layer that runs out of memory has not read the tokens
         shown = max(self.held, 1)
         return self.keys[:, :, :shown], self.values[:, :, :shown]
-
-    def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one new token at the cursor; return the whole buffers."""
-        place = self.step_state.step_cursor.place
-        self.keys.index_copy_(2, place, key_states)
-        self.values.index_copy_(2, place, value_states)
-        return self.keys[:, :, :-1], self.values[:, :, :-1]
 
     def grow(self, needed: int) -> None:
         """Make the buffers hold `needed` slots: a static cache's capacity, the reserve, or 1/64 (at least 64) more."""
@@ -146,16 +136,7 @@ class ShardedLayer(KeyLayer):
             self.values[:, :, : self.held] = tensors["values"]
 
     def undo_point(self) -> Callable[[], None]:
-        length = self.length
-
-        def undo() -> None:
-            self.length = length
-            self.step_state.invalidate_cursor()
-
-        return undo
-
-    def get_max_length(self) -> int:
-        return -1
+        return functools.partial(self._set_length, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.step_state.is_stepping:  # unused: the mask is a rule
@@ -166,11 +147,7 @@ class ShardedLayer(KeyLayer):
         """Forget the last `-tokens_to_remove` tokens."""
         if tokens_to_remove > 0:
             raise InputError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-        self.length = max(self.length + tokens_to_remove, 0)
-        self.step_state.invalidate_cursor()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
+        self._set_length(max(self.length + tokens_to_remove, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._change_rows(lambda buffer: buffer[indices.to(buffer.device)])

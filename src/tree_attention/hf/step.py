@@ -169,7 +169,7 @@ def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:
 
 
 def _run(forward: Forward, cache: TreeCache, step: CapturedStep) -> Tensor:
-    with cache.stepping():
+    with cache.step_state.stepping(cache.layers):
         return forward(
             input_ids=step.ids, position_ids=step.positions, past_key_values=cache, use_cache=True, return_dict=True
         ).logits
