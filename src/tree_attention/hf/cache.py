@@ -20,8 +20,7 @@ from ..reduce import TwoLevel
 from .cache_ranks import CacheRanks
 from .cursor import Cursor, StepState
 from .exchange import CacheExchange
-from .layer_lookup import mark
-from .layers import KeyLayer, ShardedLayer
+from .layers import KeyLayer, ShardedLayer, mark
 from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
 

@@ -108,10 +108,6 @@ class Cursor:
         self.place.copy_(torch.where(mine, layout.local_index(self.slot), self.nowhere))
         self.held.copy_(layout.local_length(self.slot + 1, rank).expand_as(self.held))
 
-    def ring_slots(self, size: int) -> Tensor:
-        """int64 `[size]`: the slot at each place of a ring that keeps slot s at `s % size`; negative if empty."""
-        return self.slot - (self.slot - torch.arange(size, device=self.slot.device)) % size
-
     def mask_of_shard(self, mask: LazyMask) -> Tensor | None:
         """bool `[B or 1, 1, 1, capacity]`: this rank's keys that the newest token may see; None: all that are held."""
         if mask.rule is causal_mask_function and self.padding is None:
@@ -119,8 +115,9 @@ class Cursor:
         return self._mask(mask, self.key_slots, 0)
 
     def mask_of_ring(self, mask: LazyMask, size: int) -> Tensor:
-        """bool `[B or 1, 1, 1, size]`: the keys of a ring that the newest token may see."""
-        return self._mask(mask, self.ring_slots(size), size)
+        """bool `[B or 1, 1, 1, size]`: the keys that the newest token may see, of a ring with slot s at `s % size`."""
+        key_slots = self.slot - (self.slot - torch.arange(size, device=self.slot.device)) % size  # negative if empty
+        return self._mask(mask, key_slots, size)
 
     def _mask(self, mask: LazyMask, key_slots: Tensor, size: int) -> Tensor:
         """Build each mask once per step for all layers that share it; a compiler merges equal ones itself."""

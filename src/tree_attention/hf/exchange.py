@@ -10,15 +10,7 @@ from transformers import PreTrainedConfig
 from ..errors import Unavailable
 from ..group import Group
 from ..partial import Partial, PartialSpec, spec_of
-from ..reduce import (
-    Link,
-    SharedMemoryLink,
-    SymmetricLink,
-    TwoLevel,
-    check_no_gradient,
-    resolve_reduction,
-    run_reduction,
-)
+from ..reduce import SharedMemoryLink, SymmetricLink, TwoLevel, check_no_gradient, resolve_reduction, run_reduction
 from .cache_ranks import CacheRanks
 from .tensor_parallel import tensor_ranks
 
@@ -36,13 +28,13 @@ class CacheExchange:
     def __init__(self, group: Group | TwoLevel, ranks: CacheRanks, config: PreTrainedConfig) -> None:
         topology = group if isinstance(group, TwoLevel) and len(group.nodes) > 1 else None  # one node: like its group
         self.ranks = ranks
-        self.link: Link | None = topology or _shared_memory_link(ranks.group)
+        self.link = topology or _shared_memory_link(ranks.group)
         self.link_pending = topology is None and ranks.layout.world_size > 1  # a SymmetricLink, made at the first step
         self.heads, self.head_dim = _largest_heads(config)
         self.received_bytes = 0.0
 
     @property
-    def target(self) -> Link | ProcessGroup | None:
+    def target(self) -> Any:
         """What `tree_decode` and `tree_reduce` take as the group."""
         return self.ranks.group if self.link is None else self.link
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import InputError
 from .cache_ranks import CacheRanks
-from .cursor import StepState, any_length
+from .cursor import StepState, any_length, stepping_layers
 from .exchange import CacheExchange
+
+_last_update: ContextVar["tuple[int, KeyLayer] | None"] = ContextVar("_last_update", default=None)
 
 
 class KeyLayer(DynamicLayer):
@@ -169,7 +172,29 @@ class ShardedLayer(KeyLayer):
 
 
 def _resized(buffer: Tensor, capacity: int) -> Tensor:
-    """Return a larger buffer with the same contents at its beginning."""
     resized = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
     resized[:, :, : buffer.shape[2]] = buffer
     return resized
+
+
+def mark(key: Tensor, layer_idx: int, layer: KeyLayer) -> None:
+    """Note that `key` came out of `layer`, because transformers does not pass the cache to the attention function.
+
+    `layer_of` finds the layer on the key tensor, which other modules may share, or in a context variable for models
+    that rebuild their keys (latent attention). torch.compile cannot read that; it uses `stepping_layers`.
+    """
+    key._tree_layer = layer  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling():
+        _last_update.set((layer_idx, layer))
+
+
+def layer_of(module: Any, key: Tensor) -> KeyLayer | None:
+    """Return the layer that `key` came out of; None if it came out of no TreeCache."""
+    if torch.compiler.is_compiling():
+        layer = getattr(key, "_tree_layer", None)
+        return stepping_layers[-1][module.layer_idx] if layer is None and stepping_layers else layer
+    last_update = _last_update.get()
+    if last_update is not None and last_update[0] == getattr(module, "layer_idx", None):
+        _last_update.set(None)
+        return last_update[1]
+    return getattr(key, "_tree_layer", None)

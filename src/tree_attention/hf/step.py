@@ -1,22 +1,19 @@
 """The decode step of a model with a static TreeCache: one token per row, on GPUs captured once and then replayed.
 
-`generate` calls `model.forward`, which `install_step` wraps. The wrapper handles calls that are such a step, in one of
-three ways, which `TreeCache.step_mode` names, and passes all others on:
+`install_step` wraps `model.forward`. The wrapper runs such steps in one of the modes that `TreeCache.step_mode` names:
 
 eager      the model's forward as it is; also with `generate(disable_compile=True)`, and if it cannot be captured
 captured   on GPUs: once eagerly, which compiles kernels, then as a CUDA graph: one launch instead of a thousand
 compiled   once eagerly, once by torch.compile (one graph, no breaks), which fuses small kernels; then as a CUDA graph
 
-Sampling stays with `generate`, outside the graph.
-
 NCCL cannot end a group while a graph with one of its collectives is alive (pytorch issue 115388). So `install_step`
-also wraps `torch.distributed.destroy_process_group`, to drop the graphs first.
+also makes `torch.distributed.destroy_process_group` drop the graphs first.
 """
 
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +48,30 @@ class CapturedStep:
 
 def install_step(model: Any) -> None:
     """Wrap `model.forward` and `destroy_process_group`, each once."""
-    _release_with_groups()
+    call_before(dist, "destroy_process_group", _release)
     if not hasattr(model.forward, "_tree_attention"):
         model.forward = SteppingForward(model.forward)
+
+
+def call_before(owner: Any, name: str, action: Callable[..., None]) -> None:
+    """Make the function `owner.name` call `action` first, with the same arguments. Wraps it once."""
+    original = getattr(owner, name)
+    if hasattr(original, "_tree_attention"):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        action(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    wrapped._tree_attention = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
+def _release(group: Any = None) -> None:
+    for cache in _caches_with_steps:
+        cache.captured_steps.clear()  # a cache that is used again captures again
+    close_links(group)
 
 
 class SteppingForward:
@@ -79,29 +97,43 @@ class SteppingForward:
         if args or not is_step(kwargs):
             return self.original(*args, **kwargs)
         cache = kwargs["past_key_values"]
-        ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
+        logits = self._step(cache, kwargs["input_ids"], kwargs.get("position_ids"), kwargs.get("attention_mask"))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _step(self, cache: TreeCache, ids: Tensor, positions: Tensor | None, padding: Tensor | None) -> Tensor:
+        """Feed ids `[B, 1]`; return the logits `[B, 1, vocabulary]` in new memory.
+
+        Step i runs `forwards[i]`. Later steps repeat the last one, on GPUs as a CUDA graph unless the mode is eager.
+        """
         if positions is None:
             positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
         mode = "eager" if cache.disable_compile else cache.step_mode
         forwards = [self.original, self.compiled] if mode == "compiled" else [self.original]
-        logits = decode_step(forwards, cache, ids, positions, kwargs.get("attention_mask"), capture=mode != "eager")
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-
-
-def _release_with_groups() -> None:
-    original = dist.destroy_process_group
-    if hasattr(original, "_tree_attention"):
-        return
-
-    @functools.wraps(original)
-    def destroy(group: Any = None) -> None:
-        for cache in _caches_with_steps:
-            cache.captured_steps.clear()  # a cache that is used again captures again
-        close_links(group)
-        original(group)
-
-    destroy._tree_attention = True  # type: ignore[attr-defined]
-    dist.destroy_process_group = destroy
+        exchange, cursor = cache.exchange, cache.begin_step(len(ids), ids.device, padding)
+        version = cache.step_state.buffers_version
+        key = (id(self.original), mode, ids.shape, positions.shape, cursor.padding is None, version)
+        step = cache.captured_steps.get(key)
+        if step is None:
+            cache.captured_steps.clear()
+            _caches_with_steps.add(cache)
+            step = cache.captured_steps[key] = CapturedStep(ids.clone(), positions.clone())
+        step.ids.copy_(ids)
+        step.positions.copy_(positions)
+        forward, before = forwards[min(step.runs, len(forwards) - 1)], exchange.received_bytes
+        if step.runs == len(forwards) and ids.is_cuda and mode != "eager":
+            _capture(forward, cache, step)
+        if step.graph is None or step.logits is None:
+            logits = _run(forward, cache, step)
+        else:
+            step.graph.replay()
+            logits = step.logits.clone()
+        counted = exchange.received_bytes - before
+        if step.runs == 0:
+            step.received_bytes = counted
+        exchange.count(step.received_bytes - counted)  # a replayed or compiled step runs no Python code that counts
+        step.runs += 1
+        cache.end_step()
+        return logits
 
 
 def is_step(arguments: dict[str, Any]) -> bool:
@@ -118,40 +150,6 @@ def is_step(arguments: dict[str, Any]) -> bool:
         and all(value is None for name, value in arguments.items() if name not in SUPPORTED | WITHOUT_EFFECT)
         and not torch.is_grad_enabled()
     )
-
-
-def decode_step(
-    forwards: Sequence[Forward], cache: TreeCache, ids: Tensor, positions: Tensor, padding: Any, *, capture: bool
-) -> Tensor:
-    """Feed ids `[B, 1]` at `positions`; return the logits `[B, 1, vocabulary]` in new memory.
-
-    forwards: step i runs `forwards[i]`; later steps repeat the last one. capture: that one, as a CUDA graph on GPUs.
-    """
-    exchange, cursor = cache.exchange, cache.begin_step(len(ids), ids.device, padding)
-    version = cache.step_state.buffers_version
-    key = (id(forwards[0]), len(forwards), capture, ids.shape, positions.shape, cursor.padding is None, version)
-    step = cache.captured_steps.get(key)
-    if step is None:
-        cache.captured_steps.clear()
-        _caches_with_steps.add(cache)
-        step = cache.captured_steps[key] = CapturedStep(ids.clone(), positions.clone())
-    step.ids.copy_(ids)
-    step.positions.copy_(positions)
-    forward, before = forwards[min(step.runs, len(forwards) - 1)], exchange.received_bytes
-    if step.runs == len(forwards) and ids.is_cuda and capture:
-        _capture(forward, cache, step)
-    if step.graph is None or step.logits is None:
-        logits = _run(forward, cache, step)
-    else:
-        step.graph.replay()
-        logits = step.logits.clone()
-    counted = exchange.received_bytes - before
-    if step.runs == 0:
-        step.received_bytes = counted
-    exchange.count(step.received_bytes - counted)  # a replayed or compiled step runs no Python code that counts
-    step.runs += 1
-    cache.end_step()
-    return logits
 
 
 def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:

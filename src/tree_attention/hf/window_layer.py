@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from ..reduce.collectives import gather
 from .layers import KeyLayer
-from .prefill_attention import gather_in_slot_order
 
 
 class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
@@ -30,7 +30,8 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
         self.from_ring()
         if self.chunk is not None and self.ranks.group is not None:
             mine = torch.cat([key_states, value_states], -1)
-            gathered = gather_in_slot_order(mine, self.ranks.group, self.ranks.layout.block)
+            by_rank = gather(mine, self.ranks.group).unflatten(3, (-1, self.ranks.layout.block))
+            gathered = by_rank.permute(1, 2, 3, 0, 4, 5).flatten(2, 4)  # [P, B, H, cycles, block, D] -> slot order
             key_states, value_states = gathered.split([key_states.shape[3], value_states.shape[3]], -1)
             self.exchange.count(gathered.nbytes - mine.nbytes)
         self.step_state.invalidate_cursor()
