@@ -1,7 +1,4 @@
-"""`TreeCache`: a transformers cache whose full-attention layers hold only this rank's tokens.
-
-Lengths count the tokens of all ranks, as transformers expects; keys and values are this rank's.
-"""
+"""`TreeCache`: a transformers cache whose full-attention layers hold this rank's keys only. Lengths count all."""
 
 import contextlib
 import hashlib
@@ -112,10 +109,7 @@ class TreeCache(Cache):
         return keys, values
 
     def check_ready(self, length: int) -> None:
-        """Raise InputError if the cache cannot be fed up to `length` tokens.
-
-        Either a static cache is too small, or an error interrupted a forward pass and the layers hold different tokens.
-        """
+        """Raise InputError if a static cache is too small for `length` tokens, or layers hold different tokens."""
         lengths = {layer.length for layer in self.key_layers}
         # A repeated step overwrites its keys, but a linear-attention state has already advanced.
         if len(lengths) > 1 or (self.is_unfinished and "LinearAttentionLayer" in self.other_kinds):
@@ -157,8 +151,7 @@ class TreeCache(Cache):
     def begin_step(self, batch: int, device: torch.device, attention_mask: Tensor | None) -> Cursor:
         """Prepare a step of one token in each of `batch` rows, and return the cursor. All ranks call it together.
 
-        attention_mask: as `generate` passes it. It is only read if the cache has changed since the last step, or a new
-            `generate` began: reading it in each step would wait for the device.
+        attention_mask: as `generate` passes it. It is only read if the cursor must be set: that waits for the device.
         """
         state, length = self.step_state, self.get_seq_length()
         self.ranks.check_capacity(length + 1)
@@ -175,7 +168,7 @@ class TreeCache(Cache):
         return state.cursor
 
     def end_step(self) -> None:
-        """Count on the host the token that the device has counted."""
+        """Count the step's token on the host."""
         for layer in self.key_layers:
             layer.count(1)
         self.is_unfinished = False

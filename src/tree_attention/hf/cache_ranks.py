@@ -12,15 +12,12 @@ from ..layout import Layout
 
 @dataclass(frozen=True)
 class CacheRanks:
-    """Where the tokens of a cache lie; fixed when the cache is made.
+    """Where the tokens of a cache lie; fixed when the cache is made."""
 
-    group: None for a single process. max_tokens: over all ranks; None for a cache that grows.
-    """
-
-    group: ProcessGroup | None
+    group: ProcessGroup | None  # None for a single process
     rank: int
     layout: Layout
-    max_tokens: int | None
+    max_tokens: int | None  # over all ranks; None for a cache that grows
 
     @property
     def static_capacity(self) -> int:

@@ -1,7 +1,4 @@
-"""`StepState`: the decode steps of a static TreeCache. `Cursor`: its position, as tensors that a step itself advances.
-
-A captured step is replayed in the same memory, so nothing in it may ask the host.
-"""
+"""`StepState`: the decode steps of a static TreeCache. `Cursor`: its position, as tensors that a step advances."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,20 +16,14 @@ stepping_layers: list[list[Any]] = []  # the layers of each TreeCache inside `st
 
 
 class StepState:
-    """The state of decode steps that a cache shares with its layers. Only the methods of this class change it.
-
-    Attributes:
-        cursor: the newest token's position on the device, a Cursor; None before the first step.
-        is_stepping: True during a step's forward pass: layers and attention then use the cursor.
-        cursor_is_stale: True if the host has changed the cache since the cursor was set.
-        buffers_version: increases when buffers move; graphs that were captured before must not be replayed.
-    """
+    """The state of decode steps that a cache shares with its layers. Only the methods of this class change it."""
 
     def __init__(self, ranks: CacheRanks) -> None:
         self.ranks = ranks
-        self.cursor: Any = None
-        self.is_stepping, self.cursor_is_stale = False, True
-        self.buffers_version = 0
+        self.cursor: Any = None  # a Cursor from the first step on
+        self.is_stepping = False  # True during a step's forward pass: layers and attention then use the cursor
+        self.cursor_is_stale = True  # the host has changed the cache since the cursor was set
+        self.buffers_version = 0  # increases when buffers move; graphs that were captured before are not replayed
 
     def needs_cursor(self, batch: int) -> bool:
         """True if the cursor must be set before a step of `batch` rows."""
@@ -66,14 +57,9 @@ class StepState:
 
 
 class Cursor:
-    """The newest token's position.
+    """The newest token's position, on the device.
 
-    Attributes:
-        slot, place: int64 `[1]`, the token's slot, and its index in this rank's buffers. The index is `capacity` if
-            another rank holds the token: buffers have one extra place, which is never read.
-        held: int32 `[B]`, the number of keys on this rank.
-        key_slots: int64 `[capacity]`, the slot of each place.
-        padding: bool `[B, max_tokens]`, True for real tokens; None without padding.
+    A token of another rank has the place `capacity`: buffers have one extra place, which is never read.
     """
 
     def __init__(self, ranks: CacheRanks, batch: int, device: torch.device) -> None:
@@ -81,9 +67,9 @@ class Cursor:
         self.ranks, self.batch = ranks, batch
         self.nowhere = torch.tensor(capacity, device=device)
         self.slot, self.place = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
-        self.held = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.held = torch.zeros(batch, dtype=torch.int32, device=device)  # number of keys on this rank
         self.key_slots = any_length(ranks.layout.slot(torch.arange(capacity, device=device), ranks.rank), 0)
-        self.padding: Tensor | None = None
+        self.padding: Tensor | None = None  # bool `[B, max_tokens]`, True for real tokens
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def start(self, length: int, padding: Tensor | None) -> None:

@@ -18,19 +18,14 @@ TIMEOUT_S = 300.0  # a rank may compile for longer than the others; a dead one i
 
 
 class CacheExchange:
-    """The links of one cache. Only the methods of this class change it.
-
-    Attributes:
-        link: a TwoLevel that the caller passed, or a link that was made here; None if the process group is used.
-        received_bytes: bytes received for attention so far.
-    """
+    """The links of one cache, and the bytes received for attention. Only the methods of this class change it."""
 
     def __init__(self, group: Group | TwoLevel, ranks: CacheRanks, config: PreTrainedConfig) -> None:
         topology = group if isinstance(group, TwoLevel) and len(group.nodes) > 1 else None  # one node: like its group
         self.ranks = ranks
-        self.link = topology or _shared_memory_link(ranks.group)
+        self.link = topology or _shared_memory_link(ranks.group)  # None if the process group is used
         self.link_pending = topology is None and ranks.layout.world_size > 1  # a SymmetricLink, made at the first step
-        self.heads, self.head_dim = _largest_heads(config)
+        self.heads, self.head_dim = _heads(config)
         self.received_bytes = 0.0
 
     @property
@@ -67,7 +62,7 @@ class CacheExchange:
         self.received_bytes += received
 
 
-def _largest_heads(config: Any) -> tuple[int, int]:
+def _heads(config: Any) -> tuple[int, int]:
     """Query heads per rank, and an upper bound on their head dim D_v. A link for too few would not be used."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None) or 1

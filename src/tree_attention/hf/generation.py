@@ -1,7 +1,4 @@
-"""What `generate` needs: a TreeCache if the caller passes no cache, and the same random numbers on all ranks.
-
-transformers has no registry of caches, so one private method is wrapped.
-"""
+"""What `generate` needs: a TreeCache if the caller passes no cache, and the same random numbers on all ranks."""
 
 from typing import Any
 
@@ -9,26 +6,19 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed import ProcessGroup
-from transformers import GenerationMixin
 
 from ..errors import Unsupported
 from ..group import resolve_group
 from .cache import TreeCache
-from .step import call_before, install_step
+from .step import install_step
 from .tensor_parallel import check_axes, sequence_axis, tensor_group
 
 # With prefill_chunk_size, older versions feed the whole text to a cache that already holds a part of it.
 FEEDS_AGAIN = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 
 
-def install_generation_hook() -> None:
-    """Wrap `GenerationMixin._prepare_cache_for_generation`, once."""
-    call_before(GenerationMixin, "_prepare_cache_for_generation", _prepare)
-
-
-def _prepare(
-    model: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: str, *_: Any, **__: Any
-) -> None:
+def prepare(model: Any, generation_config: Any, model_kwargs: Any, generation_mode: str, *_: Any, **__: Any) -> None:
+    """Act before `GenerationMixin._prepare_cache_for_generation`, on models with "tree_attention"."""
     if model.config.get_text_config(decoder=True)._attn_implementation != "tree_attention":
         return
     cache, is_assisted = model_kwargs.get("past_key_values"), generation_mode == "assisted_generation"
@@ -36,7 +26,18 @@ def _prepare(
     if cache is None and generation_config.use_cache is not False:
         cache = model_kwargs["past_key_values"] = TreeCache(model.config, sequence_axis(model))
     if isinstance(cache, TreeCache):
-        _prepare_cache(cache, model, generation_config, is_assisted)
+        check_axes(model, cache.ranks.group)
+        lookup = generation_config.prompt_lookup_num_tokens if is_assisted else None
+        # The last token is not fed. The token before it may be fed together with `lookup` guesses.
+        cache.check_ready((generation_config.max_length or 0) - 2 + (lookup or 1))
+        layer: Any
+        for layer in cache.layers:
+            if hasattr(layer, "record_past"):  # transformers never turns it off, and windows would grow without end
+                layer.record_past = is_assisted or bool(generation_config.is_assistant)
+        if cache.ranks.max_tokens is not None:
+            cache.step_state.invalidate_cursor()  # the mask may hide other tokens than the last one did
+            cache.disable_compile = bool(generation_config.disable_compile)
+            install_step(model)
     if generation_config.do_sample:
         sequence = cache.ranks.group if isinstance(cache, TreeCache) else resolve_group()
         for group in (sequence, tensor_group(model)):
@@ -64,21 +65,6 @@ def _check_supported(generation_config: Any, cache: Any, is_assisted: bool) -> N
             f"transformers {transformers.__version__} feeds a filled cache again when prefill_chunk_size is set: "
             "leave it out, or use tree_attention.hf.prefill"
         )
-
-
-def _prepare_cache(cache: TreeCache, model: Any, generation_config: Any, is_assisted: bool) -> None:
-    check_axes(model, cache.ranks.group)
-    lookup = generation_config.prompt_lookup_num_tokens if is_assisted else None
-    # The last token is not fed. The token before it may be fed together with `lookup` guesses.
-    cache.check_ready((generation_config.max_length or 0) - 2 + (lookup or 1))
-    layer: Any
-    for layer in cache.layers:
-        if hasattr(layer, "record_past"):  # transformers never turns it off, and windows would grow without end
-            layer.record_past = is_assisted or bool(generation_config.is_assistant)
-    if cache.ranks.max_tokens is not None:
-        cache.step_state.invalidate_cursor()  # the mask may hide other tokens than the last one did
-        cache.disable_compile = bool(generation_config.disable_compile)
-        install_step(model)
 
 
 def share_random_state(group: ProcessGroup, device: torch.device) -> None:

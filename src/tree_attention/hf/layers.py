@@ -22,12 +22,6 @@ class KeyLayer(DynamicLayer):
 
     Both also have `begin_steps`, which prepares the buffers for steps; `export_state` and `import_state`, which copy
     what the layer holds into a new one; and `undo_point`, which returns a function that restores what it holds now.
-
-    Attributes:
-        length: number of slots over all ranks.
-        last_update_tokens: number of slots over all ranks that the last update added.
-        chunk: the slots (start, stop) of which each rank is fed its own only; set by `TreeCache.parallel_chunk`.
-        reserved: number of slots over all ranks to allocate when the buffers next grow; set by `TreeCache.reserve`.
     """
 
     keys: Any  # Tensor, or None before the first update
@@ -36,8 +30,11 @@ class KeyLayer(DynamicLayer):
     def __init__(self, ranks: CacheRanks, exchange: CacheExchange, step_state: StepState, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.ranks, self.exchange, self.step_state = ranks, exchange, step_state
-        self.chunk: tuple[int, int] | None = None
-        self.length = self.last_update_tokens = self.reserved = 0
+        self.chunk: tuple[int, int] | None = (
+            None  # slots (start, stop) of which each rank is fed its own; set by TreeCache
+        )
+        self.length = self.last_update_tokens = 0  # in slots over all ranks
+        self.reserved = 0  # slots over all ranks to allocate when the buffers next grow; set by `TreeCache.reserve`
 
     def tokens_in(self, key_states: Tensor) -> int:
         """Number of new slots over all ranks when this rank is fed `key_states`."""

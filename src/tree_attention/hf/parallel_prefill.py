@@ -56,13 +56,9 @@ def prefill(
         return
 
     def read(columns: Tensor | slice, stop: int) -> None:
-        model.base_model(
-            input_ids=input_ids[:, columns],
-            position_ids=positions[:, columns],
-            attention_mask=None if attention_mask is None else attention_mask[:, :stop],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        mask = None if attention_mask is None else attention_mask[:, :stop]
+        inputs = {"input_ids": input_ids[:, columns], "position_ids": positions[:, columns], "attention_mask": mask}
+        model.base_model(**inputs, past_key_values=cache, use_cache=True)
         if on_progress is not None:
             on_progress(stop)
 

@@ -93,12 +93,9 @@ def _attend_pair(
 ) -> list[tuple[int, Partial]]:
     """Causal attention of rank `asking`'s queries in a chunk over rank `holding`'s keys in it, without a large mask.
 
-    q, k, v: `[B, n, ...]`, one block of each cycle. Over a rank's own keys this is the plain causal rule. Of another
-    rank's keys, a query sees whole blocks: those of earlier cycles, and that of its own cycle if `holding` < `asking`.
-    The plain causal rule finds all of them but the end of the last one, the diagonal block: there it shows only the
-    places up to the query's. A second call attends each block of queries to the rest of its diagonal block.
-
-    Returns partials, each with the index of the first query that it covers.
+    q, k, v: `[B, n, ...]`, one block of each cycle. Of another rank's keys, a query sees whole blocks: those of earlier
+    cycles, and that of its own cycle if `holding` < `asking`. The plain causal rule shows all but the end of the last
+    one, the diagonal block; a second call attends to that rest. Returns partials, each with its first query's index.
     """
     if asking == holding:
         return [(0, attend(q, k, v, causal=True, **options))]

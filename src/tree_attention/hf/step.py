@@ -28,8 +28,6 @@ from .link_sums import close_links, open_link
 # Arguments of `forward` in a step; for one token the latter make no difference.
 SUPPORTED = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
 WITHOUT_EFFECT = {"use_cache", "return_dict", "logits_to_keep"}
-# Choose kernels by rule, not by timing: timing could choose differently on another rank, and give different bits.
-DETERMINISTIC_OPTIONS: dict[str, Any] = {"deterministic": True}
 Forward = Callable[..., Any]
 _caches_with_steps: weakref.WeakSet[TreeCache] = weakref.WeakSet()
 
@@ -90,7 +88,8 @@ class SteppingForward:
         from .compile_pass import StepPass  # loads the compiler, which takes seconds
 
         step_pass = StepPass(open_link(getattr(self.original, "__self__", None)))
-        options: Any = DETERMINISTIC_OPTIONS | {"post_grad_custom_pre_pass": step_pass}
+        # Choose kernels by rule: timing could choose differently on another rank, and give different bits.
+        options: Any = {"deterministic": True, "post_grad_custom_pre_pass": step_pass}
         return torch.compile(self.original, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,17 +138,13 @@ class SteppingForward:
 def is_step(arguments: dict[str, Any]) -> bool:
     """Return whether a call of `forward` feeds one token per row to a static TreeCache, and asks only for logits."""
     cache, ids, mask = (arguments.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
-    return (
-        isinstance(cache, TreeCache)
-        and cache.can_step()
-        and isinstance(ids, Tensor)
-        and ids.shape[1] == 1
-        and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
-        and arguments.get("use_cache") is not False
-        and arguments.get("return_dict") is not False
-        and all(value is None for name, value in arguments.items() if name not in SUPPORTED | WITHOUT_EFFECT)
-        and not torch.is_grad_enabled()
-    )
+    if not isinstance(cache, TreeCache) or not cache.can_step() or torch.is_grad_enabled():
+        return False
+    is_token = isinstance(ids, Tensor) and ids.shape[1] == 1
+    is_2d = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+    returns_cache = arguments.get("use_cache") is not False and arguments.get("return_dict") is not False
+    others = arguments.keys() - SUPPORTED - WITHOUT_EFFECT
+    return is_token and is_2d and returns_cache and all(arguments[name] is None for name in others)
 
 
 def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:
@@ -168,6 +163,5 @@ def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:
 
 def _run(forward: Forward, cache: TreeCache, step: CapturedStep) -> Tensor:
     with cache.step_state.stepping(cache.layers):
-        return forward(
-            input_ids=step.ids, position_ids=step.positions, past_key_values=cache, use_cache=True, return_dict=True
-        ).logits
+        inputs = {"input_ids": step.ids, "position_ids": step.positions, "past_key_values": cache}
+        return forward(**inputs, use_cache=True, return_dict=True).logits
