@@ -5,7 +5,7 @@ import torch
 
 from tree_attention import Layout, attend
 from tree_attention.hf import prefill_attention
-from tree_attention.hf.cache_ranks import CacheRanks
+from tree_attention.hf.exchange import CacheRanks
 from tree_attention.partial import Partial
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 

@@ -14,9 +14,8 @@ from ..errors import InputError
 from ..group import Group, check_agreement, rank_and_size, resolve_group
 from ..layout import Layout
 from ..reduce import TwoLevel
-from .cache_ranks import CacheRanks
 from .cursor import Cursor, StepState
-from .exchange import CacheExchange
+from .exchange import CacheExchange, CacheRanks
 from .layers import KeyLayer, ShardedLayer, mark
 from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer

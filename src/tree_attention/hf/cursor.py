@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
-from .cache_ranks import CacheRanks
+from .exchange import CacheRanks
 from .mask import LazyMask
 
 stepping_layers: list[list[Any]] = []  # the layers of each TreeCache inside `stepping`

@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import InputError
-from .cache_ranks import CacheRanks
 from .cursor import StepState, any_length, stepping_layers
-from .exchange import CacheExchange
+from .exchange import CacheExchange, CacheRanks
 
 _last_update: ContextVar["tuple[int, KeyLayer] | None"] = ContextVar("_last_update", default=None)
 

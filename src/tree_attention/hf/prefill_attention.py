@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from ..local import attend
 from ..partial import Partial, merge, stack
 from ..reduce.collectives import gather, reduce_scatter, start_gather
-from .cache_ranks import CacheRanks
+from .exchange import CacheRanks
 
 # (query slots [T], key slots [S]) -> bool [B or 1, 1, T, S]; None for the causal rule alone
 BuildMask = Callable[[Tensor, Tensor], Tensor] | None
