@@ -5,6 +5,7 @@ import torch
 
 from tree_attention import Layout, attend
 from tree_attention.hf import prefill_attention
+from tree_attention.hf.exchange import CacheRanks
 from tree_attention.partial import Partial
 from tree_attention.testing import assert_within_rounding, oracle, peaked_inputs
 
@@ -16,6 +17,7 @@ def of_a_rank(group, shape, block, start, passed, causal_only, scale=SCALE):
     stop = shape["S"]
     q, k, v = peaked_inputs(T=stop, **shape)
     layout = Layout(group.size(), block)
+    ranks = CacheRanks(group, group.rank(), layout, max_tokens=None)
     mine, held = (layout.slots(first, stop, group.rank(), device=q.device) for first in (start, 0))
 
     def build(query_slots, key_slots):
@@ -28,8 +30,7 @@ def of_a_rank(group, shape, block, start, passed, causal_only, scale=SCALE):
             k[:, held],
             v[:, held],
             (start, stop),
-            layout,
-            group,
+            ranks,
             None if causal_only else build,
             {"scale": scale, "softcap": None},
         )

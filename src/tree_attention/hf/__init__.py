@@ -12,18 +12,19 @@ For a long prompt, `prefill` also divides the computation over the ranks:
     model.generate(**inputs, past_key_values=cache)
 """
 
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 
 from .attention import tree_attention_forward
 from .cache import TreeCache
-from .generation import install_generation_hook
+from .generation import prepare
 from .mask import lazy_mask
 from .parallel_prefill import can_prefill, prefill
 from .session import Session
+from .step import call_before
 from .tensor_parallel import load_tensor_parallel
 
 __all__ = ["Session", "TreeCache", "can_prefill", "load_tensor_parallel", "prefill"]
 
 AttentionInterface.register("tree_attention", tree_attention_forward)
 AttentionMaskInterface.register("tree_attention", lazy_mask)
-install_generation_hook()
+call_before(GenerationMixin, "_prepare_cache_for_generation", prepare)  # there is no registry of caches

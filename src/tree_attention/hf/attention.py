@@ -1,5 +1,6 @@
 """The attention function that transformers calls in each layer: local attention, reduction, sinks, one rounding."""
 
+import functools
 from typing import Any
 
 import torch
@@ -10,10 +11,9 @@ from ..errors import InputError, Unsupported
 from ..local import attend
 from ..partial import Partial, add_sinks
 from ..route import resolve
-from .layer_lookup import layer_of
-from .layers import KeyLayer, ShardedLayer
+from .layers import KeyLayer, ShardedLayer, layer_of
 from .mask import LazyMask, lazy_mask
-from .prefill_attention import attend_chunk, attend_seen_and_new
+from .prefill_attention import Options, attend_chunk, attend_seen_and_new
 
 
 def tree_attention_forward(
@@ -36,7 +36,7 @@ def tree_attention_forward(
     """
     _check_supported(dropout, others)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap}
+    options: Options = {"scale": scaling, "softcap": softcap}
     layer = layer_of(module, key)
     if layer is not None and layer.step_state.is_stepping:
         return _attend_step(layer, q, k, v, attention_mask, s_aux, options).contiguous(), None
@@ -53,11 +53,9 @@ def tree_attention_forward(
     return total.out.to(query.dtype).contiguous(), None
 
 
-def _attend_step(
-    layer: KeyLayer, q: Tensor, k: Tensor, v: Tensor, mask: Any, sinks: Tensor | None, options: dict[str, Any]
-) -> Tensor:
+def _attend_step(layer: KeyLayer, q: Tensor, k: Tensor, v: Tensor, mask: Any, sinks: Any, options: Options) -> Tensor:
     """A decode step's attention `[B, 1, H, D_v]`; k and v are whole buffers, of which the cursor says what is valid."""
-    cursor = layer.step_state.step_cursor
+    cursor = layer.step_state.cursor
     mask = mask if isinstance(mask, LazyMask) else lazy_mask()  # a step is never given a tensor
     if isinstance(layer, ShardedLayer):
         options |= {"mask": cursor.mask_of_shard(mask), "local_seqlens": cursor.held, "sinks": sinks}
@@ -69,14 +67,9 @@ def _attend_step(
     return (total if sinks is None else add_sinks(total, sinks)).out.to(q.dtype)
 
 
-def _attend_over_ranks(
-    layer: ShardedLayer, q: Tensor, k: Tensor, v: Tensor, mask: LazyMask, options: dict[str, Any]
-) -> Partial:
+def _attend_over_ranks(layer: KeyLayer, q: Tensor, k: Tensor, v: Tensor, mask: LazyMask, options: Options) -> Partial:
     """Attention of q over the keys of all ranks."""
-    ranks, batch, is_causal = layer.ranks, q.shape[0], mask.is_causal_only
-
-    def build(query_slots: Tensor, key_slots: Tensor) -> Tensor:
-        return mask.build(query_slots, key_slots, batch)
+    ranks, is_causal, build = layer.ranks, mask.is_causal_only, functools.partial(mask.build, batch=q.shape[0])
 
     def own_mask(seen: int) -> Tensor:
         query_slots = layer.query_slots(q.device)[mask.rows or slice(None)]
@@ -84,7 +77,7 @@ def _attend_over_ranks(
 
     if layer.chunk is not None and ranks.group is not None:
         build_mask = None if is_causal else build
-        total, received = attend_chunk(q, k, v, layer.chunk, ranks.layout, ranks.group, build_mask, options)
+        total, received = attend_chunk(q, k, v, layer.chunk, ranks, build_mask, options)
         layer.exchange.count(received)
         return total
     if not is_causal:
@@ -132,7 +125,7 @@ def _as_rule(mask: LazyMask | Tensor, slots: int) -> LazyMask:
 
 
 def _checked(mask: Tensor, keys: int) -> Tensor:
-    """Return a 4-D mask, or raise unless it is bool, the same for all heads, and as wide as the keys."""
+    """Return a 4-D mask. Raises unless it is bool, the same for all heads, and as wide as the keys."""
     if mask.dtype != torch.bool:
         raise Unsupported(f"a 4-D attention_mask must be bool (True: may attend), got {mask.dtype}: pass mask >= 0")
     if mask.shape[1] != 1:
@@ -147,8 +140,9 @@ def _check_supported(dropout: float, others: dict[str, Any]) -> None:
         raise Unsupported(f"tree_attention has no dropout, got {dropout}: call model.eval(), or train with 'sdpa'")
     if others.get("cache") is not None:
         raise Unsupported("continuous batching (generate_batch) is not supported: use model.generate")
-    for name in ("position_bias", "indices", "block_indices", "sinks"):
-        if others.get(name) is not None:
-            raise Unsupported(
-                f"attention with {name!r} is not supported: load this model with another attn_implementation"
-            )
+    if names := [
+        name for name in ("position_bias", "indices", "block_indices", "sinks") if others.get(name) is not None
+    ]:
+        raise Unsupported(
+            f"attention with {names[0]!r} is not supported: load this model with another attn_implementation"
+        )

@@ -1,8 +1,4 @@
-"""`TreeCache`: a transformers cache whose full-attention layers hold only this rank's tokens.
-
-Lengths count the tokens of all ranks, as transformers expects; keys and values are this rank's. Layers with a window or
-with linear attention are small and stay whole on every rank, so they need no communication.
-"""
+"""`TreeCache`: a transformers cache whose full-attention layers hold this rank's keys only. Lengths count all."""
 
 import contextlib
 import hashlib
@@ -18,18 +14,15 @@ from ..errors import InputError
 from ..group import Group, check_agreement, rank_and_size, resolve_group
 from ..layout import Layout
 from ..reduce import TwoLevel
-from .cache_ranks import CacheRanks
-from .cursor import Cursor
-from .exchange import CacheExchange
-from .layer_lookup import mark, stepping_caches
-from .layers import KeyLayer, ShardedLayer
-from .step_state import StepState
+from .cursor import Cursor, StepState
+from .exchange import CacheExchange, CacheRanks
+from .layers import KeyLayer, ShardedLayer, mark
 from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
 
 BLOCK_TOKENS = 16
 STEP_MODES = ("captured", "compiled", "eager")
-STEP_LAYERS = ("DummyLayer", "LinearAttentionLayer")  # transformers' layers that need no cursor in a step
+STEP_LAYERS = {"DummyLayer", "LinearAttentionLayer"}  # transformers' layers that need no cursor in a step
 
 
 class TreeCache(Cache):
@@ -80,6 +73,7 @@ class TreeCache(Cache):
         self.ranks = CacheRanks(process_group, rank, Layout(size, block_tokens), max_tokens)
         self.exchange = CacheExchange(group, self.ranks, config)
         self.step_state = StepState(self.ranks)
+        self.is_unfinished = False  # True if a step began and did not end, because an error interrupted it
         self.step_mode, self.disable_compile = step, False  # the latter: as the last `generate` was told
         self.captured_steps: dict[Any, Any] = {}  # written by step.py
         self.config, self.given_group = config.get_text_config(decoder=True), group
@@ -88,6 +82,7 @@ class TreeCache(Cache):
         check_agreement(described, process_group)
         super().__init__(layers=[self._our_layer(layer) for layer in DynamicCache(config=self.config).layers])
         self.key_layers: list[Any] = [layer for layer in self.layers if isinstance(layer, KeyLayer)]
+        self.other_kinds = {type(layer).__name__ for layer in self.layers if not isinstance(layer, KeyLayer)}
 
     def _our_layer(self, layer: Any) -> Any:
         """Our layer for the kinds that hold keys; other kinds (linear, conv, shared) stay as transformers made them."""
@@ -113,14 +108,10 @@ class TreeCache(Cache):
         return keys, values
 
     def check_ready(self, length: int) -> None:
-        """Raise InputError if the cache cannot be fed up to `length` tokens.
-
-        Either a static cache is too small, or an error interrupted a forward pass and the layers hold different tokens.
-        """
+        """Raise InputError if a static cache is too small for `length` tokens, or layers hold different tokens."""
         lengths = {layer.length for layer in self.key_layers}
         # A repeated step overwrites its keys, but a linear-attention state has already advanced.
-        has_state = any(type(layer).__name__ == "LinearAttentionLayer" for layer in self.layers)
-        if len(lengths) > 1 or (self.step_state.is_unfinished and has_state):
+        if len(lengths) > 1 or (self.is_unfinished and "LinearAttentionLayer" in self.other_kinds):
             raise InputError(
                 "a forward pass was interrupted, so layers of this TreeCache hold different tokens: create a new one "
                 "on every rank, and pass the whole text again"
@@ -132,12 +123,12 @@ class TreeCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.step_state.set_unfinished(False)
+        self.is_unfinished = False
 
     def reserve(self, tokens: int) -> None:
         """Make the next growth allocate at least `tokens` tokens over all ranks, so that buffers grow once."""
         for layer in self.key_layers:
-            layer.reserve(tokens)
+            layer.reserved = max(layer.reserved, tokens)
 
     @contextlib.contextmanager
     def parallel_chunk(self, start: int, stop: int) -> Iterator[Tensor]:
@@ -152,24 +143,18 @@ class TreeCache(Cache):
 
     def can_step(self) -> bool:
         """True if the next token can be fed without the host: the cache is static, holds tokens, and all layers can."""
-        return (
-            self.ranks.max_tokens is not None
-            and self.get_seq_length() > 0
-            and all(
-                layer.can_step if isinstance(layer, KeyLayer) else type(layer).__name__ in STEP_LAYERS
-                for layer in self.layers
-            )
-        )
+        if self.ranks.max_tokens is None or self.get_seq_length() == 0 or not self.other_kinds <= STEP_LAYERS:
+            return False
+        return all(layer.is_initialized and not getattr(layer, "record_past", False) for layer in self.key_layers)
 
     def begin_step(self, batch: int, device: torch.device, attention_mask: Tensor | None) -> Cursor:
         """Prepare a step of one token in each of `batch` rows, and return the cursor. All ranks call it together.
 
-        attention_mask: as `generate` passes it. It is only read if the cache has changed since the last step, or a new
-            `generate` began: reading it in each step would wait for the device.
+        attention_mask: as `generate` passes it. It is only read if the cursor must be set: that waits for the device.
         """
         state, length = self.step_state, self.get_seq_length()
         self.ranks.check_capacity(length + 1)
-        if state.needs_cursor(batch):
+        if self.is_unfinished or state.needs_cursor(batch):  # an unfinished step may have advanced the cursor
             self.check_ready(length + 1)
             if attention_mask is not None:
                 attention_mask = None if bool(attention_mask.all()) else attention_mask.bool()
@@ -178,24 +163,14 @@ class TreeCache(Cache):
             for layer in self.key_layers:
                 layer.begin_steps()
             state.set_cursor(length, batch, device, attention_mask)
-        state.set_unfinished(True)
-        return state.step_cursor
-
-    @contextlib.contextmanager
-    def stepping(self) -> Iterator[None]:
-        """The forward pass of a step: the cursor advances by one token; layers and attention use it."""
-        stepping_caches.append(self)
-        try:
-            with self.step_state.stepping():
-                yield
-        finally:
-            stepping_caches.remove(self)
+        self.is_unfinished = True
+        return state.cursor
 
     def end_step(self) -> None:
-        """Count on the host the token that the device has counted."""
+        """Count the step's token on the host."""
         for layer in self.key_layers:
             layer.count(1)
-        self.step_state.set_unfinished(False)
+        self.is_unfinished = False
 
     @property
     def kv_bytes(self) -> int:

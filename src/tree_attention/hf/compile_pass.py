@@ -1,9 +1,7 @@
 """`StepPass`: a pass over inductor's graph of a compiled step, which speeds up what is not attention.
 
-- Products of a matrix and one vector. cuBLAS takes 3 to 5 us longer for each than it takes to read the weights, two
-  hundred times per token (docs/log.md). Our kernel replaces it, with one launch for all products that share a vector: a
-  layer's q, k and v, or its gate and up.
-- Sums over the ranks of a tensor-parallel model: link_sums.py replaces NCCL, which takes 12 us for each.
+- Products of a matrix and one vector: one launch of our kernel for all that share a vector, instead of cuBLAS.
+- Sums over the ranks of a tensor-parallel model: through a link (link_sums.py), instead of NCCL.
 """
 
 from typing import Any, cast
@@ -25,13 +23,9 @@ MAX_TOGETHER = 16  # products in one launch
 
 
 class StepPass(CustomGraphPass):
-    """Replaces products `x @ w.T`, with or without a bias, and small sums over linked ranks.
+    """Replaces sums over linked ranks, and products `x @ w.T` of x `[1, K]` and w `[N, K]`, an input of the graph.
 
-    A product is replaced if x is `[1, K]` and w is `[N, K]`, a contiguous input of the graph on a `device_type` device.
-
-    Args:
-        sums_over: the name of the group whose ranks are linked; None leaves sums to NCCL.
-        device_type: the type of device with our kernel.
+    sums_over: the name of the group whose ranks are linked; None leaves sums to NCCL.
     """
 
     def __init__(self, sums_over: str | None = None, device_type: str = "cuda") -> None:
@@ -62,13 +56,8 @@ class StepPass(CustomGraphPass):
         if product.kwargs or _weight(product).op != "placeholder":  # alpha and beta
             return False
         x, w = _vector(product).meta["val"], _weight(product).meta["val"]
-        return (
-            w.device.type == self.device_type
-            and w.dtype in link_sums.DTYPES
-            and w.is_contiguous()
-            and statically_known_true(x.shape[0] == 1)
-            and x.is_contiguous()
-        )
+        is_vector = statically_known_true(x.shape[0] == 1) and x.is_contiguous()
+        return is_vector and w.is_contiguous() and w.device.type == self.device_type and w.dtype in link_sums.DTYPES
 
 
 def _vector(product: Node) -> Node:
@@ -148,10 +137,5 @@ def _(x: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 # The link counts epochs in its own memory, so the order of these calls matters: all ranks run the same graph.
-mean_over_ranks = torch.library.custom_op(
-    "tree_attention::mean_over_ranks",
-    link_sums.mean_over_ranks,
-    mutates_args=(),
-    schema="(Tensor x, str group_name) -> Tensor",
-)
+mean_over_ranks = torch.library.custom_op("tree_attention::mean_over_ranks", link_sums.mean_over_ranks, mutates_args=())
 mean_over_ranks.register_fake(lambda x, group_name: x.new_empty(x.shape))

@@ -1,48 +1,72 @@
-"""`CacheExchange`: how the ranks of one cache reach each other, and the number of bytes this rank received."""
+"""`CacheRanks`: the ranks of one cache, and the tokens that each holds. `CacheExchange`: how they reach each other."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedConfig
 
-from ..errors import Unavailable
+from ..errors import InputError, Unavailable
 from ..group import Group
+from ..layout import Layout
 from ..partial import Partial, PartialSpec, spec_of
-from ..reduce import (
-    Link,
-    SharedMemoryLink,
-    SymmetricLink,
-    TwoLevel,
-    check_no_gradient,
-    resolve_reduction,
-    run_reduction,
-)
-from .cache_ranks import CacheRanks
+from ..reduce import SharedMemoryLink, SymmetricLink, TwoLevel, check_no_gradient, resolve_reduction, run_reduction
 from .tensor_parallel import tensor_ranks
 
 TIMEOUT_S = 300.0  # a rank may compile for longer than the others; a dead one is noticed by the process that started it
 
 
-class CacheExchange:
-    """The links of one cache. Only the methods of this class change it.
+@dataclass(frozen=True)
+class CacheRanks:
+    """Where the tokens of a cache lie; fixed when the cache is made."""
 
-    Attributes:
-        link: a TwoLevel that the caller passed, or a link that was made here; None if the process group is used.
-        received_bytes: bytes received for attention so far.
-    """
+    group: ProcessGroup | None  # None for a single process
+    rank: int
+    layout: Layout
+    max_tokens: int | None  # over all ranks; None for a cache that grows
+
+    @property
+    def static_capacity(self) -> int:
+        """Number of slots in this rank's buffers of a static cache, without the extra one that is never read."""
+        return max(self.held(self.max_tokens or 0), 1)
+
+    def held(self, length: int) -> int:
+        """Number of slots that this rank holds of the first `length` slots."""
+        return self.layout.local_length(length, self.rank)
+
+    def slots(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+        """This rank's slots in `start .. stop - 1`: int64, ascending."""
+        return self.layout.slots(start, stop, self.rank, device=device)
+
+    def check_capacity(self, length: int) -> None:
+        """Raise InputError if a static cache cannot hold `length` tokens."""
+        if self.max_tokens is not None and length > self.max_tokens:
+            raise InputError(
+                f"this TreeCache has room for {self.max_tokens} tokens over all ranks, {length} are needed: "
+                "make it with a larger max_tokens"
+            )
+
+
+class CacheExchange:
+    """The links of one cache, and the bytes received for attention. Only the methods of this class change it."""
 
     def __init__(self, group: Group | TwoLevel, ranks: CacheRanks, config: PreTrainedConfig) -> None:
         topology = group if isinstance(group, TwoLevel) and len(group.nodes) > 1 else None  # one node: like its group
         self.ranks = ranks
-        self.link: Link | None = topology or _shared_memory_link(ranks.group)
+        self.link = topology or _shared_memory_link(ranks.group)  # None if the process group is used
         self.link_pending = topology is None and ranks.layout.world_size > 1  # a SymmetricLink, made at the first step
-        self.heads, self.head_dim = _largest_heads(config)
+        text: Any = config.get_text_config(decoder=True)
+        heads, names = getattr(text, "num_attention_heads", None) or 1, ("head_dim", "v_head_dim", "global_head_dim")
+        head_dim = max(getattr(text, name, None) or 0 for name in names) or getattr(text, "hidden_size", 0) // heads
+        # Query heads per rank, and an upper bound on D_v: a link for too few would not be used.
+        self.heads, self.head_dim = heads // tensor_ranks(config), max(head_dim, 1)
         self.received_bytes = 0.0
 
     @property
-    def target(self) -> Link | ProcessGroup | None:
+    def target(self) -> Any:
         """What `tree_decode` and `tree_reduce` take as the group."""
         return self.ranks.group if self.link is None else self.link
 
@@ -73,15 +97,6 @@ class CacheExchange:
     def count(self, received: float) -> None:
         """Count bytes that this rank received."""
         self.received_bytes += received
-
-
-def _largest_heads(config: Any) -> tuple[int, int]:
-    """Query heads per rank, and an upper bound on their head dim D_v. A link for too few would not be used."""
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None) or 1
-    names = ("head_dim", "v_head_dim", "global_head_dim")
-    head_dim = max(getattr(text, name, None) or 0 for name in names) or getattr(text, "hidden_size", 0) // heads
-    return heads // tensor_ranks(config), max(head_dim, 1)
 
 
 def _shared_memory_link(group: ProcessGroup | None) -> SharedMemoryLink | None:

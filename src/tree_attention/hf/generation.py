@@ -1,17 +1,11 @@
-"""What `generate` needs: a TreeCache if the caller passes no cache, and the same random numbers on all ranks.
+"""What `generate` needs: a TreeCache if the caller passes no cache, and the same random numbers on all ranks."""
 
-transformers has no registry of caches, so one private method is wrapped. The wrapper only acts on models with
-attn_implementation="tree_attention".
-"""
-
-import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed import ProcessGroup
-from transformers import GenerationMixin
 
 from ..errors import Unsupported
 from ..group import resolve_group
@@ -23,32 +17,27 @@ from .tensor_parallel import check_axes, sequence_axis, tensor_group
 FEEDS_AGAIN = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 
 
-def install_generation_hook() -> None:
-    """Wrap `GenerationMixin._prepare_cache_for_generation`, once."""
-    mixin: Any = GenerationMixin
-    original = mixin._prepare_cache_for_generation
-    if hasattr(original, "_tree_attention"):
+def prepare(model: Any, generation_config: Any, model_kwargs: Any, generation_mode: str, *_: Any, **__: Any) -> None:
+    """Act before `GenerationMixin._prepare_cache_for_generation`, on models with "tree_attention"."""
+    if model.config.get_text_config(decoder=True)._attn_implementation != "tree_attention":
         return
-
-    @functools.wraps(original)
-    def prepare(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        if self.config.get_text_config(decoder=True)._attn_implementation == "tree_attention":
-            _prepare(self, generation_config, model_kwargs, is_assisted=generation_mode == "assisted_generation")
-        return original(self, generation_config, model_kwargs, generation_mode, *args, **kwargs)
-
-    prepare._tree_attention = True  # type: ignore[attr-defined]
-    mixin._prepare_cache_for_generation = prepare
-
-
-def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *, is_assisted: bool) -> None:
-    cache = model_kwargs.get("past_key_values")
-    _check_supported(generation_config, cache, is_assisted=is_assisted)
+    cache, is_assisted = model_kwargs.get("past_key_values"), generation_mode == "assisted_generation"
+    _check_supported(generation_config, cache, is_assisted)
     if cache is None and generation_config.use_cache is not False:
         cache = model_kwargs["past_key_values"] = TreeCache(model.config, sequence_axis(model))
     if isinstance(cache, TreeCache):
-        _prepare_cache(cache, model, generation_config, is_assisted=is_assisted)
+        check_axes(model, cache.ranks.group)
+        lookup = generation_config.prompt_lookup_num_tokens if is_assisted else None
+        # The last token is not fed. The token before it may be fed together with `lookup` guesses.
+        cache.check_ready((generation_config.max_length or 0) - 2 + (lookup or 1))
+        layer: Any
+        for layer in cache.layers:
+            if hasattr(layer, "record_past"):  # transformers never turns it off, and windows would grow without end
+                layer.record_past = is_assisted or bool(generation_config.is_assistant)
+        if cache.ranks.max_tokens is not None:
+            cache.step_state.invalidate_cursor()  # the mask may hide other tokens than the last one did
+            cache.disable_compile = bool(generation_config.disable_compile)
+            install_step(model)
     if generation_config.do_sample:
         sequence = cache.ranks.group if isinstance(cache, TreeCache) else resolve_group()
         for group in (sequence, tensor_group(model)):
@@ -56,7 +45,7 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *
                 share_random_state(group, model.device)
 
 
-def _check_supported(generation_config: Any, cache: Any, *, is_assisted: bool) -> None:
+def _check_supported(generation_config: Any, cache: Any, is_assisted: bool) -> None:
     if generation_config.max_time is not None:
         raise Unsupported("max_time would stop the ranks at different tokens: use max_new_tokens")
     if generation_config.cache_implementation is not None:
@@ -76,21 +65,6 @@ def _check_supported(generation_config: Any, cache: Any, *, is_assisted: bool) -
             f"transformers {transformers.__version__} feeds a filled cache again when prefill_chunk_size is set: "
             "leave it out, or use tree_attention.hf.prefill"
         )
-
-
-def _prepare_cache(cache: TreeCache, model: Any, generation_config: Any, *, is_assisted: bool) -> None:
-    check_axes(model, cache.ranks.group)
-    lookup = generation_config.prompt_lookup_num_tokens if is_assisted else None
-    # The last token is not fed. The token before it may be fed together with `lookup` guesses.
-    cache.check_ready((generation_config.max_length or 0) - 2 + (lookup or 1))
-    layer: Any
-    for layer in cache.layers:
-        if hasattr(layer, "record_past"):  # transformers never turns it off, and windows would grow without end
-            layer.record_past = is_assisted or bool(generation_config.is_assistant)
-    if cache.ranks.max_tokens is not None:
-        cache.step_state.invalidate_cursor()  # the mask may hide other tokens than the last one did
-        cache.disable_compile = bool(generation_config.disable_compile)
-        install_step(model)
 
 
 def share_random_state(group: ProcessGroup, device: torch.device) -> None:

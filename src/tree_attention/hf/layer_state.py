@@ -22,13 +22,13 @@ def copy_cache(source: TreeCache) -> TreeCache:
 def restore_on_error(cache: TreeCache) -> Iterator[None]:
     """If the block raises, give the cache back what it held before."""
     undo_points = [_undo_point(layer) for layer in cache.layers]
-    was_unfinished = cache.step_state.is_unfinished
+    was_unfinished = cache.is_unfinished
     try:
         yield
     except BaseException:
         for undo in undo_points:
             undo()
-        cache.step_state.set_unfinished(was_unfinished)
+        cache.is_unfinished = was_unfinished
         cache.step_state.invalidate_cursor()
         cache.step_state.buffers_changed()  # a captured step reads the memory of states
         raise
@@ -40,8 +40,8 @@ def export_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return layer.export_state()
     tensors, plain = {}, {}
     for name, value in vars(layer).items():
-        for key, item in value.items() if isinstance(value, dict) else [(None, value)]:
-            path = name if key is None else f"{name}.{key}"
+        items = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        for path, item in items.items():
             if isinstance(item, Tensor):
                 tensors[path] = item
             elif item is None or isinstance(item, bool | int | float | str):

@@ -1,29 +1,26 @@
 """`KeyLayer`: a layer of a TreeCache that holds keys. `ShardedLayer`: one whose keys are spread over the ranks."""
 
+import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 
 from ..errors import InputError
-from .cache_ranks import CacheRanks
-from .cursor import any_length
-from .exchange import CacheExchange
-from .step_state import StepState
+from .cursor import StepState, any_length, stepping_layers
+from .exchange import CacheExchange, CacheRanks
+
+_last_update: ContextVar["tuple[int, KeyLayer] | None"] = ContextVar("_last_update", default=None)
 
 
-class KeyLayer(CacheLayerMixin):
+class KeyLayer(DynamicLayer):
     """What `ShardedLayer` and `ReplicatedWindowLayer` (window_layer.py) have in common.
 
     Both also have `begin_steps`, which prepares the buffers for steps; `export_state` and `import_state`, which copy
     what the layer holds into a new one; and `undo_point`, which returns a function that restores what it holds now.
-
-    Attributes:
-        length: number of slots over all ranks.
-        last_update_tokens: number of slots over all ranks that the last update added.
-        chunk: the slots (start, stop) of which each rank is fed its own only; set by `TreeCache.parallel_chunk`.
     """
 
     keys: Any  # Tensor, or None before the first update
@@ -32,17 +29,15 @@ class KeyLayer(CacheLayerMixin):
     def __init__(self, ranks: CacheRanks, exchange: CacheExchange, step_state: StepState, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.ranks, self.exchange, self.step_state = ranks, exchange, step_state
-        self.chunk: tuple[int, int] | None = None
-        self.length = self.last_update_tokens = self.reserved = 0
+        self.chunk: tuple[int, int] | None = (
+            None  # slots (start, stop) of which each rank is fed its own; set by TreeCache
+        )
+        self.length = self.last_update_tokens = 0  # in slots over all ranks
+        self.reserved = 0  # slots over all ranks to allocate when the buffers next grow; set by `TreeCache.reserve`
 
     def tokens_in(self, key_states: Tensor) -> int:
         """Number of new slots over all ranks when this rank is fed `key_states`."""
         return key_states.shape[2] if self.chunk is None else self.chunk[1] - self.chunk[0]
-
-    @property
-    def can_step(self) -> bool:
-        """True if the layer can be updated through the cursor."""
-        return self.is_initialized and not getattr(self, "record_past", False)
 
     def query_slots(self, device: torch.device) -> Tensor:
         """The slots of the last update's tokens on this rank."""
@@ -54,13 +49,16 @@ class KeyLayer(CacheLayerMixin):
         """Add `tokens` slots to the length."""
         self.last_update_tokens, self.length = tokens, self.length + tokens
 
+    def _set_length(self, length: int) -> None:
+        self.length = length
+        self.step_state.invalidate_cursor()
+
     def get_seq_length(self) -> Any:
         """Number of slots; during a step the newest token's slot as a tensor, for models that compute with it."""
-        return self.step_state.step_cursor.slot[0] if self.step_state.is_stepping else self.length
+        return self.step_state.cursor.slot[0] if self.step_state.is_stepping else self.length
 
-    def reserve(self, tokens: int) -> None:
-        """Allocate at least `tokens` slots over all ranks when the buffers next grow; a window does not grow."""
-        self.reserved = max(self.reserved, tokens)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
 
     def reset(self) -> None:
         """Free the keys (transformers 5.17 would keep a window, filled with zeros)."""
@@ -71,10 +69,6 @@ class KeyLayer(CacheLayerMixin):
 
 class ShardedLayer(KeyLayer):
     """Full attention: holds slots `layout.slots(0, length, rank)`, in buffers `[B, H_kv, capacity, D]` that grow."""
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True
 
     @property
     def held(self) -> int:
@@ -94,7 +88,9 @@ class ShardedLayer(KeyLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.step_state.is_stepping:
-            return self._step(key_states, value_states)
+            for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+                buffer.index_copy_(2, self.step_state.cursor.place, new)
+            return self.keys[:, :, :-1], self.values[:, :, :-1]
         before, old, tokens = self.length, self.held, self.tokens_in(key_states)
         held = self.ranks.held(before + tokens)
         self.step_state.invalidate_cursor()
@@ -108,13 +104,6 @@ class ShardedLayer(KeyLayer):
         self.count(tokens)  # last: a layer that runs out of memory has not read the tokens
         shown = max(self.held, 1)
         return self.keys[:, :, :shown], self.values[:, :, :shown]
-
-    def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one new token at the cursor; return the whole buffers."""
-        place = self.step_state.step_cursor.place
-        self.keys.index_copy_(2, place, key_states)
-        self.values.index_copy_(2, place, value_states)
-        return self.keys[:, :, :-1], self.values[:, :, :-1]
 
     def grow(self, needed: int) -> None:
         """Make the buffers hold `needed` slots: a static cache's capacity, the reserve, or 1/64 (at least 64) more."""
@@ -146,16 +135,7 @@ class ShardedLayer(KeyLayer):
             self.values[:, :, : self.held] = tensors["values"]
 
     def undo_point(self) -> Callable[[], None]:
-        length = self.length
-
-        def undo() -> None:
-            self.length = length
-            self.step_state.invalidate_cursor()
-
-        return undo
-
-    def get_max_length(self) -> int:
-        return -1
+        return functools.partial(self._set_length, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.step_state.is_stepping:  # unused: the mask is a rule
@@ -166,11 +146,7 @@ class ShardedLayer(KeyLayer):
         """Forget the last `-tokens_to_remove` tokens."""
         if tokens_to_remove > 0:
             raise InputError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-        self.length = max(self.length + tokens_to_remove, 0)
-        self.step_state.invalidate_cursor()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
+        self._set_length(max(self.length + tokens_to_remove, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._change_rows(lambda buffer: buffer[indices.to(buffer.device)])
@@ -192,7 +168,29 @@ class ShardedLayer(KeyLayer):
 
 
 def _resized(buffer: Tensor, capacity: int) -> Tensor:
-    """Return a larger buffer with the same contents at its beginning."""
     resized = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
     resized[:, :, : buffer.shape[2]] = buffer
     return resized
+
+
+def mark(key: Tensor, layer_idx: int, layer: KeyLayer) -> None:
+    """Note that `key` came out of `layer`, because transformers does not pass the cache to the attention function.
+
+    `layer_of` finds the layer on the key tensor, which other modules may share, or in a context variable for models
+    that rebuild their keys (latent attention). torch.compile cannot read that; it uses `stepping_layers`.
+    """
+    key._tree_layer = layer  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling():
+        _last_update.set((layer_idx, layer))
+
+
+def layer_of(module: Any, key: Tensor) -> KeyLayer | None:
+    """Return the layer that `key` came out of; None if it came out of no TreeCache."""
+    if torch.compiler.is_compiling():
+        layer = getattr(key, "_tree_layer", None)
+        return stepping_layers[-1][module.layer_idx] if layer is None and stepping_layers else layer
+    last_update = _last_update.get()
+    if last_update is not None and last_update[0] == getattr(module, "layer_idx", None):
+        _last_update.set(None)
+        return last_update[1]
+    return getattr(key, "_tree_layer", None)

@@ -1,8 +1,7 @@
 """Sums over the ranks of a tensor-parallel model, two per layer, through a SymmetricLink if the GPUs support one.
 
 The merge of Partials with equal log-sum-exps is their mean. A compiled step cannot refer to objects, so links are kept
-by the name of their group, as torch keeps groups, and end with it (step.py). All exchanges of a step, of sums and of
-attention, run one after the other on one stream, so no two of them wait for each other.
+by the name of their group, and end with it (step.py). All exchanges of a step run one after the other on one stream.
 """
 
 import math
@@ -23,10 +22,7 @@ _links: dict[str, tuple[SymmetricLink, Tensor]] = {}
 
 
 def open_link(model: Any) -> str | None:
-    """Link the ranks that a model is split over; return their group's name, or None without a link.
-
-    All ranks call it together.
-    """
+    """Link the ranks that a model is split over; return their group's name, or None without a link. Collective."""
     group = tensor_group(model)
     if group is None or model.device.type != "cuda":
         return None

@@ -11,20 +11,13 @@ from transformers.masking_utils import causal_mask_function
 
 @dataclass(frozen=True)
 class LazyMask:
-    """The mask that transformers passes from its mask function to the attention function.
+    """The mask that transformers passes from its mask function to the attention function."""
 
-    Attributes:
-        rule: transformers' own composed function `(batch, head, query slot, key slot) -> bool`, over index tensors.
-        padding: bool `[B, slots]`, True for real tokens; None without padding.
-        first_query, first_key: the first slots of a layer without our cache.
-        rows: the queries of the forward pass that the mask covers. Default: all.
-    """
-
-    rule: Callable[..., Any]
-    padding: Tensor | None
-    first_query: int = 0
+    rule: Callable[..., Any]  # transformers' function (batch, head, query slot, key slot) -> bool, over index tensors
+    padding: Tensor | None  # bool `[B, slots]`, True for real tokens
+    first_query: int = 0  # the first slots of a layer without our cache
     first_key: int = 0
-    rows: slice | None = None
+    rows: slice | None = None  # the queries of the forward pass that the mask covers; None for all
     ndim: int = 4  # some models check that a mask is 4-D
 
     @property

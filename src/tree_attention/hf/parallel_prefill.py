@@ -10,7 +10,6 @@ from transformers.cache_utils import Cache
 from ..errors import InputError, Unsupported
 from .cache import TreeCache
 from .layer_state import restore_on_error
-from .layers import KeyLayer
 from .tensor_parallel import check_axes
 from .window_layer import ReplicatedWindowLayer
 
@@ -49,8 +48,7 @@ def prefill(
             `chunk_tokens` is below 1.
     """
     _check(model, input_ids, cache, chunk_tokens)
-    if chunk_tokens is None:
-        chunk_tokens = _default_chunk_tokens(input_ids, cache, attention_mask)
+    chunk_tokens = chunk_tokens or _default_chunk_tokens(input_ids, cache, attention_mask)
     cycle, done = cache.ranks.layout.cycle, cache.get_seq_length()
     cache.reserve(input_ids.shape[1])
     last = (input_ids.shape[1] - 1) // cycle * cycle
@@ -58,13 +56,9 @@ def prefill(
         return
 
     def read(columns: Tensor | slice, stop: int) -> None:
-        model.base_model(
-            input_ids=input_ids[:, columns],
-            position_ids=positions[:, columns],
-            attention_mask=None if attention_mask is None else attention_mask[:, :stop],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        mask = None if attention_mask is None else attention_mask[:, :stop]
+        inputs = {"input_ids": input_ids[:, columns], "position_ids": positions[:, columns], "attention_mask": mask}
+        model.base_model(**inputs, past_key_values=cache, use_cache=True)
         if on_progress is not None:
             on_progress(stop)
 
@@ -81,8 +75,8 @@ def prefill(
 
 
 def can_prefill(cache: TreeCache) -> bool:
-    """Return whether `prefill` supports every layer of the model: none carries a state along the sequence."""
-    return not _unsupported_layers(cache)
+    """Return whether `prefill` supports the model: no layer carries a state along the sequence."""
+    return cache.other_kinds <= {"DummyLayer"}
 
 
 def _check(model: Any, input_ids: Tensor, cache: Cache, chunk_tokens: int | None) -> None:
@@ -93,23 +87,17 @@ def _check(model: Any, input_ids: Tensor, cache: Cache, chunk_tokens: int | None
         raise InputError(f"model must be loaded with attn_implementation='tree_attention', got {implementation!r}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise InputError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    if input_ids.ndim != 2 or input_ids.shape[1] <= cache.get_seq_length():
-        raise InputError(
-            f"input_ids must be [B, tokens] with more tokens than the {cache.get_seq_length()} in the cache, "
-            f"got {list(input_ids.shape)}"
-        )
+    shape, held = list(input_ids.shape), cache.get_seq_length()
+    if len(shape) != 2 or shape[1] <= held:
+        raise InputError(f"input_ids must be [B, tokens] with more tokens than the {held} in the cache, got {shape}")
     check_axes(model, cache.ranks.group)
     cache.check_ready(input_ids.shape[1])
-    if kinds := _unsupported_layers(cache):
+    if not can_prefill(cache):
+        kinds = ", ".join(sorted(cache.other_kinds - {"DummyLayer"}))
         raise Unsupported(
-            f"context-parallel prefill cannot feed {', '.join(kinds)}, which carries a state along the sequence: "
+            f"context-parallel prefill cannot feed {kinds}, which carries a state along the sequence: "
             "use model.generate(..., prefill_chunk_size=n), which reads the prompt on every rank alike"
         )
-
-
-def _unsupported_layers(cache: TreeCache) -> list[str]:
-    kinds = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, KeyLayer)}
-    return sorted(kinds - {"DummyLayer"})
 
 
 def _default_chunk_tokens(input_ids: Tensor, cache: TreeCache, attention_mask: Tensor | None) -> int:

@@ -1,32 +1,31 @@
 """Attention during prefill. In context-parallel prefill a chunk's queries and keys are both spread over the ranks.
 
-Each rank has the queries of its own slots, and computes their attention over all earlier slots. Either the keys travel
-or the queries do:
-
 pass-KV   gather all keys and values; attend with the own queries                      stop H_kv (D + D_v) b bytes
 pass-Q    gather the queries; attend over the own keys; reduce-scatter the partials    C H (D b + (D_v + 1) 4) bytes
 
 for a chunk of C = stop - start slots and b bytes per element, both times (P - 1) / P. `choose_pass` takes the smaller:
-keys travel while the context is short, queries once it is long. Memory is bounded by the chunk.
+keys travel while the context is short, queries once it is long.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..layout import Layout
 from ..local import attend
 from ..partial import Partial, merge, stack
 from ..reduce.collectives import gather, reduce_scatter, start_gather
+from .exchange import CacheRanks
 
-BuildMask = Callable[[Tensor, Tensor], Tensor]  # (query slots [T], key slots [S]) -> bool [B or 1, 1, T, S]
+# (query slots [T], key slots [S]) -> bool [B or 1, 1, T, S]; None for the causal rule alone
+BuildMask = Callable[[Tensor, Tensor], Tensor] | None
+Options = dict[str, Any]  # scale and softcap, as in `attend`
 
 
 def attend_seen_and_new(
-    q: Tensor, k: Tensor, v: Tensor, seen: int, new_mask: Callable[[], Tensor] | None, options: dict[str, Any]
+    q: Tensor, k: Tensor, v: Tensor, seen: int, new_mask: Callable[[], Tensor] | None, options: Options
 ) -> Partial:
     """Causal attention over this rank's keys, of which the first `seen` lie before every query and need no mask.
 
@@ -42,41 +41,30 @@ def attend_seen_and_new(
 
 
 def attend_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    chunk: tuple[int, int],
-    layout: Layout,
-    group: ProcessGroup,
-    build_mask: BuildMask | None,
-    options: dict[str, Any],
+    q: Tensor, k: Tensor, v: Tensor, chunk: tuple[int, int], ranks: CacheRanks, build_mask: BuildMask, options: Options
 ) -> tuple[Partial, float]:
     """Attention of a chunk's queries over all slots up to its end: this rank's Partial, and the bytes it received.
 
-    Args:
-        q: `[B, C / P, H, D]`, this rank's slots of the chunk.
-        k, v: `[B, stop / P, H_kv, ...]`, all keys and values of this rank.
-        chunk: start and stop, multiples of `layout.cycle`.
-        build_mask: None for the causal rule alone.
-        options: scale and softcap, as in `attend`.
+    q: `[B, C / P, H, D]`, this rank's slots of the chunk. k, v: `[B, stop / P, H_kv, ...]`, all keys and values of this
+    rank. chunk: start and stop, multiples of `layout.cycle`.
     """
-    (start, stop), rank, size, widths = chunk, group.rank(), group.size(), [k.shape[3], v.shape[3]]
-    seen, passed = start // size, choose_pass(q, k, v, chunk)
+    (start, stop), rank, size, widths = chunk, ranks.rank, ranks.layout.world_size, [k.shape[3], v.shape[3]]
+    seen, block, group = start // size, ranks.layout.block, cast(ProcessGroup, ranks.group)
 
-    def slots(first: int, ranks: Sequence[int]) -> Tensor:
-        return torch.cat([layout.slots(first, stop, r, device=q.device) for r in ranks])
+    def slots(first: int, of: Sequence[int]) -> Tensor:
+        return torch.cat([ranks.layout.slots(first, stop, other, device=q.device) for other in of])
 
-    if passed == "kv":
+    if choose_pass(q, k, v, chunk) == "kv":
         both = torch.cat([k, v], -1)
         new, wait_for_new = start_gather(both[:, seen:], group)  # [P, B, C / P, H_kv, D + D_v]
         old, wait_for_old = start_gather(both[:, :seen], group)
         received = (new.nbytes + old.nbytes) * (size - 1) / size
         if build_mask is None:  # attend to the own keys while the others arrive
-            parts = _attend_pair(q, k[:, seen:], v[:, seen:], rank, rank, layout.block, options)
+            parts = _attend_pair(q, k[:, seen:], v[:, seen:], rank, rank, block, options)
             wait_for_new()
             for other in (other for other in range(size) if other != rank):
                 k, v = new[other].split(widths, -1)
-                parts += _attend_pair(q, k, v, rank, other, layout.block, options)
+                parts += _attend_pair(q, k, v, rank, other, block, options)
             wait_for_old()
             k, v = old.transpose(0, 1).flatten(1, 2).split(widths, -1)
             return merge_rows([*parts, (0, attend(q, k, v, **options))] if seen else parts), received
@@ -90,7 +78,7 @@ def attend_chunk(
     if build_mask is None:
         parts = [(0, attend(queries, k[:, :seen], v[:, :seen], **options))]  # covers all rows, so it comes first
         for other, theirs in enumerate(by_rank):
-            pair = _attend_pair(theirs, k[:, seen:], v[:, seen:], other, rank, layout.block, options)
+            pair = _attend_pair(theirs, k[:, seen:], v[:, seen:], other, rank, block, options)
             parts += [(other * theirs.shape[1] + row, part) for row, part in pair]
         partial = merge_rows(parts)
     else:
@@ -101,16 +89,13 @@ def attend_chunk(
 
 
 def _attend_pair(
-    q: Tensor, k: Tensor, v: Tensor, asking: int, holding: int, block: int, options: dict[str, Any]
+    q: Tensor, k: Tensor, v: Tensor, asking: int, holding: int, block: int, options: Options
 ) -> list[tuple[int, Partial]]:
     """Causal attention of rank `asking`'s queries in a chunk over rank `holding`'s keys in it, without a large mask.
 
-    q, k, v: `[B, n, ...]`, one block of each cycle. Over a rank's own keys this is the plain causal rule. Of another
-    rank's keys, a query sees whole blocks: those of earlier cycles, and that of its own cycle if `holding` < `asking`.
-    The plain causal rule finds all of them but the end of the last one, the diagonal block: there it shows only the
-    places up to the query's. A second call attends each block of queries to the rest of its diagonal block.
-
-    Returns partials, each with the index of the first query that it covers.
+    q, k, v: `[B, n, ...]`, one block of each cycle. Of another rank's keys, a query sees whole blocks: those of earlier
+    cycles, and that of its own cycle if `holding` < `asking`. The plain causal rule shows all but the end of the last
+    one, the diagonal block; a second call attends to that rest. Returns partials, each with its first query's index.
     """
     if asking == holding:
         return [(0, attend(q, k, v, causal=True, **options))]
@@ -129,10 +114,7 @@ def _attend_pair(
 
 
 def merge_rows(parts: list[tuple[int, Partial]]) -> Partial:
-    """Merge partials that begin at different queries. `parts[0]` covers all queries, and is overwritten.
-
-    The partials of a chunk are large, so they are added one by one in place.
-    """
+    """Merge partials that begin at different queries, in place. `parts[0]` covers all queries, and is overwritten."""
     whole = parts[0][1]
     lse = whole.lse.new_full((len(parts), *whole.lse.shape), float("-inf"))
     for padded, (first, part) in zip(lse, parts, strict=True):
@@ -155,9 +137,3 @@ def choose_pass(q: Tensor, k: Tensor, v: Tensor, chunk: tuple[int, int]) -> str:
     kv_bytes = stop * k.shape[2] * (D + D_v) * k.element_size()
     q_bytes = (stop - start) * H * (D * q.element_size() + (D_v + 1) * 4)
     return "kv" if kv_bytes <= q_bytes else "q"
-
-
-def gather_in_slot_order(tensor: Tensor, group: ProcessGroup, block: int) -> Tensor:
-    """Gather `[B, H, n, D]` of each rank's slots in a chunk of whole cycles: `[B, H, P n, D]` in slot order."""
-    ranks = gather(tensor, group).unflatten(3, (-1, block))  # [P, B, H, cycles, block, D]
-    return ranks.permute(1, 2, 3, 0, 4, 5).flatten(2, 4)

@@ -1,22 +1,19 @@
 """The decode step of a model with a static TreeCache: one token per row, on GPUs captured once and then replayed.
 
-`generate` calls `model.forward`, which `install_step` wraps. The wrapper handles calls that are such a step, in one of
-three ways, which `TreeCache.step_mode` names, and passes all others on:
+`install_step` wraps `model.forward`. The wrapper runs such steps in one of the modes that `TreeCache.step_mode` names:
 
 eager      the model's forward as it is; also with `generate(disable_compile=True)`, and if it cannot be captured
 captured   on GPUs: once eagerly, which compiles kernels, then as a CUDA graph: one launch instead of a thousand
 compiled   once eagerly, once by torch.compile (one graph, no breaks), which fuses small kernels; then as a CUDA graph
 
-Sampling stays with `generate`, outside the graph.
-
 NCCL cannot end a group while a graph with one of its collectives is alive (pytorch issue 115388). So `install_step`
-also wraps `torch.distributed.destroy_process_group`, to drop the graphs first.
+also makes `torch.distributed.destroy_process_group` drop the graphs first.
 """
 
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +28,6 @@ from .link_sums import close_links, open_link
 # Arguments of `forward` in a step; for one token the latter make no difference.
 SUPPORTED = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
 WITHOUT_EFFECT = {"use_cache", "return_dict", "logits_to_keep"}
-# Choose kernels by rule, not by timing: timing could choose differently on another rank, and give different bits.
-DETERMINISTIC_OPTIONS: dict[str, Any] = {"deterministic": True}
 Forward = Callable[..., Any]
 _caches_with_steps: weakref.WeakSet[TreeCache] = weakref.WeakSet()
 
@@ -51,9 +46,30 @@ class CapturedStep:
 
 def install_step(model: Any) -> None:
     """Wrap `model.forward` and `destroy_process_group`, each once."""
-    _release_with_groups()
+    call_before(dist, "destroy_process_group", _release)
     if not hasattr(model.forward, "_tree_attention"):
         model.forward = SteppingForward(model.forward)
+
+
+def call_before(owner: Any, name: str, action: Callable[..., None]) -> None:
+    """Make the function `owner.name` call `action` first, with the same arguments. Wraps it once."""
+    original = getattr(owner, name)
+    if hasattr(original, "_tree_attention"):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        action(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    wrapped._tree_attention = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
+def _release(group: Any = None) -> None:
+    for cache in _caches_with_steps:
+        cache.captured_steps.clear()  # a cache that is used again captures again
+    close_links(group)
 
 
 class SteppingForward:
@@ -72,86 +88,63 @@ class SteppingForward:
         from .compile_pass import StepPass  # loads the compiler, which takes seconds
 
         step_pass = StepPass(open_link(getattr(self.original, "__self__", None)))
-        options: Any = DETERMINISTIC_OPTIONS | {"post_grad_custom_pre_pass": step_pass}
+        # Choose kernels by rule: timing could choose differently on another rank, and give different bits.
+        options: Any = {"deterministic": True, "post_grad_custom_pre_pass": step_pass}
         return torch.compile(self.original, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args or not is_step(kwargs):
             return self.original(*args, **kwargs)
         cache = kwargs["past_key_values"]
-        ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
+        logits = self._step(cache, kwargs["input_ids"], kwargs.get("position_ids"), kwargs.get("attention_mask"))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _step(self, cache: TreeCache, ids: Tensor, positions: Tensor | None, padding: Tensor | None) -> Tensor:
+        """Feed ids `[B, 1]`; return the logits `[B, 1, vocabulary]` in new memory.
+
+        Step i runs `forwards[i]`. Later steps repeat the last one, on GPUs as a CUDA graph unless the mode is eager.
+        """
         if positions is None:
             positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
         mode = "eager" if cache.disable_compile else cache.step_mode
         forwards = [self.original, self.compiled] if mode == "compiled" else [self.original]
-        logits = decode_step(forwards, cache, ids, positions, kwargs.get("attention_mask"), capture=mode != "eager")
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-
-
-def _release_with_groups() -> None:
-    original = dist.destroy_process_group
-    if hasattr(original, "_tree_attention"):
-        return
-
-    @functools.wraps(original)
-    def destroy(group: Any = None) -> None:
-        for cache in _caches_with_steps:
-            cache.captured_steps.clear()  # a cache that is used again captures again
-        close_links(group)
-        original(group)
-
-    destroy._tree_attention = True  # type: ignore[attr-defined]
-    dist.destroy_process_group = destroy
+        exchange, cursor = cache.exchange, cache.begin_step(len(ids), ids.device, padding)
+        version = cache.step_state.buffers_version
+        key = (id(self.original), mode, ids.shape, positions.shape, cursor.padding is None, version)
+        step = cache.captured_steps.get(key)
+        if step is None:
+            cache.captured_steps.clear()
+            _caches_with_steps.add(cache)
+            step = cache.captured_steps[key] = CapturedStep(ids.clone(), positions.clone())
+        step.ids.copy_(ids)
+        step.positions.copy_(positions)
+        forward, before = forwards[min(step.runs, len(forwards) - 1)], exchange.received_bytes
+        if step.runs == len(forwards) and ids.is_cuda and mode != "eager":
+            _capture(forward, cache, step)
+        if step.graph is None or step.logits is None:
+            logits = _run(forward, cache, step)
+        else:
+            step.graph.replay()
+            logits = step.logits.clone()
+        counted = exchange.received_bytes - before
+        if step.runs == 0:
+            step.received_bytes = counted
+        exchange.count(step.received_bytes - counted)  # a replayed or compiled step runs no Python code that counts
+        step.runs += 1
+        cache.end_step()
+        return logits
 
 
 def is_step(arguments: dict[str, Any]) -> bool:
     """Return whether a call of `forward` feeds one token per row to a static TreeCache, and asks only for logits."""
     cache, ids, mask = (arguments.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
-    return (
-        isinstance(cache, TreeCache)
-        and cache.can_step()
-        and isinstance(ids, Tensor)
-        and ids.shape[1] == 1
-        and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
-        and arguments.get("use_cache") is not False
-        and arguments.get("return_dict") is not False
-        and all(value is None for name, value in arguments.items() if name not in SUPPORTED | WITHOUT_EFFECT)
-        and not torch.is_grad_enabled()
-    )
-
-
-def decode_step(
-    forwards: Sequence[Forward], cache: TreeCache, ids: Tensor, positions: Tensor, padding: Any, *, capture: bool
-) -> Tensor:
-    """Feed ids `[B, 1]` at `positions`; return the logits `[B, 1, vocabulary]` in new memory.
-
-    forwards: step i runs `forwards[i]`; later steps repeat the last one. capture: that one, as a CUDA graph on GPUs.
-    """
-    exchange, cursor = cache.exchange, cache.begin_step(len(ids), ids.device, padding)
-    version = cache.step_state.buffers_version
-    key = (id(forwards[0]), len(forwards), capture, ids.shape, positions.shape, cursor.padding is None, version)
-    step = cache.captured_steps.get(key)
-    if step is None:
-        cache.captured_steps.clear()
-        _caches_with_steps.add(cache)
-        step = cache.captured_steps[key] = CapturedStep(ids.clone(), positions.clone())
-    step.ids.copy_(ids)
-    step.positions.copy_(positions)
-    forward, before = forwards[min(step.runs, len(forwards) - 1)], exchange.received_bytes
-    if step.runs == len(forwards) and ids.is_cuda and capture:
-        _capture(forward, cache, step)
-    if step.graph is None or step.logits is None:
-        logits = _run(forward, cache, step)
-    else:
-        step.graph.replay()
-        logits = step.logits.clone()
-    counted = exchange.received_bytes - before
-    if step.runs == 0:
-        step.received_bytes = counted
-    exchange.count(step.received_bytes - counted)  # a replayed or compiled step runs no Python code that counts
-    step.runs += 1
-    cache.end_step()
-    return logits
+    if not isinstance(cache, TreeCache) or not cache.can_step() or torch.is_grad_enabled():
+        return False
+    is_token = isinstance(ids, Tensor) and ids.shape[1] == 1
+    is_2d = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+    returns_cache = arguments.get("use_cache") is not False and arguments.get("return_dict") is not False
+    others = arguments.keys() - SUPPORTED - WITHOUT_EFFECT
+    return is_token and is_2d and returns_cache and all(arguments[name] is None for name in others)
 
 
 def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:
@@ -169,7 +162,6 @@ def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:
 
 
 def _run(forward: Forward, cache: TreeCache, step: CapturedStep) -> Tensor:
-    with cache.stepping():
-        return forward(
-            input_ids=step.ids, position_ids=step.positions, past_key_values=cache, use_cache=True, return_dict=True
-        ).logits
+    with cache.step_state.stepping(cache.layers):
+        inputs = {"input_ids": step.ids, "position_ids": step.positions, "past_key_values": cache}
+        return forward(**inputs, use_cache=True, return_dict=True).logits

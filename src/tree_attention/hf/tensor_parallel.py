@@ -4,8 +4,7 @@
     model = load_tensor_parallel(name, mesh)                                          # 1/4 of the weights per rank
     cache = TreeCache(model.config, mesh["sequence"])                                 # 1/2 of the tokens per rank
 
-transformers splits the model by its own plan, with two all-reduces per layer over the tensor axis. A cache sees only
-its rank's heads, and spreads their keys over the sequence axis.
+transformers splits the model by its own plan, with two all-reduces per layer over the tensor axis.
 """
 
 import contextlib
@@ -62,9 +61,7 @@ def load_tensor_parallel(model: str | Path | PreTrainedConfig, mesh: DeviceMesh,
         loaded = AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
     else:
         with _split_over(tensor):
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model, distributed_config=DistributedConfig(tp_size=ranks, tp_plan="auto"), **model_kwargs
-            )
+            loaded = AutoModelForCausalLM.from_pretrained(model, distributed_config=_plan(tensor), **model_kwargs)
     loaded = loaded.to(device).eval()
     loaded.tree_attention_mesh = mesh
     if mesh.size(0) > 1 and ranks > 1:
@@ -126,21 +123,22 @@ def check_axes(model: Any, group: Group) -> None:
         )
 
 
+def _plan(tensor: DeviceMesh) -> DistributedConfig:
+    return DistributedConfig(tp_size=tensor.size(), tp_plan="auto")
+
+
 def _mesh_argument(tensor: DeviceMesh) -> Any:
     """The mesh in the form that this version of transformers takes: newer ones ask an object for one axis."""
-    has_axes = hasattr(transformers.distributed.utils, "TransformersDeviceMesh")
-    return SimpleNamespace(get_mesh=lambda dims: tensor) if has_axes else tensor
+    is_new = hasattr(transformers.distributed.utils, "TransformersDeviceMesh")
+    return SimpleNamespace(get_mesh=lambda dims: tensor) if is_new else tensor
 
 
 @contextlib.contextmanager
 def _split_over(tensor: DeviceMesh) -> Iterator[None]:
-    """Inside, `from_pretrained(distributed_config=...)` splits over this mesh, not over one that it makes itself.
-
-    Weights are loaded to the CPU, and the caller moves them: a device_map would require accelerate.
-    """
+    """Inside, `from_pretrained(distributed_config=...)` splits over this mesh, not over one that it makes itself."""
 
     def prepare(cls: Any, distributed_config: Any, **_: Any) -> tuple[Any, None, Any]:
-        return distributed_config, None, _mesh_argument(tensor)
+        return distributed_config, None, _mesh_argument(tensor)  # None: a device_map would require accelerate
 
     cls: Any = PreTrainedModel
     cls.prepare_distribute_model = classmethod(prepare)  # shadows the inherited method
@@ -150,17 +148,13 @@ def _split_over(tensor: DeviceMesh) -> Iterator[None]:
         del cls.prepare_distribute_model
 
 
-def _with_random_weights(
-    config: PreTrainedConfig, tensor: DeviceMesh, device: torch.device, model_kwargs: dict[str, Any]
-) -> Any:
+def _with_random_weights(config: Any, tensor: DeviceMesh, device: torch.device, model_kwargs: dict[str, Any]) -> Any:
     """Split the model before its memory is allocated: no rank ever holds a whole weight that the plan splits."""
     model: Any
     with torch.device("meta"), no_tie_weights():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **model_kwargs)
     if tensor.size() > 1:
-        model = model.maybe_distribute_model(
-            model, DistributedConfig(tp_size=tensor.size(), tp_plan="auto"), _mesh_argument(tensor)
-        )
+        model = model.maybe_distribute_model(model, _plan(tensor), _mesh_argument(tensor))
     model.to_empty(device=device)
     torch.manual_seed(0)
     model.initialize_weights()
@@ -169,11 +163,7 @@ def _with_random_weights(
 
 
 def _share_logits(model: Any, sequence: ProcessGroup) -> None:
-    """Give all ranks of the sequence axis the first rank's logits.
-
-    An all-reduce gives its own ranks the same bits, but another group may sum in another order. Logits that differ in
-    the last bit could then sample different tokens.
-    """
+    """Give all ranks of the sequence axis the first rank's logits: each tensor group may sum in another order."""
 
     def share(module: Any, arguments: Any, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.contiguous() if sequence.rank() == 0 else torch.zeros_like(logits)

@@ -1,5 +1,6 @@
 """`ReplicatedWindowLayer`: a layer of a TreeCache with a window, which is whole on every rank."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,15 +8,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from ..reduce.collectives import gather
 from .layers import KeyLayer
-from .prefill_attention import gather_in_slot_order
 
 
 class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
-    """Sliding-window or chunked attention: the window is whole on every rank.
-
-    Between steps the window is a ring: buffers in which slot s lies at `s % sliding_window`.
-    """
+    """Sliding-window or chunked attention. Between steps the window is a ring: slot s lies at `s % sliding_window`."""
 
     def __init__(self, *shared: Any, sliding_window: int) -> None:
         super().__init__(*shared, sliding_window=sliding_window)
@@ -25,11 +23,15 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Gather a chunk's keys from all ranks, then update the window; return the window and the new tokens."""
         if self.step_state.is_stepping:
-            return self._step(key_states, value_states)
+            place = self.step_state.cursor.slot % self.sliding_window
+            for buffer, new in zip(self.ring, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, place, new)
+            return self.ring[0], self.ring[1]
         self.from_ring()
         if self.chunk is not None and self.ranks.group is not None:
             mine = torch.cat([key_states, value_states], -1)
-            gathered = gather_in_slot_order(mine, self.ranks.group, self.ranks.layout.block)
+            by_rank = gather(mine, self.ranks.group).unflatten(3, (-1, self.ranks.layout.block))
+            gathered = by_rank.permute(1, 2, 3, 0, 4, 5).flatten(2, 4)  # [P, B, H, cycles, block, D] -> slot order
             key_states, value_states = gathered.split([key_states.shape[3], value_states.shape[3]], -1)
             self.exchange.count(gathered.nbytes - mine.nbytes)
         self.step_state.invalidate_cursor()
@@ -37,12 +39,6 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
         result = super().update(key_states, value_states, *args, **kwargs)
         super().count(key_states.shape[2])
         return result
-
-    def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        place = self.step_state.step_cursor.slot % self.sliding_window
-        for buffer, new in zip(self.ring, (key_states, value_states), strict=True):
-            buffer.index_copy_(2, place, new)
-        return self.ring[0], self.ring[1]
 
     def count(self, tokens: int) -> None:
         super().count(tokens)
@@ -82,29 +78,20 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
         return tensors, {"length": self.length}
 
     def import_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        self.reset()
         if tensors:
             self.lazy_initialization(tensors["keys"], tensors["values"])
             self.keys, self.values = tensors["keys"].clone(), tensors["values"].clone()
         self.count(plain["length"])
 
     def undo_point(self) -> Callable[[], None]:
-        state = self.export_state()  # an update replaces a window, so these tensors keep their values
-
-        def undo() -> None:
-            self.reset()
-            self.import_state(*state)
-
-        return undo
+        # An update replaces a window, so the exported tensors keep their values.
+        return functools.partial(self.import_state, *self.export_state())
 
     def crop(self, tokens_to_remove: int) -> None:
         self.from_ring()
         super().crop(tokens_to_remove)
-        self.length = self.cumulative_length
-        self.step_state.invalidate_cursor()
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        self.from_ring()
-        super().reorder_cache(beam_idx)
+        self._set_length(self.cumulative_length)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.from_ring()
