@@ -91,6 +91,14 @@ def capture(calls: Sequence[Callable[[], Tensor]]) -> CapturedCalls | str:
     return CapturedCalls(graph, calls, first)
 
 
+def restart_peak(device: torch.device) -> int | None:
+    """Reset the peak of PyTorch's allocator and return the bytes allocated now; None on the CPU, which has no count."""
+    if device.type == "cpu":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
 def one_line(error: Exception) -> str:
     """The first line of the error's message, or the name of its type."""
     return next(iter(str(error).strip().splitlines()), "")[:160] or type(error).__name__

@@ -78,7 +78,7 @@ def _on_rank(cases: list[Case], peers: list[str], options: BenchDecodeOptions, d
     if dist.get_rank() == 0:
         about = {"date": environment.date()} | environment.gpu_environment(dist.get_world_size())
         about |= {package: environment.package_version(package) for package in PACKAGES}
-        about |= {"link_workspace_bytes": ranks.workspace_bytes()}
+        about |= {"link_workspace_bytes": ranks.link.workspace_bytes}
     batches = measure_decode(cases, ranks, peers=peers, rounds=options.rounds, eager=options.eager)
     records = publish(batches, _show, about, options.output)
     print_document({"surroundings": about, "records": records})
