@@ -82,27 +82,25 @@ def _link(big_bytes: int, kernel_s: float, device: torch.device) -> LinkSpec:
     small = torch.zeros((16 << 10) // 4, device=device)
     world: Any = dist.group.WORLD
     collective_s = _seconds([lambda: gather(small, world)] * 16, device) - (size - 2) * latency_s
-    source = (
-        f"measured with {size} ranks: each sends {sent_bytes >> 20} MiB to the next; {how}; an all-gather of 16 KiB"
-    )
+    sent = f"each sends {sent_bytes >> 20} MiB to the next"
+    source = f"measured with {size} ranks: {sent}; {how}; an all-gather of 16 KiB"
     times_s, peer_access = (latency_s, max(collective_s, latency_s)), how.startswith("SymmetricLink")
     return LinkSpec("measured", sent_bytes / move_s, *times_s, source, peer_access)
 
 
 def _latency(kernel_s: float, device: torch.device) -> tuple[float, str]:
     """Seconds of a small message, and how it was measured: with the exchange kernel if SymmetricLink is available."""
+    note = "a small send and receive"
     if device.type == "cuda":
         try:
             link = SymmetricLink(rows=HEADS, head_dim=HEAD_DIM)
         except Unavailable as obstacle:  # the same on every rank
-            note = f"a small send and receive, since SymmetricLink is unavailable ({obstacle})"
+            note += f", since SymmetricLink is unavailable ({obstacle})"
         else:
             part = Partial(torch.zeros(1, 1, HEADS, HEAD_DIM, device=device), torch.zeros(1, 1, HEADS, device=device))
             exchange_s = _seconds([lambda: link.reduce(part).out] * 16, device)
             link.check()
             return max(exchange_s - kernel_s, SMALLEST_S), "SymmetricLink's exchange of 16 KiB less a small kernel"
-    else:
-        note = "a small send and receive"
     return max(_seconds([_shift(1 << 10, device)] * 16, device) - kernel_s, SMALLEST_S), note
 
 

@@ -33,11 +33,10 @@ aten = torch.ops.aten
 class Peer:
     """A contestant for q `[B, 1, H, D]` and this rank's k, v `[B, S_local, H_kv, D]`, NHD or HND in memory.
 
-    obstacle: (q, k, v) -> why it cannot run these tensors here, or None.
-    prepare: (q, k, v, group) -> step. It does the one-time work of a user (plans, buffers). Only `step()` is timed: it
-        returns the attention output `[B, 1, H, D]` over this rank's keys (LOCAL_PEERS, group unused) or over all keys
-        (SPREAD_PEERS). SPREAD_PEERS also take `local=`, the kernel for one shard: (q, k, v) -> out `[B, 1, H, D]` and
-        natural-log lse `[B, 1, H]`. Default: cuDNN's.
+    obstacle: (q, k, v) -> why it cannot run these tensors here, or None. prepare: (q, k, v, group) -> step, after the
+    one-time work of a user (plans, buffers). Only `step()` is timed. It returns the attention `[B, 1, H, D]` over this
+    rank's keys (LOCAL_PEERS, group unused) or over all keys (SPREAD_PEERS). SPREAD_PEERS also take `local=`, the kernel
+    for one shard, with the result of `cudnn_partial`, the default.
     """
 
     obstacle: Callable[[Tensor, Tensor, Tensor], str | None]
@@ -144,8 +143,8 @@ def _all_gather(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: 
 def _ring(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial) -> Step:
     """Ring attention: each shard makes P - 1 hops and is sent on while the attention over it is computed.
 
-    KV heads are not repeated. There are two receive buffers (one if P is 2). The P results are merged once, in rank
-    order. Shards may differ in length (the lengths are exchanged here), not in memory layout.
+    There are two receive buffers (one if P is 2). The P results are merged once, in rank order. Shards may differ in
+    length, not in memory layout.
     """
     rank, size = group.rank(), group.size()
     sources = [(rank - hop) % size for hop in range(size)]  # the owner of the shard that is here after each hop

@@ -44,16 +44,13 @@ def _on_rank(output: Path, device: torch.device) -> None:
     save_calibration(found, output)
     gpu, link = machine.gpu, machine.inside
     table = Table(title=f"{found.hardware}, {found.date}: {output}", title_justify="left", show_header=False)
-    for name, text in {
-        "memory": f"{gpu.memory_bytes / 1e9:.1f} GB",
-        "streaming read": f"{gpu.read_bytes_per_s / 1e9:.1f} GB/s",
-        "matrix product": f"{gpu.matmul_flops_per_s / 1e12:.2f} TFLOP/s",
-        "fixed cost of a decode step": f"{1e6 * gpu.launch_s:.2f} µs",
-        "small kernel": f"{1e6 * gpu.kernel_s:.2f} µs",
-        "link": f"{link.bytes_per_s / 1e9:.1f} GB/s",
-        "small message": f"{1e6 * link.latency_s:.2f} µs",
-        "small collective": f"{1e6 * link.collective_s:.2f} µs",
-        "between nodes": f"{machine.across.name}, not measured",
-    }.items():
-        table.add_row(name, text)
+    table.add_row("memory", f"{gpu.memory_bytes / 1e9:.1f} GB")
+    table.add_row("streaming read", f"{gpu.read_bytes_per_s / 1e9:.1f} GB/s")
+    table.add_row("matrix product", f"{gpu.matmul_flops_per_s / 1e12:.2f} TFLOP/s")
+    table.add_row("fixed cost of a decode step", f"{1e6 * gpu.launch_s:.2f} µs")
+    table.add_row("small kernel", f"{1e6 * gpu.kernel_s:.2f} µs")
+    table.add_row("link", f"{link.bytes_per_s / 1e9:.1f} GB/s")
+    table.add_row("small message", f"{1e6 * link.latency_s:.2f} µs")
+    table.add_row("small collective", f"{1e6 * link.collective_s:.2f} µs")
+    table.add_row("between nodes", f"{machine.across.name}, not measured")
     Console(width=120).print(table)

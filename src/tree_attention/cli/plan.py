@@ -72,9 +72,8 @@ def _print(made: MeshPlan, title: str) -> None:
     console = Console(width=120, highlight=False)
     table = Table(title=title, title_justify="left")
     table.add_column("tensor x\nsequence")
-    for name in ("weights,\nGB per GPU", "KV", "total", ""):
-        table.add_column(name, justify="right")
-    for name in ("ms per\ntoken", "largest\npart", "exchange", "first token,\ns", "tokens/s"):
+    sizes, times = ("weights,\nGB per GPU", "KV", "total", ""), ("ms per\ntoken", "largest\npart", "exchange")
+    for name in (*sizes, *times, "first token,\ns", "tokens/s"):
         table.add_column(name, justify="right")
     for mesh in made.meshes:
         style = "bold" if mesh is made.fastest else ("" if mesh.fits and mesh.loadable else "dim")
