@@ -46,7 +46,7 @@ class Contestant:
     """An implementation that takes part: `prepare(k, v)` returns its step, unless `obstacle` says why it cannot run.
 
     kind: "ours", "alone" (ours without the exchange), "local" or "spread" (peers), or "exchange" (without attention).
-    output: extracts the attention output from the result. Default: the result itself.
+    output: extracts the attention from a step's result. Default: the result itself.
     """
 
     what: str
@@ -71,14 +71,12 @@ def open_communicators(cases: Sequence[Case]) -> Communicators:
 def measure_decode(
     cases: Sequence[Case], ranks: Communicators, *, peers: Sequence[str], rounds: int, eager: bool
 ) -> Iterator[list[Record]]:
-    """Yield one list of records per case, one record per contestant; the cases with the most bytes come first.
+    """Yield one record per contestant for each case, the same on every rank; the cases with the most bytes come first.
 
-    The records are the same on every rank. peers: names of `LOCAL_PEERS` and `SPREAD_PEERS`. Times are seconds per
-    call: graph_s in a CUDA graph, eager_s call by call, read_s for a streaming read of the same bytes. waiting_s: what
-    a step of ours would lose by always waiting for the slowest rank, measured without an exchange. roofline_s: the
-    bytes at the rate of the fastest streaming read so far. peak_extra_bytes: the peak of PyTorch's allocator while the
-    first step is prepared and called, less the memory allocated before (K and V included), on the rank with the most.
-    Not included: memory of links, which are made before, and of NCCL.
+    peers: names of `LOCAL_PEERS` and `SPREAD_PEERS`. Times are seconds per call: graph_s in a CUDA graph, eager_s call
+    by call, read_s for a streaming read of the same bytes. waiting_s: see `waiting_seconds`, without an exchange.
+    roofline_s: the bytes at the rate of the fastest streaming read so far. peak_extra_bytes: the peak of PyTorch's
+    allocator while the first step is prepared and called, less the memory allocated before, on the rank with the most.
     """
     fastest = 0.0
     for case in sorted(cases, key=Case.read_bytes, reverse=True):

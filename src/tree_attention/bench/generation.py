@@ -49,7 +49,8 @@ def measure_generation(
                 dist.barrier()
                 if group != dist.GroupMember.NON_GROUP_MEMBER:
                     turns.append(_turn(loaded, ids[:, :context], what, group, decode_tokens, chunk_tokens))
-        records += [_summary(turns, *each, context) for turns, each in zip(taken, contestants, strict=True)]
+        for turns, (what, group) in zip(taken, contestants, strict=True):
+            records.append(_summary(turns, what, group, context))
     return records
 
 

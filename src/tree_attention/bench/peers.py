@@ -213,18 +213,14 @@ def _cudnn_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def _flash3_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if find_spec("fa3_fwd_interface") is None:
-        return "needs the package fa3-fwd"
-    found = _obstacle(q, k, v)
+    found = _obstacle(q, k, v) if find_spec("fa3_fwd_interface") else "needs the package fa3-fwd"
     if found is None and (q.dtype != torch.bfloat16 or torch.cuda.get_device_capability(q.device)[0] != 9):
         return f"is built for bfloat16 on Hopper (sm_90), got {q.dtype} on {torch.cuda.get_device_name(q.device)}"
     return found
 
 
 def _flashinfer_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if find_spec("flashinfer") is None:
-        return "needs the package flashinfer-python"
-    found = _obstacle(q, k, v)
+    found = _obstacle(q, k, v) if find_spec("flashinfer") else "needs the package flashinfer-python"
     if found is None and k.shape[0] > 1 and not (k.is_contiguous() and k.shape[1] % PAGE_TOKENS == 0):
         return f"reads a batch as pages: needs NHD and a multiple of {PAGE_TOKENS} keys"
     return found

@@ -15,12 +15,8 @@ import typer
 from . import options
 from .exits import run
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
 bench = typer.Typer(help="Benchmarks. Each checks its results before it times them.", no_args_is_help=True)
 
 
