@@ -31,13 +31,12 @@ def measure_machine(device: torch.device) -> Machine:
     The link between nodes cannot be measured on one host: it is the preset of an H100 node, and its source says so.
     """
     on_gpu = device.type == "cuda"
-    big_bytes, small_bytes, keys = (1 << 32, 16 << 10, 16384) if on_gpu else (1 << 27, 16 << 10, 1024)
+    big_bytes, keys, width = (1 << 32, 16384, 8192) if on_gpu else (1 << 27, 1024, 1024)
     read_bytes_per_s = big_bytes / _seconds(_reads(big_bytes, device), device)
     tiny = torch.zeros(64, device=device)
     kernel_s = _seconds([lambda: tiny.add_(1)] * 64, device)
     decodes, decode_bytes = _decodes(keys, device)
     launch_s = max(_seconds(decodes, device) - decode_bytes / read_bytes_per_s, kernel_s)
-    width = 8192 if on_gpu else 1024
     a, b = (torch.randn(width, width, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32) for _ in "ab")
     multiply_s = _seconds([lambda: a @ b] * 4, device)
     source = (
@@ -45,8 +44,16 @@ def measure_machine(device: torch.device) -> Machine:
         f"its read; a small kernel; a product of {width} x {width} matrices"
     )
     rates = (read_bytes_per_s, 2 * width**3 / multiply_s)
-    gpu = GpuSpec(_name(device), _memory_bytes(device), *rates, launch_s, kernel_s, source)
-    return Machine(_name(device), gpu, _link(big_bytes, small_bytes, kernel_s, device), _across(), _per_node(device))
+    if on_gpu:
+        properties = torch.cuda.get_device_properties(device)
+        name, memory_bytes, per_node = properties.name, float(properties.total_memory), torch.cuda.device_count()
+    else:  # a CPU rank's share of the host memory
+        name, per_node = "cpu", dist.get_world_size()
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / per_node
+    gpu = GpuSpec(name, memory_bytes, *rates, launch_s, kernel_s, source)
+    across = preset_machine("h100").across
+    across = replace(across, source=f"not measured, a preset: {across.source}")
+    return Machine(name, gpu, _link(big_bytes, kernel_s, device), across, per_node)
 
 
 def _reads(size_bytes: int, device: torch.device) -> list[Callable[[], Any]]:
@@ -68,35 +75,32 @@ def _decodes(keys: int, device: torch.device) -> tuple[list[Callable[[], Any]], 
     return [lambda kv=kv: attend(q, *kv).out for kv in sets], read_bytes
 
 
-def _link(big_bytes: int, small_bytes: int, kernel_s: float, device: torch.device) -> LinkSpec:
-    size = dist.get_world_size()
-    sent_bytes = big_bytes // 4
+def _link(big_bytes: int, kernel_s: float, device: torch.device) -> LinkSpec:
+    size, sent_bytes = dist.get_world_size(), big_bytes // 4
     move_s = _seconds([_shift(sent_bytes, device)] * 2, device)
     latency_s, how = _latency(kernel_s, device)
-    small = torch.zeros(small_bytes // 4, device=device)
+    small = torch.zeros((16 << 10) // 4, device=device)
     world: Any = dist.group.WORLD
     collective_s = _seconds([lambda: gather(small, world)] * 16, device) - (size - 2) * latency_s
-    source = (
-        f"measured with {size} ranks: each sends {sent_bytes >> 20} MiB to the next; {how}; an all-gather of 16 KiB"
-    )
+    sent = f"each sends {sent_bytes >> 20} MiB to the next"
+    source = f"measured with {size} ranks: {sent}; {how}; an all-gather of 16 KiB"
     times_s, peer_access = (latency_s, max(collective_s, latency_s)), how.startswith("SymmetricLink")
     return LinkSpec("measured", sent_bytes / move_s, *times_s, source, peer_access)
 
 
 def _latency(kernel_s: float, device: torch.device) -> tuple[float, str]:
     """Seconds of a small message, and how it was measured: with the exchange kernel if SymmetricLink is available."""
+    note = "a small send and receive"
     if device.type == "cuda":
         try:
             link = SymmetricLink(rows=HEADS, head_dim=HEAD_DIM)
         except Unavailable as obstacle:  # the same on every rank
-            note = f"a small send and receive, since SymmetricLink is unavailable ({obstacle})"
+            note += f", since SymmetricLink is unavailable ({obstacle})"
         else:
             part = Partial(torch.zeros(1, 1, HEADS, HEAD_DIM, device=device), torch.zeros(1, 1, HEADS, device=device))
             exchange_s = _seconds([lambda: link.reduce(part).out] * 16, device)
             link.check()
             return max(exchange_s - kernel_s, SMALLEST_S), "SymmetricLink's exchange of 16 KiB less a small kernel"
-    else:
-        note = "a small send and receive"
     return max(_seconds([_shift(1 << 10, device)] * 16, device) - kernel_s, SMALLEST_S), note
 
 
@@ -135,23 +139,3 @@ def _seconds(steps: Sequence[Callable[[], Any]], device: torch.device) -> float:
     slowest = torch.tensor(rounds_s, dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return statistics.median(slowest.tolist())
-
-
-def _across() -> LinkSpec:
-    preset = preset_machine("h100").across
-    return replace(preset, source=f"not measured, a preset: {preset.source}")
-
-
-def _per_node(device: torch.device) -> int:
-    return torch.cuda.device_count() if device.type == "cuda" else dist.get_world_size()
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _memory_bytes(device: torch.device) -> float:
-    """Memory of the GPU, or a CPU rank's share of the host memory."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / dist.get_world_size()

@@ -22,12 +22,13 @@ from ..partial import merge
 from ..reduce import SymmetricLink
 from ..reduce.collectives import gather, pack, unpack
 from .case import ROTATED_BYTES, Case, exact_attention, keys_and_values, make_inputs
-from .peers import LOCAL_PEERS, SPREAD_PEERS, Peer, Step, streaming_read
-from .timing import CapturedCalls, TimedWork, capture, median_seconds, one_line, waiting_seconds
+from .peers import LOCAL_PEERS, SPREAD_PEERS, Step, streaming_read
+from .timing import CapturedCalls, TimedWork, capture, median_seconds, one_line, restart_peak, waiting_seconds
 
 MAX_ERROR = 1e-2
 READS = ((65536, 2, 8), (16384, 4, 4), (32768, 8, 4))  # block_bytes, programs_per_sm, num_warps
 OWN_KEYS = ("alone", "local")  # kinds that attend to this rank's keys only
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,13 @@ class Communicators:
     alone: SymmetricLink
     groups: dict[str, ProcessGroup]
 
-    def workspace_bytes(self) -> int:
-        """Bytes of the link's device memory on this rank."""
-        return self.link.workspace_bytes
-
 
 @dataclass(frozen=True)
 class Contestant:
     """An implementation that takes part: `prepare(k, v)` returns its step, unless `obstacle` says why it cannot run.
 
     kind: "ours", "alone" (ours without the exchange), "local" or "spread" (peers), or "exchange" (without attention).
-    output: extracts the attention output from the result. Default: the result itself.
+    output: extracts the attention from a step's result. Default: the result itself.
     """
 
     what: str
@@ -73,15 +70,13 @@ def open_communicators(cases: Sequence[Case]) -> Communicators:
 @torch.no_grad()
 def measure_decode(
     cases: Sequence[Case], ranks: Communicators, *, peers: Sequence[str], rounds: int, eager: bool
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield one list of records per case, one record per contestant; the cases with the most bytes come first.
+) -> Iterator[list[Record]]:
+    """Yield one record per contestant for each case, the same on every rank; the cases with the most bytes come first.
 
-    The records are the same on every rank. peers: names of `LOCAL_PEERS` and `SPREAD_PEERS`. Times are seconds per
-    call: graph_s in a CUDA graph, eager_s call by call, read_s for a streaming read of the same bytes. waiting_s: what
-    a step of ours would lose by always waiting for the slowest rank, measured without an exchange. roofline_s: the
-    bytes at the rate of the fastest streaming read so far. peak_extra_bytes: the peak of PyTorch's allocator while the
-    first step is prepared and called, less the memory allocated before (K and V included), on the rank with the most.
-    Not included: memory of links, which are made before, and of NCCL.
+    peers: names of `LOCAL_PEERS` and `SPREAD_PEERS`. Times are seconds per call: graph_s in a CUDA graph, eager_s call
+    by call, read_s for a streaming read of the same bytes. waiting_s: see `waiting_seconds`, without an exchange.
+    roofline_s: the bytes at the rate of the fastest streaming read so far. peak_extra_bytes: the peak of PyTorch's
+    allocator while the first step is prepared and called, less the memory allocated before, on the rank with the most.
     """
     fastest = 0.0
     for case in sorted(cases, key=Case.read_bytes, reverse=True):
@@ -91,12 +86,11 @@ def measure_decode(
         torch.cuda.empty_cache()
 
 
-def _measure_case(
-    case: Case, ranks: Communicators, peers: Sequence[str], rounds: int, eager: bool
-) -> list[dict[str, Any]]:
-    q, lengths, sets = make_inputs(case, ranks.world.rank(), ranks.world.size(), ranks.link.device)
+def _measure_case(case: Case, ranks: Communicators, peers: Sequence[str], rounds: int, eager: bool) -> list[Record]:
+    world = ranks.world
+    q, lengths, sets = make_inputs(case, world.rank(), world.size(), ranks.link.device)
     pairs = [keys_and_values(case, kv) for kv in sets]
-    exact = exact_attention(q, *pairs[0], lengths, ranks.world)
+    exact = exact_attention(q, *pairs[0], lengths, world)
     entered = {each.what: each for each in contestants(q, lengths, pairs[0], ranks, peers)}
     works, captured, records = {}, {}, {}
     for what, contestant in entered.items():
@@ -113,20 +107,19 @@ def _measure_case(
             works[what, "eager_s"] = TimedWork(bind(_call_all, calls), ahead=False)
     read = _streaming_read(case, sets, rounds)
     taken = median_seconds(works, rounds)
-    alone = captured.get("fused_alone")
-    waiting_s = None if alone is None else waiting_seconds(alone.calls, rounds)
+    waiting_s = waiting_seconds(captured["fused_alone"].calls, rounds) if "fused_alone" in captured else None
     for what, graph in captured.items():  # check the result in the graph, after all replays
-        again = _verdict(entered[what], graph.first, exact, ranks.world)
+        again = _verdict(entered[what], graph.first, exact, world)
         records[what] |= again if again["wrong"] else {}
     ranks.link.check()
-    counts = {"sets": len(sets), "calls": case.calls(), "rounds": rounds, "waiting_s": waiting_s}
     beyond_caches = len(sets) * case.read_bytes() >= ROTATED_BYTES
-    about = asdict(case) | {"ranks": ranks.world.size(), "bytes": case.read_bytes(), "beyond_caches": beyond_caches}
-    about |= counts | read
-    return [
-        about | {"what": what, "kind": entered[what].kind} | record | _times(taken, what, case, record["wrong"])
-        for what, record in records.items()
-    ]
+    about = asdict(case) | {"ranks": world.size(), "bytes": case.read_bytes(), "beyond_caches": beyond_caches}
+    about |= {"sets": len(sets), "calls": case.calls(), "rounds": rounds, "waiting_s": waiting_s} | read
+    for what, record in records.items():
+        for clock in ("graph_s", "eager_s"):
+            taken_s = None if record["wrong"] else taken.get((what, clock))
+            record[clock] = taken_s and taken_s / case.calls()
+    return [about | {"what": what, "kind": entered[what].kind} | record for what, record in records.items()]
 
 
 def contestants(
@@ -152,23 +145,19 @@ def contestants(
     yield Contestant("nccl_all_gather", "exchange", all_gather, lambda gathered: merge(unpack(gathered)).out)
     for name, peer in (LOCAL_PEERS | SPREAD_PEERS).items():
         if name in peers:
-            kind, group = ("local", None) if name in LOCAL_PEERS else ("spread", ranks.groups[name])
-            prepare = bind(_prepare, peer, q, group)
+            kind = "local" if name in LOCAL_PEERS else "spread"
+            prepare = bind(peer.prepare, q, group=ranks.groups.get(name))
             yield Contestant(name, kind, prepare, obstacle=peer.obstacle(q, *first))
-
-
-def _prepare(peer: Peer, q: Tensor, group: ProcessGroup | None, k: Tensor, v: Tensor) -> Step:
-    return peer.prepare(q, k, v, group)
 
 
 def _try(
     contestant: Contestant, pairs: Sequence[tuple[Tensor, Tensor]], exact: tuple[Tensor, Tensor], ranks: Communicators
-) -> tuple[list[Step], dict[str, Any]]:
+) -> tuple[list[Step], Record]:
     """Return a step per k and v, none if it cannot run or is wrong; and the verdict, the same on every rank."""
     fault, steps, outs, extra = contestant.obstacle, [], [], None
     if fault is None:
         try:
-            allocated = _restart_peak(pairs[0][0])
+            allocated = restart_peak(pairs[0][0].device)
             for k, v in pairs:
                 steps.append(contestant.prepare(k, v))
                 outs.append(steps[-1]())
@@ -186,17 +175,7 @@ def _try(
     return [] if verdict["wrong"] else steps, {"peak_extra_bytes": max(extras, default=None)} | verdict
 
 
-def _restart_peak(tensor: Tensor) -> int | None:
-    """Reset the peak and return the bytes allocated now; None on the CPU, where PyTorch does not count them."""
-    if not tensor.is_cuda:
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def _verdict(
-    contestant: Contestant, result: Tensor, exact: tuple[Tensor, Tensor], world: ProcessGroup
-) -> dict[str, Any]:
+def _verdict(contestant: Contestant, result: Tensor, exact: tuple[Tensor, Tensor], world: ProcessGroup) -> Record:
     """Compare with the exact attention: the largest relative error of a rank and, for ours, whether all bits agree."""
     out = result if contestant.output is None else contestant.output(result)
     right = exact[0] if contestant.kind in OWN_KEYS else exact[1]
@@ -213,12 +192,11 @@ def _verdict(
     return {"relative_error": finite, "same_bits": same_bits, "wrong": note is not None, "note": note}
 
 
-def _streaming_read(case: Case, sets: Sequence[Tensor], rounds: int) -> dict[str, Any]:
+def _streaming_read(case: Case, sets: Sequence[Tensor], rounds: int) -> Record:
     """Time a streaming read of the same number of bytes, with the fastest of the settings in READS."""
     words, works = case.read_bytes() // sets[0].itemsize, {}
     for setting in READS:
-        how = dict(zip(("block_bytes", "programs_per_sm", "num_warps"), setting, strict=True))
-        steps = [streaming_read(kv.view(-1)[:words], **how) for kv in sets]
+        steps = [streaming_read(kv.view(-1)[:words], *setting) for kv in sets]
         _call_all(steps)
         graph = capture([steps[i % len(steps)] for i in range(case.calls())])
         assert isinstance(graph, CapturedCalls), graph
@@ -232,8 +210,3 @@ def _streaming_read(case: Case, sets: Sequence[Tensor], rounds: int) -> dict[str
 def _call_all(calls: Sequence[Step]) -> None:
     for call in calls:
         call()
-
-
-def _times(taken: dict[tuple[str, str], float], what: str, case: Case, wrong: bool) -> dict[str, float | None]:
-    times_s = {clock: taken.get((what, clock)) for clock in ("graph_s", "eager_s")}
-    return {clock: None if wrong or time_s is None else time_s / case.calls() for clock, time_s in times_s.items()}

@@ -50,7 +50,7 @@ def measure_generation(
                 if group != dist.GroupMember.NON_GROUP_MEMBER:
                     turns.append(_turn(loaded, ids[:, :context], what, group, decode_tokens, chunk_tokens))
         for turns, (what, group) in zip(taken, contestants, strict=True):
-            records.append(_summary(turns, what, context, group))
+            records.append(_summary(turns, what, group, context))
     return records
 
 
@@ -77,12 +77,12 @@ def _turn(model: Any, ids: Tensor, what: str, group: Any, decode_tokens: int, ch
     return {"ttft_s": ttft_s, "steps_s": steps_s[WARM_UP_STEPS:], "kv_bytes": kv_bytes, "received_bytes": received}
 
 
-def _summary(turns: list[dict[str, Any]], what: str, context: int, group: Any) -> dict[str, Any]:
+def _summary(turns: list[dict[str, Any]], what: str, group: Any, context: int) -> dict[str, Any]:
     """The record: medians of the slowest rank. Ranks that did not take part contribute zeros."""
     mine = [0.0, 0.0, 0.0, 0.0]
     if turns:
-        steps = [step for turn in turns for step in turn["steps_s"]]
-        mine = [statistics.median(turn["ttft_s"] for turn in turns), statistics.median(steps)]
+        tpot_s = statistics.median(step_s for turn in turns for step_s in turn["steps_s"])
+        mine = [statistics.median(turn["ttft_s"] for turn in turns), tpot_s]
         mine += [turns[-1]["kv_bytes"], turns[-1]["received_bytes"]]
     slowest = torch.tensor(mine, dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)

@@ -4,8 +4,8 @@ LOCAL_PEERS      attention over one GPU's own shard: cudnn, flash2, flash3, flas
 SPREAD_PEERS     attention over the shards of all ranks: three_all_reduce (the paper's reference), all_gather, ring
 streaming_read   the ceiling: every byte is read once, nothing is computed
 
-A Peer never falls back to another kernel: `obstacle` says why it cannot run. All steps run on one stream and never wait
-for the device, so each can be captured in a CUDA graph, after some eager steps that create plans and communicators.
+No peer falls back to another kernel. All steps run on one stream and never wait for the device, so each can be captured
+in a CUDA graph, after some eager steps that create plans and communicators.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,10 @@ aten = torch.ops.aten
 class Peer:
     """A contestant for q `[B, 1, H, D]` and this rank's k, v `[B, S_local, H_kv, D]`, NHD or HND in memory.
 
-    obstacle: (q, k, v) -> why it cannot run these tensors here, or None.
-    prepare: (q, k, v, group) -> step. It does the one-time work of a user (plans, buffers). Only `step()` is timed: it
-        returns the attention output `[B, 1, H, D]` over this rank's keys (LOCAL_PEERS, group unused) or over all keys
-        (SPREAD_PEERS). SPREAD_PEERS also take `local=`, the kernel for one shard: (q, k, v) -> out `[B, 1, H, D]` and
-        natural-log lse `[B, 1, H]`. Default: cuDNN's.
+    obstacle: (q, k, v) -> why it cannot run these tensors here, or None. prepare: (q, k, v, group) -> step, after the
+    one-time work of a user (plans, buffers). Only `step()` is timed. It returns the attention `[B, 1, H, D]` over this
+    rank's keys (LOCAL_PEERS, group unused) or over all keys (SPREAD_PEERS). SPREAD_PEERS also take `local=`, the kernel
+    for one shard, with the result of `cudnn_partial`, the default.
     """
 
     obstacle: Callable[[Tensor, Tensor, Tensor], str | None]
@@ -45,17 +44,13 @@ class Peer:
 
 
 def streaming_read(
-    tensor: Tensor, *, block_bytes: int = 32768, programs_per_sm: int = 4, num_warps: int = 8, num_stages: int = 1
+    tensor: Tensor, block_bytes: int = 32768, programs_per_sm: int = 4, num_warps: int = 8, num_stages: int = 1
 ) -> Step:
-    """Return a step that reads `tensor` once, in blocks of `block_bytes`, with `programs_per_sm` programs per SM.
+    """Return a step that reads `tensor` once and returns int64 sums, whose total is that of its int32 words mod 2^32.
 
-    The step returns one int64 per program; their total is the sum of the tensor's int32 words, modulo 2^32.
-
-    Args:
-        tensor: dense in memory, not empty, a multiple of 4 bytes. On the CPU only under TRITON_INTERPRET=1.
-        block_bytes: a power of two. With one stage, each thread has `block_bytes / (512 * num_warps)` 16-byte loads in
-            flight.
-        num_stages: if above 1, the compiler keeps `num_stages - 1` blocks in flight in shared memory.
+    tensor: dense in memory, not empty, a multiple of 4 bytes. On the CPU only under TRITON_INTERPRET=1. block_bytes: a
+    power of two. With one stage, each thread has `block_bytes / (512 * num_warps)` 16-byte loads in flight; with more,
+    the compiler keeps `num_stages - 1` blocks in flight in shared memory.
     """
     from .read_kernels import read
 
@@ -80,11 +75,11 @@ def cudnn_partial(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse.reshape(out.shape[0], 1, -1)
 
 
-def _prepare_cudnn(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
     return lambda: cudnn_partial(q, k, v)[0]
 
 
-def _prepare_flash2(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
+def _flash2(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
     """The query heads of each KV head become query tokens, so that the keys are read once."""
     packed = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # [B, H_kv, G, D]
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
@@ -92,14 +87,14 @@ def _prepare_flash2(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None 
     return lambda: flash(packed, keys, values, scale=q.shape[3] ** -0.5)[0].reshape_as(q)
 
 
-def _prepare_flash3(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
+def _flash3(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
     """Without cache_seqlens, since all keys count: that saves the launch that schedules ragged batches."""
     from fa3_fwd_interface import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
 
     return lambda: flash_attn_with_kvcache(q, k, v, num_splits=0)  # 0: FlashAttention's own heuristic
 
 
-def _prepare_flashinfer(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
+def _flashinfer(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
     """Batch 1 uses the single-request kernel; larger batches are read as pages of `PAGE_TOKENS`, planned here."""
     import flashinfer  # pyright: ignore[reportMissingImports]
 
@@ -118,9 +113,7 @@ def _prepare_flashinfer(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | N
     return lambda: wrapper.run(q[:, 0], cache).view_as(q)
 
 
-def _prepare_three_all_reduce(
-    q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial
-) -> Step:
+def _three_all_reduce(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial) -> Step:
     """Algorithm 3 of arXiv 2408.04093: all-reduce the maximum, then the numerator, then the denominator, in float32."""
 
     def step() -> Tensor:
@@ -136,7 +129,7 @@ def _prepare_three_all_reduce(
     return step
 
 
-def _prepare_all_gather(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial) -> Step:
+def _all_gather(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial) -> Step:
     """One all-gather of float32 (out, lse), merged in rank order."""
     packed = torch.empty((*q.shape[:3], v.shape[3] + 1), dtype=torch.float32, device=q.device)
 
@@ -147,11 +140,11 @@ def _prepare_all_gather(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *,
     return step
 
 
-def _prepare_ring(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial) -> Step:
+def _ring(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel = cudnn_partial) -> Step:
     """Ring attention: each shard makes P - 1 hops and is sent on while the attention over it is computed.
 
-    KV heads are not repeated. There are two receive buffers (one if P is 2). The P results are merged once, in rank
-    order. Shards may differ in length (the lengths are exchanged here), not in memory layout.
+    There are two receive buffers (one if P is 2). The P results are merged once, in rank order. Shards may differ in
+    length, not in memory layout.
     """
     rank, size = group.rank(), group.size()
     sources = [(rank - hop) % size for hop in range(size)]  # the owner of the shard that is here after each hop
@@ -220,31 +213,27 @@ def _cudnn_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def _flash3_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if find_spec("fa3_fwd_interface") is None:
-        return "needs the package fa3-fwd"
-    found = _obstacle(q, k, v)
+    found = _obstacle(q, k, v) if find_spec("fa3_fwd_interface") else "needs the package fa3-fwd"
     if found is None and (q.dtype != torch.bfloat16 or torch.cuda.get_device_capability(q.device)[0] != 9):
         return f"is built for bfloat16 on Hopper (sm_90), got {q.dtype} on {torch.cuda.get_device_name(q.device)}"
     return found
 
 
 def _flashinfer_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if find_spec("flashinfer") is None:
-        return "needs the package flashinfer-python"
-    found = _obstacle(q, k, v)
+    found = _obstacle(q, k, v) if find_spec("flashinfer") else "needs the package flashinfer-python"
     if found is None and k.shape[0] > 1 and not (k.is_contiguous() and k.shape[1] % PAGE_TOKENS == 0):
         return f"reads a batch as pages: needs NHD and a multiple of {PAGE_TOKENS} keys"
     return found
 
 
 LOCAL_PEERS = {
-    "cudnn": Peer(_cudnn_obstacle, _prepare_cudnn),
-    "flash2": Peer(_obstacle, _prepare_flash2),
-    "flash3": Peer(_flash3_obstacle, _prepare_flash3),
-    "flashinfer": Peer(_flashinfer_obstacle, _prepare_flashinfer),
+    "cudnn": Peer(_cudnn_obstacle, _cudnn),
+    "flash2": Peer(_obstacle, _flash2),
+    "flash3": Peer(_flash3_obstacle, _flash3),
+    "flashinfer": Peer(_flashinfer_obstacle, _flashinfer),
 }
 SPREAD_PEERS = {
-    "three_all_reduce": Peer(_cudnn_obstacle, _prepare_three_all_reduce),
-    "all_gather": Peer(_cudnn_obstacle, _prepare_all_gather),
-    "ring": Peer(_cudnn_obstacle, _prepare_ring),
+    "three_all_reduce": Peer(_cudnn_obstacle, _three_all_reduce),
+    "all_gather": Peer(_cudnn_obstacle, _all_gather),
+    "ring": Peer(_cudnn_obstacle, _ring),
 }

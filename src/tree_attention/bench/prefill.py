@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from ..group import gather_objects
 from ..hf import TreeCache, prefill
+from .timing import one_line, restart_peak
 
 VARIANTS = ("ours", "stock")
 
@@ -31,12 +32,9 @@ def measure_prefill(
     of the slowest rank. flops: those of the whole prompt (`prefill_flops`). peak_bytes: on the rank with the highest
     peak, including weight_bytes and kv_bytes. If the memory does not suffice, the record has a note and no times.
     """
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary, how = model.config.get_text_config(decoder=True).vocab_size, (chunk_tokens, rounds, on_progress)
     ids = torch.randint(vocabulary, (1, context + 1), generator=torch.Generator().manual_seed(0)).to(model.device)
-    return [
-        {"context_tokens": context, "what": variant} | _measure(model, ids, variant, chunk_tokens, rounds, on_progress)
-        for variant in variants
-    ]
+    return [{"context_tokens": context, "what": name} | _measure(model, ids, name, *how) for name in variants]
 
 
 def prefill_flops(config: Any, weights: int, tokens: int) -> float:
@@ -54,12 +52,10 @@ def prefill_flops(config: Any, weights: int, tokens: int) -> float:
 def _measure(
     model: Any, ids: Tensor, variant: str, chunk_tokens: int, rounds: int, on_progress: Callable[[int], None]
 ) -> dict[str, Any]:
-    alone, device = variant == "stock", model.device
+    alone, taken_s, kv_bytes, note = variant == "stock", [], 0, None
     model.set_attn_implementation("sdpa" if alone else "tree_attention")
-    taken, kv_bytes, note = [], 0, None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(rounds):
+    restart_peak(model.device)
+    while len(taken_s) < rounds and note is None:
         dist.barrier()
         start = time.perf_counter()
         try:
@@ -70,33 +66,28 @@ def _measure(
         except torch.OutOfMemoryError as error:
             if not alone:  # the other ranks would wait for this one
                 raise
-            note = str(error).splitlines()[0][:160]
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
+            note = one_line(error)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        taken_s.append(time.perf_counter() - start)
         gc.collect()
-        if note is not None:
-            break
     layer_weights = sum(weight.numel() for name, weight in model.named_parameters() if "layers." in name)
-    peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    mine = {"taken": taken, "kv_bytes": kv_bytes, "note": note, "peak_bytes": peak_bytes}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    by_rank = gather_objects(mine, dist.group.WORLD)
-    if alone:
-        by_rank = by_rank[:1]
-    slowest = [max(times_s) for times_s in zip(*(each["taken"] for each in by_rank), strict=True)]
-    note = by_rank[0]["note"]
+    mine = (taken_s, note, kv_bytes, torch.cuda.max_memory_allocated())  # a peak of 0 on the CPU
+    torch.cuda.empty_cache()
+    times_s, notes, kv_bytes, peak_bytes = zip(
+        *gather_objects(mine, dist.group.WORLD)[: 1 if alone else None], strict=True
+    )
+    slowest_s = list(map(max, zip(*times_s, strict=True)))
     return {
-        "ranks": len(by_rank),
+        "ranks": len(times_s),
         "chunk_tokens": None if alone else chunk_tokens,
-        "note": note,
-        "first_s": None if note else slowest[0],
-        "seconds": None if note else statistics.median(slowest[1:] or slowest),
+        "note": notes[0],
+        "first_s": None if notes[0] else slowest_s[0],
+        "seconds": None if notes[0] else statistics.median(slowest_s[1:] or slowest_s),
         "flops": prefill_flops(model.config, layer_weights, ids.shape[1] - 1),
         "weight_bytes": sum(weight.nbytes for weight in model.parameters()),
-        "kv_bytes": max(each["kv_bytes"] for each in by_rank),
-        "peak_bytes": max(each["peak_bytes"] for each in by_rank),
+        "kv_bytes": max(kv_bytes),
+        "peak_bytes": max(peak_bytes),
     }
 
 
@@ -108,7 +99,6 @@ def _ours(model: Any, ids: Tensor, chunk_tokens: int, on_progress: Callable[[int
 
 
 def _stock(model: Any, ids: Tensor) -> int:
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
     model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-    layers: list[Any] = cache.layers
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

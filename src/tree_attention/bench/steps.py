@@ -1,6 +1,4 @@
-"""Measures the decode step of a whole model, as `generate` runs it: time per token over the context, peak memory.
-
-The caches are filled with random numbers, since a prefill would take hours. The variants:
+"""Measures the decode step of a whole model, as `generate` runs it, on caches filled with random numbers. The variants:
 
 ours eager, captured, compiled    a static TreeCache over all ranks, with that mode of its steps (hf/step.py)
 stock eager, compiled             transformers' sdpa on the first rank only: DynamicCache, or StaticCache and compiled
@@ -22,6 +20,7 @@ from ..errors import Unsupported
 from ..group import first_fault, gather_objects
 from ..hf import TreeCache
 from ..hf.tensor_parallel import sequence_axis, tensor_ranks
+from .timing import one_line, restart_peak
 
 VARIANTS = ("ours eager", "ours captured", "ours compiled", "stock eager", "stock compiled")
 TENSOR_PARALLEL_VARIANTS = VARIANTS[:3]  # ours: for a model whose weights are split over ranks
@@ -39,12 +38,6 @@ def measure_steps(model: Any, context: int, variants: list[str], *, tokens: int)
 
     Raises Unsupported if a layer of the model is not full attention.
     """
-    _check(model)
-    about = {"context_tokens": context}
-    return [about | {"what": variant} | _measure(model, context, variant, tokens) for variant in variants]
-
-
-def _check(model: Any) -> None:
     config = model.config.get_text_config(decoder=True)
     others = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {"DynamicLayer"}
     if getattr(config, "kv_lora_rank", None):
@@ -54,44 +47,30 @@ def _check(model: Any) -> None:
             f"bench steps fills caches of full attention only, this model has {', '.join(sorted(others))}: "
             "use generate --random-weights, which runs a prefill"
         )
+    return [
+        {"context_tokens": context, "what": variant} | _measure(model, context, variant, tokens) for variant in variants
+    ]
 
 
 def _measure(model: Any, context: int, variant: str, tokens: int) -> dict[str, Any]:
-    rank, device, alone = dist.get_rank(), model.device, variant.startswith("stock")
+    alone, cache, note, mine = variant.startswith("stock"), None, None, None
     model.set_attn_implementation("sdpa" if alone else "tree_attention")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    cache, note, mine = None, None, None
-    if not alone or rank == 0:
+    restart_peak(model.device)
+    if not alone or dist.get_rank() == 0:
         try:
             cache = _filled(model, context, variant, context + WARM_UP_TOKENS + tokens)
         except torch.OutOfMemoryError as error:
-            note = str(error).splitlines()[0][:160]
+            note = one_line(error)
     note = first_fault(note, dist.group.WORLD)
     if note is None and cache is not None:
         mine = _decode(model, cache, context, tokens)
     by_rank = [figures for figures in gather_objects(mine, dist.group.WORLD) if figures is not None]
     del cache
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     names = ("tpot_s", "peak_bytes", "bytes")
     worst = {name: max((figures[name] for figures in by_rank), default=None) for name in names}
-    ranks = 1 if alone else dist.get_world_size()
-    return worst | {"note": note, "ranks": ranks}
-
-
-def _decode(model: Any, cache: Any, context: int, tokens: int) -> dict[str, Any]:
-    ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=torch.Generator().manual_seed(0))
-    ids, clock = ids.to(model.device), _Clock()
-    greedy = {"do_sample": False, "eos_token_id": None} | dict.fromkeys(("temperature", "top_p", "top_k"))
-    inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": cache}
-    model.generate(ids, **inputs, max_new_tokens=WARM_UP_TOKENS + tokens, streamer=clock, **greedy)
-    steps = [after - before for before, after in pairwise(clock.times_s)]
-    read = sum(map(_here_bytes, model.parameters())) - _here_bytes(model.get_input_embeddings().weight)
-    peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else 0
-    read += _held_bytes(cache, context)
-    return {"tpot_s": statistics.median(steps[-tokens:]), "peak_bytes": peak, "bytes": read}
+    return worst | {"note": note, "ranks": 1 if alone else dist.get_world_size()}
 
 
 def _filled(model: Any, context: int, variant: str, max_tokens: int) -> Any:
@@ -104,7 +83,7 @@ def _filled(model: Any, context: int, variant: str, max_tokens: int) -> Any:
     if variant == "stock eager":
         cache = DynamicCache(config=config)
         for index in range(config.num_hidden_layers):
-            cache.update(*(_noise(first, context) for _ in range(2)), index)
+            cache.update(*(first.new_empty((1, heads, context, head_dim)).normal_() for _ in "kv"), index)
     elif variant == "stock compiled":
         cache = StaticCache(config=config, max_cache_len=max_tokens)
         for layer in cache.layers:
@@ -124,19 +103,23 @@ def _filled(model: Any, context: int, variant: str, max_tokens: int) -> Any:
     return cache
 
 
-def _noise(like: Tensor, tokens: int) -> Tensor:
-    return like.new_empty((*like.shape[:2], tokens, like.shape[3])).normal_()
+def _decode(model: Any, cache: Any, context: int, tokens: int) -> dict[str, Any]:
+    ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=torch.Generator().manual_seed(0))
+    ids, clock = ids.to(model.device), _Clock()
+    greedy = {"do_sample": False, "eos_token_id": None} | dict.fromkeys(("temperature", "top_p", "top_k"))
+    inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    model.generate(ids, **inputs, max_new_tokens=WARM_UP_TOKENS + tokens, streamer=clock, **greedy)
+    steps_s = [after - before for before, after in pairwise(clock.times_s)]
+    held = cache.ranks.held(context) if hasattr(cache, "ranks") else context  # tokens on this rank
+    read = sum(map(_here_bytes, model.parameters())) - _here_bytes(model.get_input_embeddings().weight)
+    read += sum(buffer[:, :, :1].nbytes * held for layer in cache.layers for buffer in (layer.keys, layer.values))
+    peak_bytes = torch.cuda.max_memory_allocated()  # 0 on the CPU
+    return {"tpot_s": statistics.median(steps_s[-tokens:]), "peak_bytes": peak_bytes, "bytes": read}
 
 
 def _here_bytes(weight: Any) -> int:
     """Bytes of a weight on this rank."""
     return (weight.to_local() if hasattr(weight, "to_local") else weight).nbytes
-
-
-def _held_bytes(cache: Any, context: int) -> int:
-    """Bytes of keys and values of `context` tokens on this rank."""
-    held = cache.ranks.held(context) if hasattr(cache, "ranks") else context
-    return sum(buffer[:, :, :1].nbytes * held for layer in cache.layers for buffer in (layer.keys, layer.values))
 
 
 class _Clock(BaseStreamer):

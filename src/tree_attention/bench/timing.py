@@ -26,22 +26,16 @@ class TimedWork:
 
 @dataclass(frozen=True)
 class CapturedCalls:
-    """A CUDA graph of calls. calls: kept, they own memory of the graph. first: result of the first call."""
+    """replay: replays a CUDA graph of calls. calls: they own memory of the graph. first: result of the first call."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     calls: Sequence[Callable[[], Tensor]]
     first: Tensor
 
-    def replay(self) -> None:
-        self.graph.replay()
-
 
 def median_seconds(works: Mapping[Name, TimedWork], rounds: int) -> dict[Name, float]:
-    """Return, for each work, the median over `rounds` of the slowest rank's time, after one warm-up round.
-
-    All ranks call this with the same work, on CUDA devices.
-    """
-    rounds_s = [[_seconds(work) for work in works.values()] for _ in range(rounds + 1)][1:]
+    """Return, for each work, the median over `rounds` of the slowest rank's time. All ranks call it, on GPUs."""
+    rounds_s = [[_seconds(work) for work in works.values()] for _ in range(rounds + 1)][1:]  # less a warm-up
     slowest = torch.tensor(rounds_s, dtype=torch.float64, device="cuda")
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return {name: statistics.median(taken) for name, taken in zip(works, slowest.T.tolist(), strict=True)}
@@ -88,7 +82,15 @@ def capture(calls: Sequence[Callable[[], Tensor]]) -> CapturedCalls | str:
     fault = first_fault(fault, dist.group.WORLD)
     if fault is not None or first is None:
         return fault or "not captured"
-    return CapturedCalls(graph, calls, first)
+    return CapturedCalls(graph.replay, calls, first)
+
+
+def restart_peak(device: torch.device) -> int | None:
+    """Reset the peak of PyTorch's allocator and return the bytes allocated now; None on the CPU, which has no count."""
+    if device.type == "cpu":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def one_line(error: Exception) -> str:

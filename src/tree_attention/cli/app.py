@@ -8,19 +8,15 @@ import sys
 from dataclasses import MISSING, fields
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from . import options
 from .exits import run
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
 bench = typer.Typer(help="Benchmarks. Each checks its results before it times them.", no_args_is_help=True)
 
 
@@ -55,9 +51,12 @@ def _signature(options_type: Any) -> inspect.Signature:
     """One parameter per field: the command's own first, then those that it shares."""
     parameters = []
     for field in sorted(fields(options_type), key=lambda field: field.name not in options_type.__annotations__):
+        kind, *names, text = get_args(field.type)
+        flag = Annotated[kind, typer.Option(*names, help=text)]
         default = inspect.Parameter.empty if field.default is MISSING else field.default
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(field.name, kind, annotation=field.type, default=default))
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=flag, default=default)
+        )
     return inspect.Signature(parameters)
 
 

@@ -15,7 +15,7 @@ from ..errors import InputError, Unavailable
 from . import environment
 from .launch import run_on_ranks
 from .options import BenchDecodeOptions, parse_numbers
-from .records import print_document, print_table, publish
+from .records import Record, print_document, print_table, publish
 
 LABELS = {
     "fused": "ours, fused",
@@ -26,7 +26,6 @@ LABELS = {
     "nccl_all_gather": "exchange alone: NCCL all-gather",
 }
 PREFIXES = {"local": "", "spread": "cudnn + "}
-PACKAGES = ("torch", "triton", "flashinfer-python", "fa3-fwd")
 
 
 def bench_decode(options: BenchDecodeOptions) -> int:
@@ -34,8 +33,8 @@ def bench_decode(options: BenchDecodeOptions) -> int:
     cases, peers = cases_of(options), peers_of(options)
     if options.nproc < 1 or options.rounds < 1:
         raise InputError(f"nproc and rounds must be at least 1, got {options.nproc} and {options.rounds}")
-    if not torch.cuda.is_available() or torch.cuda.device_count() < options.nproc:
-        found = torch.cuda.device_count()
+    found = torch.cuda.device_count()
+    if not torch.cuda.is_available() or found < options.nproc:
         raise Unavailable(f"bench decode needs a CUDA device per rank, got {options.nproc} ranks and {found} devices")
     environment.disable_multicast()
     return run_on_ranks(_on_rank, options.nproc, "cuda", cases, peers, options)
@@ -44,19 +43,18 @@ def bench_decode(options: BenchDecodeOptions) -> int:
 def cases_of(options: BenchDecodeOptions) -> list[Case]:
     """Check the sizes. Return each batch size with each number of keys, or with `pairs` the two lists in parallel."""
     keys, batch = parse_numbers("keys", options.keys), parse_numbers("batch", options.batch)
-    sizes = (*keys, *batch, options.heads, options.kv_heads, options.head_dim)
-    if min(sizes) < 1 or options.heads % options.kv_heads:
+    heads, kv_heads, head_dim = options.heads, options.kv_heads, options.head_dim
+    if min(*keys, *batch, heads, kv_heads, head_dim) < 1 or heads % kv_heads:
         raise InputError(
             f"keys, batch, heads, kv-heads and head-dim must be at least 1, heads a multiple of kv-heads, "
-            f"got {options.keys}, {options.batch}, {options.heads}, {options.kv_heads} and {options.head_dim}"
+            f"got {options.keys}, {options.batch}, {heads}, {kv_heads} and {head_dim}"
         )
     if options.layout not in ("NHD", "HND"):
         raise InputError(f"layout must be NHD or HND, got {options.layout!r}")
-    rest = (options.heads, options.kv_heads, options.head_dim, options.layout, options.ragged)
     if options.pairs and len(batch) != len(keys):
         raise InputError(f"pairs needs as many batch sizes as keys, got {options.batch} and {options.keys}")
     sizes_of = zip(batch, keys, strict=True) if options.pairs else itertools.product(batch, keys)
-    cases = [Case(rows, count, *rest) for rows, count in sizes_of]
+    cases = [Case(*sizes, heads, kv_heads, head_dim, options.layout, options.ragged) for sizes in sizes_of]
     largest = 2 * max(case.allocated_bytes() for case in cases)
     if largest > MAX_BYTES:
         raise InputError(f"two sets of K and V must take at most {MAX_BYTES / 1e9:g} GB, got {largest / 1e9:.0f} GB")
@@ -77,15 +75,15 @@ def _on_rank(cases: list[Case], peers: list[str], options: BenchDecodeOptions, d
     ranks, about = open_communicators(cases), {}
     if dist.get_rank() == 0:
         about = {"date": environment.date()} | environment.gpu_environment(dist.get_world_size())
-        about |= {package: environment.package_version(package) for package in PACKAGES}
-        about |= {"link_workspace_bytes": ranks.workspace_bytes()}
+        about |= environment.package_versions("torch", "triton", "flashinfer-python", "fa3-fwd")
+        about |= {"link_workspace_bytes": ranks.link.workspace_bytes}
     batches = measure_decode(cases, ranks, peers=peers, rounds=options.rounds, eager=options.eager)
     records = publish(batches, _show, about, options.output)
     print_document({"surroundings": about, "records": records})
     return int(any(record["wrong"] for record in records if record["kind"] in ("ours", "alone")))
 
 
-def _show(records: Sequence[dict[str, Any]]) -> None:
+def _show(records: Sequence[Record]) -> None:
     case, console = records[0], Console(width=120, highlight=False)
     lengths = f"1 to {case['keys']}" if case["ragged"] else str(case["keys"])
     waiting_us = case["waiting_s"] and 1e6 * case["waiting_s"]
@@ -108,7 +106,7 @@ def _show(records: Sequence[dict[str, Any]]) -> None:
     console.print()
 
 
-def table_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+def table_rows(records: Sequence[Record]) -> list[list[str]]:
     """Rows of name, graph µs, x roofline, x fastest local peer, eager µs, extra MB, relative error; "-" if unknown."""
     peers_s = [record["graph_s"] for record in records if record["kind"] == "local" and record["graph_s"]]
     rows = []
@@ -116,14 +114,14 @@ def table_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
         graph_s, is_attention = record["graph_s"], record["kind"] != "exchange"
         name = LABELS.get(record["what"]) or PREFIXES[record["kind"]] + record["what"]
         cells = (
-            (graph_s and 1e6 * graph_s, ".1f"),
-            (graph_s and is_attention and graph_s / record["roofline_s"], ".3f"),
-            (graph_s and is_attention and peers_s and graph_s / min(peers_s), ".3f"),
-            (record["eager_s"] and 1e6 * record["eager_s"], ".1f"),
-            (record["peak_extra_bytes"] and record["peak_extra_bytes"] / 1e6, ".1f"),
-            (record["relative_error"], ".1e"),
+            _cell(graph_s and 1e6 * graph_s, ".1f"),
+            _cell(graph_s and is_attention and graph_s / record["roofline_s"], ".3f"),
+            _cell(graph_s and is_attention and peers_s and graph_s / min(peers_s), ".3f"),
+            _cell(record["eager_s"] and 1e6 * record["eager_s"], ".1f"),
+            _cell(record["peak_extra_bytes"] and record["peak_extra_bytes"] / 1e6, ".1f"),
+            _cell(record["relative_error"], ".1e"),
         )
-        rows.append([name, *(_cell(value, form) for value, form in cells)])
+        rows.append([name, *cells])
     return rows
 
 

@@ -37,8 +37,7 @@ def _on_rank(options: BenchGenerateOptions, contexts: list[int], device: torch.d
     if ids.shape[1] < contexts[-1]:
         raise InputError(f"contexts must be at most the {ids.shape[1]} tokens of the text, got {contexts[-1]}")
     about = {"date": environment.date(), "model": Path(options.model).name, "cpu": environment.cpu_name()}
-    about |= {"python": platform.python_version()}
-    about |= {name: environment.package_version(name) for name in ("torch", "transformers")}
+    about |= {"python": platform.python_version()} | environment.package_versions("torch", "transformers")
     how = {"decode_tokens": options.decode_tokens, "chunk_tokens": CHUNK_TOKENS, "rounds": options.rounds}
     batches = [measure_generation(options.model, ids, contexts, **how)]
     records = publish(batches, lambda batch: _show(batch, options.nproc), about, options.output)
@@ -59,8 +58,8 @@ def _show(records: list[dict[str, Any]], nproc: int) -> None:
             cells = [f"{record['ttft_s']:.2f}", f"{1e3 * record['tpot_s']:.1f}", f"{kv_mb:.1f}"]
             if record["ranks"] == nproc:
                 kv = record["kv_bytes_per_rank"] / one[0]["kv_bytes_per_rank"]
-                cells += [f"{ttft_s / record['ttft_s']:.2f} x faster", f"{record['tpot_s'] / tpot_s:.2f} x"]
-                cells.append(f"{kv:.3f} x")
+                decode = record["tpot_s"] / tpot_s
+                cells += [f"{ttft_s / record['ttft_s']:.2f} x faster", f"{decode:.2f} x", f"{kv:.3f} x"]
             rows.append([str(context), name, *cells])
     columns = ("context", "", "first token, s", "ms per token", "KV per rank, MB", "ratio: prefill", "decode", "KV")
     print_table(columns, rows, "CPU, float32, each process on one core")

@@ -1,12 +1,9 @@
 """`tree-attention bench steps` and `bench prefill`: a whole model on GPUs, its decode step and its prefill."""
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-import transformers
 
 from ..bench import prefill, steps
 from ..errors import InputError
@@ -14,10 +11,8 @@ from . import environment
 from .launch import run_on_ranks
 from .models import load_model
 from .options import BenchPrefillOptions, BenchStepsOptions, parse_numbers
-from .records import print_document, print_table, publish
+from .records import Record, print_document, print_table, publish
 from .terminal import reading_bar
-
-Measure = Callable[[Any, int], list[dict[str, Any]]]  # (model, context) -> records, on every rank
 
 
 def bench_steps(options: BenchStepsOptions) -> int:
@@ -30,7 +25,7 @@ def bench_steps(options: BenchStepsOptions) -> int:
         got = f"{options.contexts}, {options.nproc} and {options.tokens}"
         raise InputError(f"contexts, nproc and tokens must be at least 1, got {got}")
     environment.disable_multicast()
-    return run_on_ranks(_steps_on_rank, options.nproc, options.device, options, contexts, variants)
+    return run_on_ranks(_on_rank, options.nproc, options.device, options, contexts, variants)
 
 
 def bench_prefill(options: BenchPrefillOptions) -> int:
@@ -39,7 +34,7 @@ def bench_prefill(options: BenchPrefillOptions) -> int:
     if min(contexts[0], options.nproc, options.chunk_tokens, options.rounds) < 1:
         raise InputError("contexts, nproc, chunk-tokens and rounds must be at least 1")
     environment.disable_multicast()
-    return run_on_ranks(_prefill_on_rank, options.nproc, options.device, options, contexts, variants)
+    return run_on_ranks(_on_rank, options.nproc, options.device, options, contexts, variants)
 
 
 def _variants(options: BenchStepsOptions | BenchPrefillOptions, known: Sequence[str], where: str = "") -> list[str]:
@@ -53,52 +48,34 @@ def _variants(options: BenchStepsOptions | BenchPrefillOptions, known: Sequence[
     return chosen
 
 
-def _steps_on_rank(options: BenchStepsOptions, contexts: list[int], variants: list[str], device: torch.device) -> None:
-    def measure(model: Any, context: int) -> list[dict[str, Any]]:
-        return steps.measure_steps(model, context, variants, tokens=options.tokens)
-
-    about = {"tokens": options.tokens, "tensor_parallel": options.tensor_parallel}
-    _run(options, contexts, device, measure, _show_steps, about)
-
-
-def _prefill_on_rank(
-    options: BenchPrefillOptions, contexts: list[int], variants: list[str], device: torch.device
-) -> None:
-    how = {"chunk_tokens": options.chunk_tokens, "rounds": options.rounds}
-
-    def measure(model: Any, context: int) -> list[dict[str, Any]]:
-        with reading_bar(context, shown=dist.get_rank() == 0) as on_progress:
-            return prefill.measure_prefill(model, context, variants, **how, on_progress=on_progress)
-
-    _run(options, contexts, device, measure, _show_prefill, {})
-
-
-def _run(
-    options: BenchStepsOptions | BenchPrefillOptions,
-    contexts: list[int],
-    device: torch.device,
-    measure: Measure,
-    show: Callable[[list[dict[str, Any]]], None],
-    about: dict[str, Any],
+def _on_rank(
+    options: BenchStepsOptions | BenchPrefillOptions, contexts: list[int], variants: list[str], device: torch.device
 ) -> None:
     """Load the model with random weights; measure and publish each context."""
-    transformers.logging.set_verbosity_error()
-    tensor_parallel = about.get("tensor_parallel", 1)
-    model = load_model(str(options.config), "auto", device, random=True, tensor_parallel=tensor_parallel)
-    on_gpu, dtype = device.type == "cuda", str(model.dtype).removeprefix("torch.")
-    known: dict[str, Any] = {"date": environment.date(), "model": Path(options.config).stem, "dtype": dtype}
-    known |= {"device": torch.cuda.get_device_name(device) if on_gpu else "cpu"}
-    known |= {name: environment.package_version(name) for name in ("torch", "transformers")}
+    is_steps = isinstance(options, BenchStepsOptions)
+    split = {"tensor_parallel": options.tensor_parallel} if is_steps else {}
+    model = load_model(str(options.config), "auto", device, random=True, **split)
+    about: Record = {"date": environment.date(), "model": options.config.stem}
+    about |= {"dtype": str(model.dtype).removeprefix("torch.")}
+    about |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+    about |= environment.package_versions("torch", "transformers")
+    about |= {"tokens": options.tokens, **split} if is_steps else {}
 
-    def batches() -> Iterator[list[dict[str, Any]]]:
+    def batches() -> Iterator[list[Record]]:
         for context in contexts:
-            yield measure(model, context)
+            if isinstance(options, BenchStepsOptions):
+                yield steps.measure_steps(model, context, variants, tokens=options.tokens)
+                continue
+            how = {"chunk_tokens": options.chunk_tokens, "rounds": options.rounds}
+            with reading_bar(context, shown=dist.get_rank() == 0) as on_progress:
+                records = prefill.measure_prefill(model, context, variants, **how, on_progress=on_progress)
+            yield records
 
-    records = publish(batches(), show, known | about, options.output)
-    print_document(known | about | {"records": records})
+    records = publish(batches(), _show_steps if is_steps else _show_prefill, about, options.output)
+    print_document(about | {"records": records})
 
 
-def _show_steps(records: list[dict[str, Any]]) -> None:
+def _show_steps(records: list[Record]) -> None:
     rows = []
     for record in records:
         cells = ["-", "-", "-"]
@@ -110,7 +87,7 @@ def _show_steps(records: list[dict[str, Any]]) -> None:
     print_table(columns, rows, f"context of {records[0]['context_tokens']} tokens")
 
 
-def _show_prefill(records: list[dict[str, Any]]) -> None:
+def _show_prefill(records: list[Record]) -> None:
     rows = []
     for record in records:
         cells = ["-", "-", "-"]

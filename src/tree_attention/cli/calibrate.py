@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 from ..bench.calibration import measure_machine
 from ..cost.calibration import Calibration, save_calibration
@@ -15,6 +13,7 @@ from . import environment
 from .exits import under_torchrun
 from .launch import run_on_ranks
 from .options import CalibrateOptions
+from .records import print_table
 
 
 def calibrate(options: CalibrateOptions) -> int:
@@ -43,17 +42,15 @@ def _on_rank(output: Path, device: torch.device) -> None:
     found = Calibration(machine, f"{dist.get_world_size()} x {hardware}", environment.date())
     save_calibration(found, output)
     gpu, link = machine.gpu, machine.inside
-    table = Table(title=f"{found.hardware}, {found.date}: {output}", title_justify="left", show_header=False)
-    for name, text in {
-        "memory": f"{gpu.memory_bytes / 1e9:.1f} GB",
-        "streaming read": f"{gpu.read_bytes_per_s / 1e9:.1f} GB/s",
-        "matrix product": f"{gpu.matmul_flops_per_s / 1e12:.2f} TFLOP/s",
-        "fixed cost of a decode step": f"{1e6 * gpu.launch_s:.2f} µs",
-        "small kernel": f"{1e6 * gpu.kernel_s:.2f} µs",
-        "link": f"{link.bytes_per_s / 1e9:.1f} GB/s",
-        "small message": f"{1e6 * link.latency_s:.2f} µs",
-        "small collective": f"{1e6 * link.collective_s:.2f} µs",
-        "between nodes": f"{machine.across.name}, not measured",
-    }.items():
-        table.add_row(name, text)
-    Console(width=120).print(table)
+    rows = (
+        ("memory", f"{gpu.memory_bytes / 1e9:.1f} GB"),
+        ("streaming read", f"{gpu.read_bytes_per_s / 1e9:.1f} GB/s"),
+        ("matrix product", f"{gpu.matmul_flops_per_s / 1e12:.2f} TFLOP/s"),
+        ("fixed cost of a decode step", f"{1e6 * gpu.launch_s:.2f} µs"),
+        ("small kernel", f"{1e6 * gpu.kernel_s:.2f} µs"),
+        ("link", f"{link.bytes_per_s / 1e9:.1f} GB/s"),
+        ("small message", f"{1e6 * link.latency_s:.2f} µs"),
+        ("small collective", f"{1e6 * link.collective_s:.2f} µs"),
+        ("between nodes", f"{machine.across.name}, not measured"),
+    )
+    print_table(("", ""), rows, f"{found.hardware}, {found.date}: {output}")

@@ -24,12 +24,15 @@ def date() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d")
 
 
-def package_version(package: str) -> str:
-    """The version of an installed package, or "not installed"."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def package_versions(*packages: str) -> dict[str, str]:
+    """The version of each package, or "not installed"."""
+    installed = {}
+    for package in packages:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            installed[package] = "not installed"
+    return installed
 
 
 def nccl_version() -> str:

@@ -18,8 +18,6 @@ from ..route import Route, explain
 from . import environment
 from .options import InfoOptions
 
-PACKAGES = ("tree-attention", "torch", "transformers", "triton")
-
 
 def info(options: InfoOptions) -> int:
     """Print all sections. Returns the exit code."""
@@ -45,28 +43,22 @@ def describe(options: InfoOptions) -> dict[str, dict[str, Any]]:
     nodes = (ranks - ranks // 2, ranks // 2) if ranks > 1 else ()
     if nodes:
         groups["TwoLevel, two nodes"] = AssumedRanks(ranks, TwoLevel, nodes)
-    routes: dict[str, Any] = {name: _unavailable(name, options, device) for name in groups}
+    routes: dict[str, Any] = {}
     for name, group in groups.items():
-        routes[name] = routes[name] or _described(explain(q, k, k, mask=mask, group=group))
+        routes[name] = _unavailable(name, options, device) or _described(explain(q, k, k, mask=mask, group=group))
     sizes: dict[str, Any] = {"rows": options.batch * options.tokens * options.heads, "head_dim": options.head_dim}
     received = {
         name: f"{received_bytes(name, **sizes, world_size=ranks, node_sizes=nodes) / 1e3:.1f} kB per rank and layer"
         for name in ALGORITHMS
     }
     obstacles = routes["process group"]["backend_obstacles"]
+    backends = {name: obstacles.get(name, "available") for name in BACKENDS}
     step = (
         f"B {options.batch}, T {options.tokens}, {options.heads} / {options.kv_heads} heads x {options.head_dim}, "
         f"{options.keys} keys per rank, {options.dtype}, {ranks} ranks" + (", masked" if options.masked else "")
     )
-    return {
-        "versions": _versions(),
-        "devices": _devices(),
-        "links": _links(),
-        "shape": {"step": step},
-        "backends": {name: obstacles.get(name, "available") for name in BACKENDS},
-        "algorithms": received,
-        "routes": routes,
-    }
+    about = {"versions": _versions(), "devices": _devices(), "links": _links(), "shape": {"step": step}}
+    return about | {"backends": backends, "algorithms": received, "routes": routes}
 
 
 def _example(options: InfoOptions, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -115,7 +107,7 @@ def _route_text(group: str, route: dict[str, Any]) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    found |= {package: environment.package_version(package) for package in PACKAGES}
+    found |= environment.package_versions("tree-attention", "torch", "transformers", "triton")
     if torch.cuda.is_available():
         found |= {"cuda": str(torch.version.cuda), "nccl": environment.nccl_version()}
     return found

@@ -1,54 +1,46 @@
 """The options of every command, each written once: one frozen dataclass per command, whose fields are the flags.
 
-The docstring of a class is the help of its command. Nothing here imports torch or transformers: `--help` must be fast.
+The docstring of a class is the help of its command. A field is annotated with its type, the names of its flag if they
+differ from the field's, and the help. Nothing here imports torch or transformers: `--help` must be fast.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
-
 from ..errors import InputError
 
-ModelName = Annotated[str, Option(help="Folder of a Hugging Face model, or its name on the hub.")]
-Config = Annotated[Path, Option(help="A model's config.json. The weights are drawn at random.")]
-Device = Annotated[str, Option(help="cpu, cuda or auto. auto: cuda if each rank gets a GPU, else cpu.")]
-Ranks = Annotated[int, Option(help="Number of ranks to start.")]
+ModelName = Annotated[str, "Folder of a Hugging Face model, or its name on the hub."]
+Config = Annotated[Path, "A model's config.json. The weights are drawn at random."]
+Device = Annotated[str, "cpu, cuda or auto. auto: cuda if each rank gets a GPU, else cpu."]
+Ranks = Annotated[int, "Number of ranks to start."]
 TensorParallel = Annotated[
-    int,
-    Option(help="Ranks that split the weights and heads. The sequence is sharded over NPROC / TENSOR_PARALLEL ranks."),
+    int, "Ranks that split the weights and heads. The sequence is sharded over NPROC / TENSOR_PARALLEL ranks."
 ]
-Output = Annotated[Path | None, Option(help="Append the records to this file, one JSON document per line.")]
-Json = Annotated[bool, Option("--json", help="Print one JSON document as the last line of stdout.")]
+Output = Annotated[Path | None, "Append the records to this file, one JSON document per line."]
+Json = Annotated[bool, "--json", "Print one JSON document as the last line of stdout."]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
     """Options shared by `generate` and `chat`: the ranks, the model's dtype and device, the cache and sampling."""
 
-    nproc: Annotated[int | None, Option(help="Ranks to start on this machine. Default: 1.")] = None
-    sample: Annotated[bool, Option(help="Sample tokens instead of taking the most likely one.")] = False
-    seed: Annotated[int, Option(help="Seed for sampling.")] = 0
-    dtype: Annotated[
-        str, Option(help="float32, bfloat16, float16 or auto. auto: float32 on the CPU, bfloat16 on GPUs.")
-    ] = "auto"
+    nproc: Annotated[int | None, "Ranks to start on this machine. Default: 1."] = None
+    sample: Annotated[bool, "Sample tokens instead of taking the most likely one."] = False
+    seed: Annotated[int, "Seed for sampling."] = 0
+    dtype: Annotated[str, "float32, bfloat16, float16 or auto. auto: float32 on the CPU, bfloat16 on GPUs."] = "auto"
     device: Device = "auto"
     tensor_parallel: TensorParallel = 1
-    block_tokens: Annotated[int, Option(help="Number of consecutive tokens stored on the same rank.")] = 16
+    block_tokens: Annotated[int, "Number of consecutive tokens stored on the same rank."] = 16
     chunk_tokens: Annotated[
-        int | None, Option(help="Prompt tokens per forward pass, over all ranks. Default: chosen for the device.")
+        int | None, "Prompt tokens per forward pass, over all ranks. Default: chosen for the device."
     ] = None
     compiled: Annotated[
-        bool,
-        Option(
-            "--compile",
-            help="GPUs only: torch.compile the decode step. Costs a minute at the first token, then faster.",
-        ),
+        bool, "--compile", "GPUs only: torch.compile the decode step. Costs a minute at the first token, then faster."
     ] = False
-    extrapolate: Annotated[
-        bool, Option(help="Go beyond the positions the model was trained on. The output may be nonsense.")
-    ] = False
+    extrapolate: Annotated[bool, "Go beyond the positions the model was trained on. The output may be nonsense."] = (
+        False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,25 +51,20 @@ class GenerateOptions(DecodingOptions):
     different tokens. Exit code 2: an invalid argument.
     """
 
-    model: Annotated[str | None, Option(help="Folder of a Hugging Face model, or its name on the hub.")] = None
-    prompt: Annotated[str, Option(help="The question, or the text to continue.")] = ""
-    file: Annotated[Path | None, Option(help="A UTF-8 document to put before the prompt.")] = None
-    max_new_tokens: Annotated[int, Option(help="Maximum number of tokens to generate.")] = 128
+    model: Annotated[str | None, "Folder of a Hugging Face model, or its name on the hub."] = None
+    prompt: Annotated[str, "The question, or the text to continue."] = ""
+    file: Annotated[Path | None, "A UTF-8 document to put before the prompt."] = None
+    max_new_tokens: Annotated[int, "Maximum number of tokens to generate."] = 128
     max_prompt_tokens: Annotated[
-        int | None, Option(help="Truncate the end of the document so that the prompt has at most this many tokens.")
+        int | None, "Truncate the end of the document so that the prompt has at most this many tokens."
     ] = None
-    plain: Annotated[bool, Option(help="Pass the text to the model as it is, without the chat template.")] = False
-    temperature: Annotated[float, Option(help="Sampling temperature. Requires --sample.")] = 1.0
-    random_weights: Annotated[
-        bool, Option(help="Time a model without its weights: random weights and random tokens.")
-    ] = False
+    plain: Annotated[bool, "Pass the text to the model as it is, without the chat template."] = False
+    temperature: Annotated[float, "Sampling temperature. Requires --sample."] = 1.0
+    random_weights: Annotated[bool, "Time a model without its weights: random weights and random tokens."] = False
     config: Annotated[
-        Path | None,
-        Option(help="config.json of the model to time with --random-weights. --max-prompt-tokens sets its prompt."),
+        Path | None, "config.json of the model to time with --random-weights. --max-prompt-tokens sets its prompt."
     ] = None
-    verify: Annotated[
-        bool, Option(help="Repeat the run on one process and report whether the tokens are identical.")
-    ] = False
+    verify: Annotated[bool, "Repeat the run on one process and report whether the tokens are identical."] = False
     as_json: Json = False
 
 
@@ -86,19 +73,15 @@ class ChatOptions(DecodingOptions):
     """Answer questions about a document, one per line of stdin. The answers stream to stdout."""
 
     model: ModelName
-    file: Annotated[Path | None, Option(help="A UTF-8 document to ask about.")] = None
-    load: Annotated[Path | None, Option(help="Folder of a saved session to continue.")] = None
-    save: Annotated[
-        Path | None, Option(help="Folder to save the session in, after the document is read and at the end.")
-    ] = None
+    file: Annotated[Path | None, "A UTF-8 document to ask about."] = None
+    load: Annotated[Path | None, "Folder of a saved session to continue."] = None
+    save: Annotated[Path | None, "Folder to save the session in, after the document is read and at the end."] = None
     max_tokens: Annotated[
         int | None,
-        Option(
-            help="Capacity of the cache in tokens, over all ranks. "
-            "Default: on GPUs 8192 more than the document has, on the CPU unlimited."
-        ),
+        "Capacity of the cache in tokens, over all ranks. "
+        "Default: on GPUs 8192 more than the document has, on the CPU unlimited.",
     ] = None
-    max_new_tokens: Annotated[int, Option(help="Maximum number of tokens per answer.")] = 512
+    max_new_tokens: Annotated[int, "Maximum number of tokens per answer."] = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +89,10 @@ class BenchGenerateOptions:
     """Compare ranks with one process (CPU, float32, one core each): time to first token, time per token, KV memory."""
 
     model: ModelName
-    nproc: Annotated[int, Option(help="Ranks to compare with one process.")] = 2
-    contexts: Annotated[str, Option(help="Context lengths in tokens, separated by commas.")] = "1024,4096,8192"
-    decode_tokens: Annotated[int, Option(help="Tokens to decode per round.")] = 32
-    rounds: Annotated[int, Option(help="Rounds per contestant and context length.")] = 3
+    nproc: Annotated[int, "Ranks to compare with one process."] = 2
+    contexts: Annotated[str, "Context lengths in tokens, separated by commas."] = "1024,4096,8192"
+    decode_tokens: Annotated[int, "Tokens to decode per round."] = 32
+    rounds: Annotated[int, "Rounds per contestant and context length."] = 3
     output: Output = None
 
 
@@ -120,22 +103,22 @@ class BenchDecodeOptions:
     Exit code 1: a result of ours was wrong.
     """
 
-    nproc: Annotated[int, Option(help="Number of ranks, one GPU each.")] = 2
-    keys: Annotated[str, Option(help="Keys per rank, separated by commas.")] = "16384,65536,262144,1048576"
-    batch: Annotated[str, Option(help="Batch sizes, separated by commas.")] = "1"
+    nproc: Annotated[int, "Number of ranks, one GPU each."] = 2
+    keys: Annotated[str, "Keys per rank, separated by commas."] = "16384,65536,262144,1048576"
+    batch: Annotated[str, "Batch sizes, separated by commas."] = "1"
     pairs: Annotated[
-        bool, Option(help="Pair the lists: the first batch size with the first KEYS, and so on. Default: all pairs.")
+        bool, "Pair the lists: the first batch size with the first KEYS, and so on. Default: all pairs."
     ] = False
-    heads: Annotated[int, Option(help="Query heads.")] = 32
-    kv_heads: Annotated[int, Option(help="KV heads.")] = 8
-    head_dim: Annotated[int, Option(help="Head dimension of queries, keys and values.")] = 128
-    layout: Annotated[str, Option(help="Memory layout of K and V: NHD (tokens first) or HND (heads first).")] = "HND"
-    ragged: Annotated[
-        bool, Option(help="Draw each sequence's length between 1 and KEYS. Runs without peers: none supports it.")
-    ] = False
-    peers: Annotated[str, Option(help="Peers to compare with: all, none, or names separated by commas.")] = "all"
-    rounds: Annotated[int, Option(help="Rounds per contestant.")] = 15
-    eager: Annotated[bool, Option(help="Also time the steps launched one by one, without a CUDA graph.")] = True
+    heads: Annotated[int, "Query heads."] = 32
+    kv_heads: Annotated[int, "KV heads."] = 8
+    head_dim: Annotated[int, "Head dimension of queries, keys and values."] = 128
+    layout: Annotated[str, "Memory layout of K and V: NHD (tokens first) or HND (heads first)."] = "HND"
+    ragged: Annotated[bool, "Draw each sequence's length between 1 and KEYS. Runs without peers: none supports it."] = (
+        False
+    )
+    peers: Annotated[str, "Peers to compare with: all, none, or names separated by commas."] = "all"
+    rounds: Annotated[int, "Rounds per contestant."] = 15
+    eager: Annotated[bool, "Also time the steps launched one by one, without a CUDA graph."] = True
     output: Output = None
 
 
@@ -145,12 +128,11 @@ class BenchStepsOptions:
 
     config: Config
     nproc: Ranks = 2
-    contexts: Annotated[str, Option(help="Context lengths in tokens, separated by commas.")] = "1024,131072,524288"
+    contexts: Annotated[str, "Context lengths in tokens, separated by commas."] = "1024,131072,524288"
     variants: Annotated[
-        str,
-        Option("--variants", "--ways", help="all, or names separated by commas. An unknown name lists the known ones."),
+        str, "--variants", "--ways", "all, or names separated by commas. An unknown name lists the known ones."
     ] = "all"
-    tokens: Annotated[int, Option(help="Tokens to time, after a warm-up.")] = 32
+    tokens: Annotated[int, "Tokens to time, after a warm-up."] = 32
     tensor_parallel: TensorParallel = 1
     device: Device = "auto"
     output: Output = None
@@ -162,15 +144,12 @@ class BenchPrefillOptions:
 
     config: Config
     nproc: Ranks = 2
-    contexts: Annotated[str, Option(help="Prompt lengths in tokens, separated by commas.")] = "32768,131072"
+    contexts: Annotated[str, "Prompt lengths in tokens, separated by commas."] = "32768,131072"
     variants: Annotated[
-        str,
-        Option(
-            "--variants", "--ways", help="all, ours or stock. stock: transformers with sdpa on the first rank only."
-        ),
+        str, "--variants", "--ways", "all, ours or stock. stock: transformers with sdpa on the first rank only."
     ] = "all"
-    chunk_tokens: Annotated[int, Option(help="Prompt tokens per forward pass of ours, over all ranks.")] = 32768
-    rounds: Annotated[int, Option(help="Rounds. The first, which compiles kernels, is reported separately.")] = 3
+    chunk_tokens: Annotated[int, "Prompt tokens per forward pass of ours, over all ranks."] = 32768
+    rounds: Annotated[int, "Rounds. The first, which compiles kernels, is reported separately."] = 3
     device: Device = "auto"
     output: Output = None
 
@@ -182,16 +161,16 @@ class PlanOptions:
     Computed from a few constants of the machine, see docs/planning.md; nothing is run. Exit code 1: nothing fits.
     """
 
-    model: Annotated[str, Option(help="A preset such as llama-3.1-8b, a config.json, or a folder that holds one.")]
-    context: Annotated[str, Option(help="Tokens per sequence, such as 131072, 128k or 1M.")]
-    batch: Annotated[int, Option(help="Number of sequences decoded together.")] = 1
-    gpu: Annotated[str | None, Option(help="A preset such as h200. An unknown name lists the known ones.")] = None
-    machine: Annotated[Path | None, Option(help="A file written by `calibrate`, instead of --gpu.")] = None
-    gpus: Annotated[int, Option(help="Maximum number of GPUs.")] = 8
-    per_node: Annotated[int | None, Option(help="GPUs per node. Default: the preset's.")] = None
-    inside: Annotated[str | None, Option(help="Link within a node, such as pcie5.")] = None
-    across: Annotated[str | None, Option(help="Link between nodes, such as ethernet-100g.")] = None
-    plot: Annotated[Path | None, Option(help="Plot the time per token over the context: a .png or .svg file.")] = None
+    model: Annotated[str, "A preset such as llama-3.1-8b, a config.json, or a folder that holds one."]
+    context: Annotated[str, "Tokens per sequence, such as 131072, 128k or 1M."]
+    batch: Annotated[int, "Number of sequences decoded together."] = 1
+    gpu: Annotated[str | None, "A preset such as h200. An unknown name lists the known ones."] = None
+    machine: Annotated[Path | None, "A file written by `calibrate`, instead of --gpu."] = None
+    gpus: Annotated[int, "Maximum number of GPUs."] = 8
+    per_node: Annotated[int | None, "GPUs per node. Default: the preset's."] = None
+    inside: Annotated[str | None, "Link within a node, such as pcie5."] = None
+    across: Annotated[str | None, "Link between nodes, such as ethernet-100g."] = None
+    plot: Annotated[Path | None, "Plot the time per token over the context: a .png or .svg file."] = None
     as_json: Json = False
 
 
@@ -199,8 +178,8 @@ class PlanOptions:
 class CalibrateOptions:
     """Measure this machine: read bandwidth, matrix products, kernel launches, messages and collectives."""
 
-    output: Annotated[Path, Option(help="File to write, for `plan --machine`.")] = Path("machine.json")
-    nproc: Annotated[int | None, Option(help="Number of ranks. Default: one per GPU, or two on the CPU.")] = None
+    output: Annotated[Path, "File to write, for `plan --machine`."] = Path("machine.json")
+    nproc: Annotated[int | None, "Number of ranks. Default: one per GPU, or two on the CPU."] = None
     device: Device = "auto"
 
 
@@ -208,15 +187,15 @@ class CalibrateOptions:
 class InfoOptions:
     """Show versions, devices and links, the available backends and algorithms, and what "auto" chooses for a shape."""
 
-    nproc: Annotated[int, Option(help="Number of ranks.")] = 2
-    batch: Annotated[int, Option(help="Batch size, B.")] = 1
-    tokens: Annotated[int, Option(help="Query tokens per step, T.")] = 1
-    heads: Annotated[int, Option(help="Query heads, H.")] = 32
-    kv_heads: Annotated[int, Option(help="KV heads, H_kv.")] = 8
-    head_dim: Annotated[int, Option(help="Head dimension of queries, keys and values, D.")] = 128
-    keys: Annotated[int, Option(help="Keys per rank, S_local.")] = 65536
-    dtype: Annotated[str, Option(help="Dtype of queries, keys and values.")] = "bfloat16"
-    masked: Annotated[bool, Option(help="Assume a mask: ragged lengths, padding or positions.")] = False
+    nproc: Annotated[int, "Number of ranks."] = 2
+    batch: Annotated[int, "Batch size, B."] = 1
+    tokens: Annotated[int, "Query tokens per step, T."] = 1
+    heads: Annotated[int, "Query heads, H."] = 32
+    kv_heads: Annotated[int, "KV heads, H_kv."] = 8
+    head_dim: Annotated[int, "Head dimension of queries, keys and values, D."] = 128
+    keys: Annotated[int, "Keys per rank, S_local."] = 65536
+    dtype: Annotated[str, "Dtype of queries, keys and values."] = "bfloat16"
+    masked: Annotated[bool, "Assume a mask: ragged lengths, padding or positions."] = False
     as_json: Json = False
 
 

@@ -72,9 +72,8 @@ def _print(made: MeshPlan, title: str) -> None:
     console = Console(width=120, highlight=False)
     table = Table(title=title, title_justify="left")
     table.add_column("tensor x\nsequence")
-    for name in ("weights,\nGB per GPU", "KV", "total", ""):
-        table.add_column(name, justify="right")
-    for name in ("ms per\ntoken", "largest\npart", "exchange", "first token,\ns", "tokens/s"):
+    sizes, times = ("weights,\nGB per GPU", "KV", "total", ""), ("ms per\ntoken", "largest\npart", "exchange")
+    for name in (*sizes, *times, "first token,\ns", "tokens/s"):
         table.add_column(name, justify="right")
     for mesh in made.meshes:
         style = "bold" if mesh is made.fastest else ("" if mesh.fits and mesh.loadable else "dim")
@@ -85,17 +84,15 @@ def _print(made: MeshPlan, title: str) -> None:
         shape, rate = f"{mesh.tensor} x {mesh.sequence}", f"{mesh.tokens_per_s:.1f}"
         table.add_row(shape, *sizes, verdict, *times, rate, style=style)
     console.print(table)
-    if made.fewest is not None and made.fastest is not None:
-        for name, mesh in (("fewest GPUs", made.fewest), ("fastest", made.fastest)):
+    for name, mesh in (("fewest GPUs", made.fewest), ("fastest", made.fastest)):
+        if mesh is not None:
             shape = f"{mesh.tensor} x {mesh.sequence}, {mesh.gpus} GPUs"
             console.print(f"{name}: {shape}, {1e3 * mesh.token_s:.2f} ms per token")
     console.print(f"[bold]{made.verdict}[/bold]")
-    pays = made.pays_from_tokens
-    console.print(
-        "Without sequence sharding is fastest at every context that fits."
-        if pays is None
-        else f"From {pays} tokens per sequence on, the fastest mesh shards the sequence."
-    )
+    if made.pays_from_tokens is None:
+        console.print("Without sequence sharding is fastest at every context that fits.")
+    else:
+        console.print(f"From {made.pays_from_tokens} tokens per sequence on, the fastest mesh shards the sequence.")
     for note in made.notes:
         console.print(f"note: {note}", markup=False)
 
@@ -118,8 +115,7 @@ def _plot(rows: list[tuple[int, float | None, float | None]], title: str, out: P
     contexts = [row[0] for row in rows][::2]
     axes.set_xticks(contexts, [f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}k" for n in contexts])
     axes.minorticks_off()
-    axes.set_xlabel("tokens per sequence")
-    axes.set_ylabel("ms per token on the fastest mesh that fits")
+    axes.set(xlabel="tokens per sequence", ylabel="ms per token on the fastest mesh that fits")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -40,8 +40,8 @@ def print_document(document: Record) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print a table. Columns with a name are aligned right, columns without one left."""
-    table = Table(title=title, title_justify="left")
+    """Print a table. Columns with a name are aligned right, columns without one left; no names, no header."""
+    table = Table(title=title, title_justify="left", show_header=any(columns))
     for name in columns:
         table.add_column(name, justify="right" if name else "left")
     for row in rows:

@@ -42,11 +42,8 @@ def load_calibration(file: Path) -> Calibration:
         per_node = parts["per_node"]
         if not isinstance(per_node, int) or per_node < 1:
             raise ValueError(f"per_node must be at least 1, got {per_node!r}")
-        gpu, inside, across = (
-            _part(GpuSpec, parts["gpu"]),
-            *(_part(LinkSpec, parts[name]) for name in ("inside", "across")),
-        )
-        machine = Machine(str(parts["name"]), gpu, inside, across, per_node)
+        inside, across = (_part(LinkSpec, parts[name]) for name in ("inside", "across"))
+        machine = Machine(str(parts["name"]), _part(GpuSpec, parts["gpu"]), inside, across, per_node)
     except ValueError as error:
         raise ValueError(
             f"machine {file} is not a calibration: {error}. Create one with: tree-attention calibrate"

@@ -1,25 +1,10 @@
 """The time of one attention decode step of one layer, from bytes, links and launches, for each exchange algorithm.
 
-P ranks, g per node, M nodes. n = rows (D_v + 1) 4 bytes, with rows = B T H, is the size of a rank's float32 partial.
-lat, call and bw are latency_s, collective_s and bytes_per_s of a link. If an exchange crosses two kinds of links, the
-slower one counts.
-
-                  time of the exchange, in addition to the attention over the rank's own keys
-ring              (P - 1) times the part of a hop, call + KV / bw, that the attention does not hide; and P - 1 more
-                  shards to read
-all_reduce        3 (call + 2 (hops of a tree - 1) lat) + 2 (P - 1)/P (n + 4 rows) / bw               Algorithm 3
-all_gather        call + (P - 2) lat + (P - 1) n / bw                                     one ring over all ranks
-tree              ceil(log2 P) (call + n / bw)
-two_level         inside, (lat + 2 (g-1)/g n / bw) twice; across, call + (M - 2) lat + (M - 1) n/g / bw
-symmetric         lat + 2 (P - 1) n / bw + a small kernel: packets hold half data, half epoch
-fused             lat + 2 (P - 1) n / bw
-
-Small kernels pack before each collective and merge after it, also in the ring.
-
-Sources: the bytes are those of reduce/__init__.py and of arXiv 2408.04093, eq 10 and 14. The rest is approximate: call
-is measured with two ranks and each further hop adds one latency; all ranks start at the same time; only the ring
-overlaps communication and compute. Not counted: merging many rows after the last key (measured: 25 us at 2048 rows),
-and the lower bandwidth of short NCCL messages.
+docs/planning.md has the formulas. n is `partial_bytes`; P ranks are on M nodes of g ranks. If an exchange crosses two
+kinds of links, the slower one counts. Bytes are those of reduce/__init__.py and of arXiv 2408.04093, eq 10 and 14. The
+rest is approximate: collective_s is measured with two ranks and each further hop adds one latency; all ranks start at
+the same time; only the ring overlaps communication and compute. Not counted: merging many rows after the last key
+(measured: 25 us at 2048 rows), and the lower bandwidth of short NCCL messages.
 """
 
 import math
@@ -28,6 +13,7 @@ from dataclasses import dataclass
 from .machine import LinkSpec, Machine
 
 ALGORITHMS = ("ring", "all_reduce", "all_gather", "tree", "two_level", "symmetric", "fused")
+Exchange = tuple[float, float, float]  # seconds, bytes received within the node, bytes received between nodes
 PACK_KERNELS, MERGE_KERNELS = 2, 3  # small kernels around a collective: out and lse into one buffer; weights, sum
 
 
@@ -57,7 +43,6 @@ class AttentionShape:
 
     @property
     def value_dim(self) -> int:
-        """D_v: head_dim_v, or head_dim if it is None."""
         return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
@@ -86,8 +71,7 @@ class AttentionShape:
 class Cost:
     """Seconds per part of a step, and the bytes a rank receives from its own node and from other nodes.
 
-    exchange_s: the part that is not hidden behind attention, including the kernels of the exchange. launch_s: launches
-    of the attention kernels.
+    exchange_s: what attention does not hide, with the exchange's kernels. launch_s: launches of the attention kernels.
     """
 
     read_s: float
@@ -98,7 +82,6 @@ class Cost:
 
     @property
     def total_s(self) -> float:
-        """Seconds of the whole step."""
         return self.read_s + self.exchange_s + self.launch_s
 
     @property
@@ -110,19 +93,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class RankGroup:
-    """A group of `size` ranks, of which each node holds `per_node` consecutive ones."""
+    """`size` ranks, of which each node holds `per_node` consecutive ones: `inside` ranks per node on `nodes` nodes."""
 
     size: int
     per_node: int
 
     @property
     def inside(self) -> int:
-        """Ranks per node, g."""
         return min(self.size, self.per_node)
 
     @property
     def nodes(self) -> int:
-        """Number of nodes, M."""
         return math.ceil(self.size / self.per_node)
 
     def slowest(self, machine: Machine) -> LinkSpec:
@@ -143,20 +124,18 @@ def decode_cost(
     """
     group = RankGroup(ranks, machine.per_node if per_node is None else per_node)
     _check(shape, machine, group, algorithm)
-    read_s = max(shape.kv_bytes / machine.gpu.read_bytes_per_s, shape.flops / machine.gpu.matmul_flops_per_s)
-    own = Cost(read_s, 0.0, machine.gpu.launch_s, 0.0, 0.0)
+    gpu = machine.gpu
+    read_s = max(shape.kv_bytes / gpu.read_bytes_per_s, shape.flops / gpu.matmul_flops_per_s)
     if ranks == 1:
-        return own
+        return Cost(read_s, 0.0, gpu.launch_s, 0.0, 0.0)
     if algorithm == "ring":
-        return _ring(shape, machine, group, own)
+        return _ring(shape, machine, group, read_s)
     exchange_s, inside_bytes, across_bytes = exchange_cost(shape, machine, group, algorithm)
-    return Cost(read_s, exchange_s, own.launch_s, inside_bytes, across_bytes)
+    return Cost(read_s, exchange_s, gpu.launch_s, inside_bytes, across_bytes)
 
 
-def exchange_cost(
-    shape: AttentionShape, machine: Machine, group: RankGroup, algorithm: str
-) -> tuple[float, float, float]:
-    """Seconds, bytes within and bytes between nodes of the exchange after the local attention; not for the ring."""
+def exchange_cost(shape: AttentionShape, machine: Machine, group: RankGroup, algorithm: str) -> Exchange:
+    """The exchange after the local attention; not for the ring."""
     inside, across, kernel_s = machine.inside, machine.across, machine.gpu.kernel_s
     P, g, M, n = group.size, group.inside, group.nodes, shape.partial_bytes
     around_s = (PACK_KERNELS + MERGE_KERNELS) * kernel_s
@@ -191,8 +170,8 @@ def exchange_cost(
             return inside.latency_s + pushed / inside.bytes_per_s + own_kernel_s, pushed, 0.0
 
 
-def all_reduce_cost(count_bytes: float, machine: Machine, group: RankGroup) -> tuple[float, float, float]:
-    """Seconds, bytes within and between nodes of NCCL's all-reduce: up a tree and down, 2 (P - 1) / P of the bytes."""
+def all_reduce_cost(count_bytes: float, machine: Machine, group: RankGroup) -> Exchange:
+    """NCCL's all-reduce: up a tree and down, 2 (P - 1) / P of the bytes."""
     if group.size == 1:
         return 0.0, 0.0, 0.0
     near, far = math.ceil(math.log2(group.inside)), math.ceil(math.log2(group.nodes))
@@ -209,17 +188,16 @@ def _hops_s(near: int, far: int, included: int, machine: Machine) -> float:
     return near * machine.inside.latency_s + far * machine.across.latency_s
 
 
-def _ring(shape: AttentionShape, machine: Machine, group: RankGroup, own: Cost) -> Cost:
+def _ring(shape: AttentionShape, machine: Machine, group: RankGroup, read_s: float) -> Cost:
     """Each shard is sent on while the attention over it is computed. The results are merged once."""
-    link, kernel_s = group.slowest(machine), machine.gpu.kernel_s
-    hops = group.size - 1
+    link, gpu, hops = group.slowest(machine), machine.gpu, group.size - 1
     hop_s = link.collective_s + shape.kv_bytes / link.bytes_per_s
-    waits_s = hops * max(0.0, hop_s - own.read_s - own.launch_s)
-    launches_s = group.size * (own.launch_s + PACK_KERNELS * kernel_s) + MERGE_KERNELS * kernel_s
+    waits_s = hops * max(0.0, hop_s - read_s - gpu.launch_s)
+    launches_s = group.size * (gpu.launch_s + PACK_KERNELS * gpu.kernel_s) + MERGE_KERNELS * gpu.kernel_s
     received = hops * shape.kv_bytes
     across_bytes = 0.0 if group.nodes == 1 else received  # for the first rank of a node
     inside_bytes = received if group.inside > 1 else 0.0
-    return Cost(group.size * own.read_s, waits_s, launches_s, inside_bytes, across_bytes)
+    return Cost(group.size * read_s, waits_s, launches_s, inside_bytes, across_bytes)
 
 
 def _check(shape: AttentionShape, machine: Machine, group: RankGroup, algorithm: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Preset = TypeVar("Preset")
 
@@ -53,15 +53,9 @@ class Machine:
     per_node: int
 
 
-class UnknownPreset(ValueError):
-    """No preset has this name. The message lists the known names."""
-
-
-def preset_machine(
-    name: str, *, per_node: int | None = None, inside: str | None = None, across: str | None = None
-) -> Machine:
-    """Return the preset machine `name` with the given overrides (see `override`). Raises UnknownPreset."""
-    return override(_preset(MACHINES, name, "GPU"), per_node=per_node, inside=inside, across=across)
+def preset_machine(name: str, **changes: Any) -> Machine:
+    """Return the preset machine `name` with the changes that `override` takes. Raises ValueError if it is unknown."""
+    return override(_preset(MACHINES, name, "GPU"), **changes)
 
 
 def override(
@@ -69,107 +63,68 @@ def override(
 ) -> Machine:
     """Return `machine` with another number of GPUs per node and other preset links, each if given.
 
-    Raises UnknownPreset for an unknown link, ValueError if per_node is below 1.
+    Raises ValueError for an unknown link or per_node below 1.
     """
     if per_node is not None and per_node < 1:
         raise ValueError(f"per-node must be at least 1, got {per_node}")
-    return replace(
-        machine,
-        per_node=machine.per_node if per_node is None else per_node,
-        inside=machine.inside if inside is None else _preset(LINKS, inside, "link"),
-        across=machine.across if across is None else _preset(LINKS, across, "link"),
-    )
+    links = {"inside": inside, "across": across}
+    changes: dict[str, Any] = {side: _preset(LINKS, name, "link") for side, name in links.items() if name is not None}
+    return replace(machine, per_node=machine.per_node if per_node is None else per_node, **changes)
 
 
 def _preset(presets: Mapping[str, Preset], name: str, kind: str) -> Preset:
     key = name.lower().replace(" ", "-")
     if key not in presets:
-        raise UnknownPreset(f"{kind} must be one of {', '.join(presets)}, got {name!r}")
+        raise ValueError(f"{kind} must be one of {', '.join(presets)}, got {name!r}")
     return presets[key]
 
 
 # "measured": benchmarks/results/2026-11-2*_2xH*.jsonl. Otherwise: the data sheet's number x an assumed share.
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        GpuSpec(
-            "h100", 80e9, 3.13e12, 539e12, 7.5e-6, 3e-6,
-            "H100 SXM 80 GB. read: measured, 0.93 of 3.35 TB/s; launch: measured, 7.2 us (ours) to 8.5 (cuDNN) "
-            "over the read at 16k keys; kernel: measured, pack and merge around one all-gather, 14 us in 5 kernels; "
-            "matmul: as on the H200",
-        ),
-        GpuSpec(
-            "h200", 141e9, 4.57e12, 539e12, 8e-6, 3e-6,
-            "H200 SXM 141 GB. read: measured, 0.95 of 4.8 TB/s; launch: measured, 8 us over the read at 16k keys; "
-            "kernel: as on the H100; matmul: measured, prefill of 128k tokens, one GPU, 0.55 of 989 TFLOP/s",
-        ),
-        GpuSpec(
-            "b200", 180e9, 0.93 * 8.0e12, 0.6 * 2250e12, 8e-6, 3e-6,
-            "HGX B200 180 GB. Not measured. read: data sheet 8 TB/s x the H100's 0.93; launch, kernel: as on the H100; "
-            "matmul: data sheet 2250 TFLOP/s x 0.6 assumed",
-        ),
-        GpuSpec(
-            "mi300x", 192e9, 0.8 * 5.3e12, 0.4 * 1307e12, 10e-6, 4e-6,
-            "MI300X 192 GB. Not measured. read: data sheet 5.3 TB/s x 0.8 assumed; launch, kernel: assumed; "
-            "matmul: data sheet 1307 TFLOP/s x 0.4 assumed",
-        ),
-        GpuSpec(
-            "a100", 80e9, 0.9 * 2.039e12, 0.7 * 312e12, 8e-6, 3e-6,
-            "A100 SXM 80 GB. Not measured. read: data sheet 2.039 TB/s x 0.9 assumed; launch, kernel: as on the H100; "
-            "matmul: data sheet 312 TFLOP/s x 0.7 assumed",
-        ),
-        GpuSpec(
-            "rtx4090", 24e9, 0.92 * 1.008e12, 0.8 * 165e12, 6e-6, 3e-6,
-            "RTX 4090 24 GB. Not measured. read: data sheet 1.008 TB/s x 0.92 assumed; launch, kernel: assumed; "
-            "matmul: data sheet 165 TFLOP/s (float32 sums) x 0.8 assumed",
-        ),
-    )
-}  # fmt: skip
+GPUS = {gpu.name: gpu for gpu in (
+    GpuSpec("h100", 80e9, 3.13e12, 539e12, 7.5e-6, 3e-6,
+        "H100 SXM 80 GB. read: measured, 0.93 of 3.35 TB/s; launch: measured, 7.2 us (ours) to 8.5 (cuDNN) over the "
+        "read at 16k keys; kernel: measured, pack and merge around one all-gather, 14 us in 5 kernels; matmul: as on "
+        "the H200"),
+    GpuSpec("h200", 141e9, 4.57e12, 539e12, 8e-6, 3e-6,
+        "H200 SXM 141 GB. read: measured, 0.95 of 4.8 TB/s; launch: measured, 8 us over the read at 16k keys; kernel: "
+        "as on the H100; matmul: measured, prefill of 128k tokens, one GPU, 0.55 of 989 TFLOP/s"),
+    GpuSpec("b200", 180e9, 0.93 * 8.0e12, 0.6 * 2250e12, 8e-6, 3e-6,
+        "HGX B200 180 GB. Not measured. read: data sheet 8 TB/s x the H100's 0.93; launch, kernel: as on the H100; "
+        "matmul: data sheet 2250 TFLOP/s x 0.6 assumed"),
+    GpuSpec("mi300x", 192e9, 0.8 * 5.3e12, 0.4 * 1307e12, 10e-6, 4e-6,
+        "MI300X 192 GB. Not measured. read: data sheet 5.3 TB/s x 0.8 assumed; launch, kernel: assumed; matmul: data "
+        "sheet 1307 TFLOP/s x 0.4 assumed"),
+    GpuSpec("a100", 80e9, 0.9 * 2.039e12, 0.7 * 312e12, 8e-6, 3e-6,
+        "A100 SXM 80 GB. Not measured. read: data sheet 2.039 TB/s x 0.9 assumed; launch, kernel: as on the H100; "
+        "matmul: data sheet 312 TFLOP/s x 0.7 assumed"),
+    GpuSpec("rtx4090", 24e9, 0.92 * 1.008e12, 0.8 * 165e12, 6e-6, 3e-6,
+        "RTX 4090 24 GB. Not measured. read: data sheet 1.008 TB/s x 0.92 assumed; launch, kernel: assumed; matmul: "
+        "data sheet 165 TFLOP/s (float32 sums) x 0.8 assumed"),
+)}  # fmt: skip
 
-LINKS = {
-    link.name: link
-    for link in (
-        LinkSpec(
-            "nvlink3", 0.71 * 300e9, 1.5e-6, 11e-6,
-            "data sheet 300 GB/s x NVLink 4's share; latency, collective: as on NVLink 4",
-        ),
-        LinkSpec(
-            "nvlink4", 321e9, 1.5e-6, 11e-6,
-            "rate: measured, NCCL sending 4.3 GB in both directions, of 450 GB/s; latency: measured, our exchange "
-            "kernel less a small kernel; collective: measured, an NCCL all-gather of 16 KB; all over two GPUs",
-        ),
-        LinkSpec(
-            "nvlink5", 0.71 * 900e9, 1.5e-6, 11e-6,
-            "data sheet 900 GB/s x NVLink 4's share; latency, collective: as on NVLink 4",
-        ),
-        LinkSpec(
-            "infinity-fabric", 0.7 * 448e9, 3e-6, 20e-6,
-            "MI300X: data sheet 7 x 64 GB/s, x 0.7 assumed; latency, collective: assumed; our kernels run on NVIDIA "
-            "GPUs only, so no kernel writes into peer memory",
-            peer_access=False,
-        ),
-        LinkSpec(
-            "pcie4", 0.8 * 32e9, 10e-6, 25e-6,
-            "x16: 32 GB/s x 0.8 assumed; latency through host memory, as consumer GPUs have no peer access, and "
-            "collective: assumed",
-            peer_access=False,
-        ),
-        LinkSpec("pcie5", 0.8 * 64e9, 5e-6, 20e-6, "x16: 64 GB/s x 0.8 assumed; latency, collective: assumed"),
-        LinkSpec(
-            "infiniband-400g", 0.9 * 50e9, 6e-6, 33e-6,
-            "one adapter per GPU: 50 GB/s x 0.9 assumed; latency: assumed; collective: NCCL sending between two hosts, "
-            "32 to 35 us as published (arXiv 2411.01783)",
-        ),
-        LinkSpec(
-            "infiniband-200g", 0.9 * 25e9, 6e-6, 33e-6,
-            "one adapter per GPU: 25 GB/s x 0.9 assumed; latency, collective: as with 400G",
-        ),
-        LinkSpec(
-            "ethernet-100g", 0.9 * 12.5e9, 25e-6, 80e-6,
-            "one adapter per GPU: 12.5 GB/s x 0.9 assumed; latency, collective: over TCP, assumed",
-        ),
-    )
-}  # fmt: skip
+LINKS = {link.name: link for link in (
+    LinkSpec("nvlink3", 0.71 * 300e9, 1.5e-6, 11e-6,
+        "data sheet 300 GB/s x NVLink 4's share; latency, collective: as on NVLink 4"),
+    LinkSpec("nvlink4", 321e9, 1.5e-6, 11e-6,
+        "rate: measured, NCCL sending 4.3 GB in both directions, of 450 GB/s; latency: measured, our exchange kernel "
+        "less a small kernel; collective: measured, an NCCL all-gather of 16 KB; all over two GPUs"),
+    LinkSpec("nvlink5", 0.71 * 900e9, 1.5e-6, 11e-6,
+        "data sheet 900 GB/s x NVLink 4's share; latency, collective: as on NVLink 4"),
+    LinkSpec("infinity-fabric", 0.7 * 448e9, 3e-6, 20e-6,
+        "MI300X: data sheet 7 x 64 GB/s, x 0.7 assumed; latency, collective: assumed; our kernels run on NVIDIA GPUs "
+        "only, so no kernel writes into peer memory", peer_access=False),
+    LinkSpec("pcie4", 0.8 * 32e9, 10e-6, 25e-6,
+        "x16: 32 GB/s x 0.8 assumed; latency through host memory, as consumer GPUs have no peer access, and "
+        "collective: assumed", peer_access=False),
+    LinkSpec("pcie5", 0.8 * 64e9, 5e-6, 20e-6, "x16: 64 GB/s x 0.8 assumed; latency, collective: assumed"),
+    LinkSpec("infiniband-400g", 0.9 * 50e9, 6e-6, 33e-6,
+        "one adapter per GPU: 50 GB/s x 0.9 assumed; latency: assumed; collective: NCCL sending between two hosts, 32 "
+        "to 35 us as published (arXiv 2411.01783)"),
+    LinkSpec("infiniband-200g", 0.9 * 25e9, 6e-6, 33e-6,
+        "one adapter per GPU: 25 GB/s x 0.9 assumed; latency, collective: as with 400G"),
+    LinkSpec("ethernet-100g", 0.9 * 12.5e9, 25e-6, 80e-6,
+        "one adapter per GPU: 12.5 GB/s x 0.9 assumed; latency, collective: over TCP, assumed"),
+)}  # fmt: skip
 
 MACHINES = {
     name: Machine(name, GPUS[name], LINKS[inside], LINKS[across], per_node)

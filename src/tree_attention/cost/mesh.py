@@ -1,17 +1,7 @@
 """Estimates for one mesh of tensor x sequence ranks: memory, seconds per token, seconds to the first token.
 
-The time of a decode step is the sum of
-
-weights     bytes of the weights that the tokens use / tensor, at the read rate; or their FLOPs, if they take longer
-KV          decode.py, for each layer; a layer with a window reads its whole window on every sequence rank
-exchange    decode.py, for each layer with full attention, with the algorithm of `choose_exchange`
-tensor      2 sums of tokens x hidden per layer: through peer memory within a node (hf/sums.py), otherwise NCCL
-launches    attention, products and SMALL_KERNELS per layer, in one CUDA graph; with batch 1, the products that share a
-            vector are one launch (hf/inductor.py)
-host        the host's work in `generate` between two graphs
-
-Tensor ranks are consecutive. The weights are split over the tensor ranks and replicated on the sequence ranks. Not
-counted: sampling, ranks that wait for each other, memory fragmentation.
+docs/planning.md has the formulas. Tensor ranks are consecutive. The weights are split over the tensor ranks and
+replicated on the sequence ranks. Not counted: sampling, ranks that wait for each other, memory fragmentation.
 """
 
 import math
@@ -24,7 +14,7 @@ from .model import ModelSpec
 
 PRODUCTS, PRODUCTS_OF_ONE_VECTOR = 7, 4  # q, k, v, out, gate, up, down; q-k-v, out, gate-up, down
 SMALL_KERNELS = 5  # norms, rotation, cache, activation
-SUMMED_NUMBERS = 2048 * 128  # / (ranks - 1): the largest sum through peer memory (hf/sums.py)
+SUMMED_NUMBERS = 2048 * 128  # / (ranks - 1): the largest sum through peer memory (hf/link_sums.py)
 HOST_S = 0.5e-3  # measured: 0.35 to 0.56 ms on two H100s (docs/log.md)
 CHUNK_TOKENS, MASKED_CHUNK_TOKENS = 32768, 4096  # prefill chunk on GPUs, over all ranks; with windows
 SAMPLES = 64
@@ -67,7 +57,6 @@ class MeshEstimate:
 
     @property
     def used_bytes(self) -> float:
-        """Bytes used on each GPU."""
         return self.weights_bytes + self.kv_bytes + self.workspace_bytes
 
 
@@ -75,22 +64,21 @@ def estimate_mesh(
     model: ModelSpec, machine: Machine, context: int, batch: int, tensor: int, sequence: int
 ) -> MeshEstimate:
     """Estimate one mesh, without first_token_s (0 here): see `estimate_first_token_s`."""
-    held = model.held_tokens(context)
-    sharded = [window is None for window in model.windows]
-    tokens = sum(math.ceil(n / sequence) if whole else n for n, whole in zip(held, sharded, strict=True))
     group = sequence_group(machine, tensor, sequence)
     shape = layer_shape(model, context / sequence, batch, tensor)
     algorithm = choose_exchange(shape, machine, group)
-    workspace = RESERVED_BYTES + _activation_bytes(model, context, batch, tensor, sequence)
+    workspace_bytes = RESERVED_BYTES + _activation_bytes(model, context, batch, tensor, sequence)
     if algorithm == "fused":
-        workspace += 2 * sequence * shape.rows * shape.value_dim * 17 / 16 * 8 + 33.6e6  # SymmetricLink
+        workspace_bytes += 2 * sequence * shape.rows * shape.value_dim * 17 / 16 * 8 + 33.6e6  # SymmetricLink
+    tokens = sum(
+        math.ceil(held / sequence) if window is None else held
+        for held, window in zip(model.held_tokens(context), model.windows, strict=True)
+    )
+    sizes = (model.weights_bytes / tensor, batch * tokens * _key_bytes(model, tensor), workspace_bytes)
+    fits = sum(sizes) <= machine.gpu.memory_bytes
     parts_s = _parts_s(model, machine, context, batch, tensor, group, algorithm)
-    weights_bytes = model.weights_bytes / tensor
-    kv_bytes = batch * tokens * _key_bytes(model, tensor)
-    fits = weights_bytes + kv_bytes + workspace <= machine.gpu.memory_bytes
-    sizes, loadable = (weights_bytes, kv_bytes, workspace), model.can_split(tensor)
-    tokens_per_s = batch / sum(parts_s.values())
-    return MeshEstimate(tensor, sequence, *sizes, loadable, fits, algorithm, parts_s, 0.0, tokens_per_s)
+    times = (parts_s, 0.0, batch / sum(parts_s.values()))
+    return MeshEstimate(tensor, sequence, *sizes, model.can_split(tensor), fits, algorithm, *times)
 
 
 def sequence_group(machine: Machine, tensor: int, sequence: int) -> RankGroup:
@@ -100,13 +88,9 @@ def sequence_group(machine: Machine, tensor: int, sequence: int) -> RankGroup:
 
 def layer_shape(model: ModelSpec, keys: float, batch: int, tensor: int) -> AttentionShape:
     """The attention of one layer on one of `tensor` ranks, over `keys` keys per sequence."""
-    heads, kv_heads, dims = (
-        model.heads // tensor,
-        math.ceil(model.kv_heads / tensor),
-        (model.head_dim, model.head_dim_v),
-    )
-    how = {"itemsize": model.kv_itemsize, "latent": model.latent}
-    return AttentionShape(batch, heads, kv_heads, dims[0], keys, dims[1], **how)
+    heads, how = model.heads // tensor, {"itemsize": model.kv_itemsize, "latent": model.latent}
+    kv_heads = math.ceil(model.kv_heads / tensor)
+    return AttentionShape(batch, heads, kv_heads, model.head_dim, keys, model.head_dim_v, **how)
 
 
 def choose_exchange(shape: AttentionShape, machine: Machine, group: RankGroup) -> str:
@@ -125,16 +109,14 @@ def _parts_s(
 ) -> dict[str, float]:
     gpu, kv_s, exchange_s = machine.gpu, 0.0, 0.0
     for window in set(model.windows) - {0}:
-        layers, alone = model.windows.count(window), window is not None
-        keys = min(window, context) if window is not None else context / group.size
-        shape, ranks = layer_shape(model, keys, batch, tensor), 1 if alone else group.size
+        layers = model.windows.count(window)
+        keys, ranks = (context / group.size, group.size) if window is None else (min(window, context), 1)
+        shape = layer_shape(model, keys, batch, tensor)
         cost = decode_cost(shape, machine, ranks, "fused" if ranks == 1 else algorithm, per_node=group.per_node)
         kv_s += layers * cost.read_s
         exchange_s += layers * cost.exchange_s
-    weights_s = max(
-        model.read_bytes(batch) / tensor / gpu.read_bytes_per_s,
-        batch * model.flops_per_token / tensor / gpu.matmul_flops_per_s,
-    )
+    flops = batch * model.flops_per_token
+    weights_s = max(model.read_bytes(batch) / tensor / gpu.read_bytes_per_s, flops / tensor / gpu.matmul_flops_per_s)
     products, product_s = (PRODUCTS_OF_ONE_VECTOR, gpu.kernel_s) if batch == 1 else (PRODUCTS, gpu.launch_s)
     products_s = (model.layers * products + 1) * product_s  # + 1: the output head
     sums_s = 2 * model.layers * _sum_s(batch * model.hidden, machine, RankGroup(tensor, machine.per_node))
@@ -156,7 +138,7 @@ def estimate_first_token_s(model: ModelSpec, machine: Machine, context: int, bat
 
     A chunk takes the time of its causal FLOPs, or of reading the weights if that is longer; two all-reduces per layer
     over the tensor ranks; and per layer the transfer over the sequence ranks of the keys so far or of the chunk's
-    queries, whichever is smaller (hf/chunk.py). At most SAMPLES chunks, evenly spaced, are computed.
+    queries, whichever is smaller (hf/parallel_prefill.py). At most SAMPLES chunks, evenly spaced, are computed.
     """
     P, chunks = mesh.sequence, math.ceil(context / _chunk_tokens(model))
     tokens, layers = context / chunks, Counter(model.windows)

@@ -8,6 +8,7 @@ from typing import Any
 
 PRESETS = Path(__file__).with_name("models")
 NESTED = ("text_config", "llm_config", "language_config")  # the language model's section in multimodal configs
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -15,13 +16,11 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class ModelSpec:
     """The sizes of a model that decide what a decode step reads and computes.
 
-    `*_weights` are numbers of parameters, without biases.
-
     head_dim, head_dim_v: dimensions in the cache. With MLA (`latent`): those of the latent head that all heads share.
-    prefill_dims: D + D_v of a head in prefill; with MLA, after the latents are expanded.
-    windows: one entry per layer: None (full attention), the size of its window in tokens, or 0 (no keys).
-    dense_weights: read for every token, including the output head. embedding_weights: the embedding table, 0 if it is
-    tied to the output head. expert_weights: those of one routed expert. notes: the assumptions made.
+    prefill_dims: D + D_v of a head in prefill; with MLA, after the latents are expanded. windows: one entry per layer:
+    None (full attention), the size of its window in tokens, or 0 (no keys). `*_weights`: numbers of parameters, without
+    biases. dense: read for every token, including the output head. embedding: the embedding table, 0 if it is tied to
+    the output head. expert: those of one routed expert. notes: the assumptions made.
     """
 
     name: str
@@ -51,12 +50,10 @@ class ModelSpec:
 
     @property
     def weights(self) -> float:
-        """Number of weights."""
         return self.dense_weights + self.embedding_weights + self.expert_layers * self.experts * self.expert_weights
 
     @property
     def weights_bytes(self) -> float:
-        """Bytes of all weights."""
         return self.weights * self.weight_bytes
 
     def can_split(self, tensor: int) -> bool:
@@ -119,13 +116,13 @@ def parse_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     """
     text = next((config[key] for key in NESTED if isinstance(config.get(key), dict)), {})
     fields = {**config, **{key: value for key, value in text.items() if value is not None}}
-    absent = [key for key in ("hidden_size", "num_hidden_layers", "num_attention_heads") if not fields.get(key)]
+    absent = [key for key in REQUIRED if not fields.get(key)]
     if absent:
         raise ValueError(f"{name} is not the configuration of a model with attention: {', '.join(absent)} missing")
     notes: list[str] = []
-    hidden, layers, heads = (_count(fields, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    attention, kv_heads, head_dim, head_dim_v, prefill_dims, latent = _attention(fields, hidden, heads)
-    if latent:
+    hidden, layers, heads = (_count(fields, key) for key in REQUIRED)
+    attention, cached = _attention(fields, hidden, heads)
+    if fields.get("kv_lora_rank"):
         notes.append(
             "MLA: counted for an engine that attends to the latents directly. transformers, and therefore TreeCache, "
             "expands them to the keys and values of all heads in each layer and step, which takes many times as long"
@@ -143,13 +140,11 @@ def parse_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     dense = layers * (attention + 2 * hidden) + hidden + (layers - expert_layers) * 3 * hidden * dense_width
     dense += expert_layers * hidden * (experts + 3 * shared_width) + vocabulary * hidden
     tied = fields.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
-    stored = fields.get("dtype") or fields.get("torch_dtype") or "bfloat16"
-    itemsize = BYTES.get(str(stored), 2)
-    sizes = (hidden, heads, kv_heads, head_dim, head_dim_v, prefill_dims)
-    weights = (dense, 0.0 if tied else vocabulary * hidden, 3.0 * hidden * width)
+    itemsize = BYTES.get(str(fields.get("dtype") or fields.get("torch_dtype")), 2)
+    weights = (dense, 0.0 if tied else vocabulary * hidden, 3.0 * hidden * width, expert_layers, experts, per_token)
     weight_bytes, positions = _weight_bytes(fields, itemsize, notes), fields.get("max_position_embeddings")
-    routed, rest = (expert_layers, experts, per_token), (weight_bytes, itemsize, positions, tuple(notes))
-    return ModelSpec(name, *sizes, latent, windows, vocabulary, *weights, *routed, *rest)
+    rest = (vocabulary, *weights, weight_bytes, itemsize, positions, tuple(notes))
+    return ModelSpec(name, hidden, heads, *cached, windows, *rest)
 
 
 def _count(fields: Mapping[str, Any], key: str) -> int:
@@ -159,20 +154,20 @@ def _count(fields: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _attention(fields: Mapping[str, Any], hidden: int, heads: int) -> tuple[int, int, int, int, int, bool]:
-    """Weights of a layer's attention; KV heads, D and D_v in the cache; D + D_v in prefill; True for MLA."""
+def _attention(fields: Mapping[str, Any], hidden: int, heads: int) -> tuple[int, tuple[int, int, int, int, bool]]:
+    """Weights of a layer's attention; kv_heads, head_dim, head_dim_v, prefill_dims and latent of ModelSpec."""
     rank = fields.get("kv_lora_rank")
     if rank:
         nope, rope, v = (_count(fields, key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
         q_rank = fields.get("q_lora_rank")
         queries = q_rank * (hidden + heads * (nope + rope)) if q_rank else hidden * heads * (nope + rope)
         keys = hidden * (rank + rope) + rank * heads * (nope + v)
-        return queries + keys + heads * v * hidden, 1, rank + rope, rank, nope + rope + v, True
+        return queries + keys + heads * v * hidden, (1, rank + rope, rank, nope + rope + v, True)
     kv_heads = _count(fields, "num_key_value_heads") if fields.get("num_key_value_heads") else heads
     head_dim = fields.get("head_dim") or hidden // heads
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
-    return 2 * hidden * head_dim * (heads + kv_heads), kv_heads, head_dim, head_dim, 2 * head_dim, False
+    return 2 * hidden * head_dim * (heads + kv_heads), (kv_heads, head_dim, head_dim, 2 * head_dim, False)
 
 
 def _windows(fields: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
@@ -182,17 +177,13 @@ def _windows(fields: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     if types is not None:
         if len(types) != layers:
             raise ValueError(f"layer_types must name each of {layers} layers, got {len(types)}")
-        sizes = {
-            "sliding_attention": window,
-            "chunked_attention": fields.get("attention_chunk_size"),
-            "full_attention": None,
-        }
+        sizes = {"sliding_attention": window, "chunked_attention": fields.get("attention_chunk_size")}
+        sizes["full_attention"] = None
         return tuple(sizes.get(kind, 0) for kind in types)
     if window is None:
         return (None,) * layers
-    pattern, first = fields.get("sliding_window_pattern"), 0
-    if fields.get("use_sliding_window"):
-        first = fields.get("max_window_layers", 0)
+    pattern = fields.get("sliding_window_pattern")
+    first = fields.get("max_window_layers", 0) if fields.get("use_sliding_window") else 0
     return tuple(None if i < first or (pattern and (i + 1) % pattern == 0) else window for i in range(layers))
 
 
@@ -216,7 +207,7 @@ def _weight_bytes(fields: Mapping[str, Any], itemsize: int, notes: list[str]) ->
     quantization = fields.get("quantization_config")
     if not quantization:
         return itemsize
-    method, bits = quantization.get("quant_method"), quantization.get("bits")
-    bits = bits or {"fp8": 8, "mxfp4": 4.25}.get(method)
+    method = quantization.get("quant_method")
+    bits = quantization.get("bits") or {"fp8": 8, "mxfp4": 4.25}.get(method)
     notes.append(f"all weights counted with {bits} bits" if bits else f"weights in {method!r} counted as not quantized")
     return bits / 8 if bits else itemsize

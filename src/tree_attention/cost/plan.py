@@ -45,21 +45,12 @@ def make_plan(model: ModelSpec, machine: Machine, *, context: int, batch: int, g
         raise ValueError(
             f"gpus must fit one node of {machine.per_node} or fill whole nodes, got {gpus}: see --per-node"
         )
-    meshes = _estimates(model, machine, context, batch, gpus)
     meshes = [
-        replace(mesh, first_token_s=estimate_first_token_s(model, machine, context, batch, mesh)) for mesh in meshes
+        replace(mesh, first_token_s=estimate_first_token_s(model, machine, context, batch, mesh))
+        for mesh in _estimates(model, machine, context, batch, gpus)
     ]
-    fewest = min(_choices(meshes), key=lambda mesh: (mesh.gpus, mesh.token_s), default=None)
-    pays_from = _pays_from(model, machine, batch, gpus)
-    notes = [*model.notes, *_tensor_notes(model, meshes, gpus)]
-    if model.most_positions is not None and context > model.most_positions:
-        notes.append(f"the model was trained for {model.most_positions} positions, fewer than {context}")
-    return MeshPlan(tuple(meshes), fewest, _fastest(meshes), pays_from, _verdict(meshes, machine), tuple(notes))
-
-
-def _tensor_notes(model: ModelSpec, meshes: list[MeshEstimate], gpus: int) -> list[str]:
-    """Notes about numbers of tensor ranks that are impossible or do not help."""
-    notes = []
+    fewest, pays_from = _smallest(_choices(meshes)), _pays_from(model, machine, batch, gpus)
+    notes = list(model.notes)
     if any(mesh.tensor > model.kv_heads for mesh in meshes):
         notes.append(
             f"with more tensor ranks than the {model.kv_heads} KV head(s), KV heads are replicated: the weights are "
@@ -70,7 +61,9 @@ def _tensor_notes(model: ModelSpec, meshes: list[MeshEstimate], gpus: int) -> li
     if uneven:
         listed = ", ".join(map(str, uneven))
         notes.append(f"{listed} tensor ranks are left out: they do not divide {model.heads} query heads")
-    return notes
+    if model.most_positions is not None and context > model.most_positions:
+        notes.append(f"the model was trained for {model.most_positions} positions, fewer than {context}")
+    return MeshPlan(tuple(meshes), fewest, _fastest(meshes), pays_from, _verdict(meshes, machine), tuple(notes))
 
 
 def over_contexts(
@@ -81,33 +74,22 @@ def over_contexts(
     The context doubles from 1024 tokens for as long as any mesh fits. None: no such mesh fits.
     """
     rows, context = [], 1024
-    while context <= LONGEST_TOKENS:
-        fitting = _choices(_estimates(model, machine, context, batch, gpus))
-        if not fitting:
-            break
-        best_s = [
-            min((mesh.token_s for mesh in fitting if (mesh.sequence > 1) == sharded), default=None)
-            for sharded in (False, True)
-        ]
-        rows.append((context, *best_s))
+    while context <= LONGEST_TOKENS and (fitting := _choices(_estimates(model, machine, context, batch, gpus))):
+        whole_s = min((mesh.token_s for mesh in fitting if mesh.sequence == 1), default=None)
+        sharded_s = min((mesh.token_s for mesh in fitting if mesh.sequence > 1), default=None)
+        rows.append((context, whole_s, sharded_s))
         context *= 2
     return rows
 
 
 def _estimates(model: ModelSpec, machine: Machine, context: int, batch: int, gpus: int) -> list[MeshEstimate]:
     """Estimates, without first_token_s, for each divisor of `gpus` that fits one node or fills whole nodes."""
-    counts = [n for n in range(1, gpus + 1) if gpus % n == 0 and (n <= machine.per_node or n % machine.per_node == 0)]
-    return [
-        estimate_mesh(model, machine, context, batch, tensor, n // tensor)
-        for n in counts
-        for tensor in range(1, n + 1)
-        if n % tensor == 0 and model.heads % tensor == 0 and _fills(tensor, n, machine.per_node)
-    ]
-
-
-def _fills(tensor: int, gpus: int, per_node: int) -> bool:
-    """True if each tensor group fits into one node or fills whole nodes."""
-    return gpus <= per_node or per_node % tensor == 0 or tensor % per_node == 0
+    per_node, meshes = machine.per_node, []
+    for n in (n for n in range(1, gpus + 1) if gpus % n == 0 and (n <= per_node or n % per_node == 0)):
+        for tensor in (tensor for tensor in range(1, n + 1) if n % tensor == 0 and model.heads % tensor == 0):
+            if n <= per_node or per_node % tensor == 0 or tensor % per_node == 0:  # no tensor group straddles nodes
+                meshes.append(estimate_mesh(model, machine, context, batch, tensor, n // tensor))
+    return meshes
 
 
 def _choices(meshes: list[MeshEstimate]) -> list[MeshEstimate]:
@@ -117,8 +99,12 @@ def _choices(meshes: list[MeshEstimate]) -> list[MeshEstimate]:
 def _fastest(meshes: list[MeshEstimate]) -> MeshEstimate | None:
     fitting = _choices(meshes)
     limit_s = EQUALLY_FAST * min((mesh.token_s for mesh in fitting), default=0.0)
-    alike = [mesh for mesh in fitting if mesh.token_s <= limit_s]
-    return min(alike, key=lambda mesh: (mesh.gpus, mesh.token_s), default=None)
+    return _smallest([mesh for mesh in fitting if mesh.token_s <= limit_s])
+
+
+def _smallest(meshes: list[MeshEstimate]) -> MeshEstimate | None:
+    """The fastest mesh of the fewest GPUs."""
+    return min(meshes, key=lambda mesh: (mesh.gpus, mesh.token_s), default=None)
 
 
 def _pays_from(model: ModelSpec, machine: Machine, batch: int, gpus: int) -> int | None:
