@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .exits import run
+from .terminal import run
 
 app = typer.Typer(
     no_args_is_help=True,
