@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, Gemma2Config, LlamaConfig
 
 from command import COMMAND, H_KV, LAYERS, POSITIONS, QUESTION, SMALL, TORCHRUN, D, H, call, last_json, run
 from tree_attention import InputError
-from tree_attention.cli.generate_rank import text_prompt
-from tree_attention.cli.models import check_positions, check_step_mode
+from tree_attention.cli.models import check_positions, check_step_mode, text_prompt
 from tree_attention.cli.options import GenerateOptions
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from . import options
-from .exits import run
+from .terminal import run
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)

@@ -10,10 +10,10 @@ from ..bench.calibration import measure_machine
 from ..cost.calibration import Calibration, save_calibration
 from ..errors import InputError
 from . import environment
-from .exits import under_torchrun
 from .launch import run_on_ranks
 from .options import CalibrateOptions
 from .records import print_table
+from .terminal import under_torchrun
 
 
 def calibrate(options: CalibrateOptions) -> int:

@@ -1,16 +1,26 @@
-"""`tree-attention chat`: check the options, then start the ranks, which run chat_rank.py, and send them stdin."""
+"""`tree-attention chat`: open or load a session, read, answer each line of stdin, save.
+
+Only functions that run on the ranks import transformers: it takes seconds to load.
+"""
 
 import multiprocessing
+import sys
 import threading
+from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from ..errors import TreeAttentionError
 from .checks import check_options, read_document
-from .exits import under_torchrun
 from .launch import run_on_ranks
 from .options import ChatOptions
-from .terminal import read_lines
+from .terminal import read_lines, reading_bar, say, under_torchrun
+
+CONVERSATION_TOKENS = 8192  # default capacity after the document, for a static cache
+QUESTION_TIMEOUT = timedelta(days=365)  # the user may take long to type the next question
 
 
 def chat_on_ranks(options: ChatOptions) -> int:
@@ -25,7 +35,7 @@ def chat_on_ranks(options: ChatOptions) -> int:
     if not under_torchrun():  # ranks that we start do not inherit stdin
         lines = multiprocessing.get_context("spawn").SimpleQueue()
         threading.Thread(target=_send_lines, args=(lines,), daemon=True).start()
-    return run_on_ranks(_on_rank, options.nproc, options.device, options, document, lines)
+    return run_on_ranks(_chat, options.nproc, options.device, options, document, lines)
 
 
 def _send_lines(lines: Any) -> None:
@@ -37,7 +47,64 @@ def _send_lines(lines: Any) -> None:
         lines.put(None)
 
 
-def _on_rank(options: ChatOptions, document: str, lines: Any, device: torch.device) -> int:
-    from .chat_rank import chat  # loads transformers, which takes seconds: only the ranks need it
+def _chat(options: ChatOptions, document: str, lines: Any, device: torch.device) -> int:
+    """Answer each line on each rank; only the first reads and prints. Returns the exit code.
 
-    return chat(options, document, lines, device)
+    lines: a queue of the lines, or None: read stdin.
+    """
+    from transformers import AutoTokenizer
+
+    from ..hf.save import read_manifest
+    from .models import check_positions, check_step_mode, generate_kwargs, load_model, open_session
+
+    is_first = dist.get_rank() == 0
+    check_step_mode(options.compiled, device)
+    questions = _questions(lines, dist.new_group(backend="gloo", timeout=QUESTION_TIMEOUT))
+    model = load_model(options.model, options.dtype, device, tensor_parallel=options.tensor_parallel)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    text = torch.tensor(tokenizer(document, add_special_tokens=False).input_ids, dtype=torch.long)
+    tokens = len(text) + (0 if options.load is None else read_manifest(options.load)["tokens"])
+    check_positions(options, model.config, tokens, options.max_new_tokens)
+    max_tokens = options.max_tokens
+    if max_tokens is None and device.type == "cuda":
+        max_tokens = tokens + CONVERSATION_TOKENS
+    session = open_session(options, model, tokenizer, max_tokens)
+    if document:
+        with reading_bar(len(text), shown=is_first) as on_progress:
+            session.read(text, chunk_tokens=options.chunk_tokens, on_progress=on_progress)
+    if options.save is not None:
+        session.save(options.save)
+    torch.manual_seed(options.seed)
+    for question in questions:
+        try:
+            tokens = session.tokens.shape[1] + session.count_tokens(question)
+            check_positions(options, model.config, tokens, options.max_new_tokens)
+            for piece in session.ask(question, **generate_kwargs(options)):
+                if is_first:
+                    say(piece)
+        except TreeAttentionError as error:  # the same on every rank, and the session is as it was
+            if is_first:
+                sys.stderr.write(f"tree-attention: {error}\n")
+        if is_first:
+            say("\n")
+    if options.save is not None:
+        session.save(options.save)
+    return 0
+
+
+def _questions(lines: Any, group: Any) -> Iterator[str]:
+    """Yield the first rank's lines on every rank, without the blank ones."""
+    source = read_lines() if lines is None else iter(lines.get, None)
+    while True:
+        line: list[str | None] = [None]
+        if group.rank() == 0:
+            if sys.stderr.isatty():
+                sys.stderr.write("> ")
+                sys.stderr.flush()
+            line = [next(source, None)]
+        dist.broadcast_object_list(line, group=group, group_src=0)
+        [text] = line
+        if text is None:
+            return
+        if text.strip():
+            yield text.strip()

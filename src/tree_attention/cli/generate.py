@@ -1,11 +1,26 @@
-"""`tree-attention generate`: check the options, then start the ranks, which run generate_rank.py."""
+"""`tree-attention generate`: read, answer, time both, verify if asked to, and report.
+
+Only functions that run on the ranks import transformers: it takes seconds to load.
+"""
+
+import json
+import os
+import time
+from itertools import zip_longest
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 
 from ..errors import InputError
+from ..group import gather_objects
 from .checks import check_options, read_document
 from .launch import run_on_ranks
 from .options import GenerateOptions
+from .terminal import reading_bar, say
 
 
 def generate_on_ranks(options: GenerateOptions) -> int:
@@ -21,16 +36,126 @@ def generate_on_ranks(options: GenerateOptions) -> int:
     elif options.model is None or not options.prompt or options.config is not None:
         raise InputError("give --model and --prompt, or --random-weights with --config and --max-prompt-tokens")
     if options.sample and not options.temperature > 0:
-        raise InputError(
-            f"temperature must be positive, got {options.temperature}: leave out --sample for the most likely tokens"
-        )
+        got = options.temperature
+        raise InputError(f"temperature must be positive, got {got}: leave out --sample for the most likely tokens")
     if not options.sample and options.temperature != 1:
         raise InputError("temperature is for sampling: add --sample, or leave it out")
     check_options(options)
-    return run_on_ranks(_on_rank, options.nproc, options.device, options, document)
+    return run_on_ranks(_generate, options.nproc, options.device, options, document)
 
 
-def _on_rank(options: GenerateOptions, document: str, device: torch.device) -> int:
-    from .generate_rank import generate  # loads transformers, which takes seconds: only the ranks need it
+def _generate(options: GenerateOptions, document: str, device: torch.device) -> int:
+    """Load, read and answer on each rank; only the first prints. Returns the exit code."""
+    from .models import check_positions, check_step_mode, load_model, open_session, random_prompt, text_prompt
 
-    return generate(options, document, device)
+    check_step_mode(options.compiled, device)
+    name, split, random = options.model or str(options.config), options.tensor_parallel, options.random_weights
+    model = load_model(name, options.dtype, device, random=random, tensor_parallel=split)
+    prompt = random_prompt(options, model.config) if random else text_prompt(options, document)
+    check_positions(options, model.config, prompt.tokens, options.max_new_tokens)
+    max_tokens = prompt.tokens + options.max_new_tokens
+    capacity = max_tokens if device.type == "cuda" else None
+    session = open_session(options, model, prompt.tokenizer, capacity, prompt.template)
+    session.cache.reserve(max_tokens)
+    dist.barrier()
+    figures, is_first = _answer(options, session, prompt), dist.get_rank() == 0
+    input_ids = session.tokens[:, : prompt.tokens]
+    dist.destroy_process_group()
+    if not is_first:
+        return 0
+    if options.verify:
+        del session
+        torch.set_num_threads(os.cpu_count() or 1)
+        if split != 1:  # this rank holds a part of the weights
+            del model
+            model = load_model(name, options.dtype, device)
+        figures["verify"] = _verify(options, model, input_ids, figures["tokens"])
+    _report(figures)
+    if options.as_json:
+        say(json.dumps(figures) + "\n")
+    return 0 if figures.get("verify", {}).get("identical", True) else 1
+
+
+def _answer(options: GenerateOptions, session: Any, prompt: Any) -> dict[str, Any]:
+    """Read and answer; the first rank shows the bar and the text. Returns the figures, times of the slowest rank."""
+    from .models import generate_kwargs
+
+    is_first, cache = dist.get_rank() == 0, session.cache
+    written: list[tuple[int, float, float]] = []  # of each token: its id, this rank's clock, bytes received so far
+    torch.manual_seed(options.seed)
+    start_s = time.perf_counter()
+
+    def on_token(token: int) -> None:
+        written.append((token, time.perf_counter(), cache.received_bytes))
+
+    with reading_bar(len(prompt.text), shown=is_first) as on_progress:
+        session.read(prompt.text, chunk_tokens=options.chunk_tokens, on_progress=on_progress)
+    for piece in session.ask(prompt.question, on_token=on_token, **generate_kwargs(options)):
+        if is_first:
+            say(piece)
+    if is_first and not options.random_weights:
+        say("\n")
+    tokens, times_s, received = zip(*written, strict=True)
+    steps = len(tokens) - 1
+    slowest = torch.tensor([times_s[0] - start_s, (times_s[-1] - times_s[0]) / max(steps, 1)])
+    slowest = slowest.to(session.tokens.device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return {
+        "model": options.model or str(options.config),
+        "random_weights": options.random_weights,
+        "ranks": dist.get_world_size(),
+        "tensor_parallel": options.tensor_parallel,
+        "device": slowest.device.type,
+        "prompt_tokens": prompt.tokens,
+        "new_tokens": len(tokens),
+        "ttft_s": float(slowest[0]),
+        "tpot_s": float(slowest[1]) if steps else None,
+        "kv_bytes_per_rank": gather_objects(cache.kv_bytes, dist.group.WORLD),
+        "received_bytes_per_token": (received[-1] - received[0]) / steps if steps else None,
+        "tokens": list(tokens),
+    }
+
+
+def _verify(options: GenerateOptions, model: Any, input_ids: Tensor, tokens: list[int]) -> dict[str, Any]:
+    """Compare with what this process alone generates: transformers' sdpa attention (or eager) and DynamicCache."""
+    from transformers import DynamicCache
+
+    from ..hf.parallel_prefill import CHUNK_TOKENS
+    from .models import generate_kwargs
+
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # Gemma 2 and GPT-OSS have no sdpa
+    torch.manual_seed(options.seed)
+    out = model.generate(
+        input_ids,
+        past_key_values=DynamicCache(config=model.config.get_text_config(decoder=True)),
+        attention_mask=torch.ones_like(input_ids),
+        prefill_chunk_size=options.chunk_tokens or CHUNK_TOKENS["cpu"],
+        **generate_kwargs(options),
+    )
+    expected = out[0, input_ids.shape[1] :].tolist()
+    pairs = enumerate(zip_longest(tokens, expected))
+    first = next((i for i, (ours, theirs) in pairs if ours != theirs), None)
+    return {"identical": first is None, "first_difference": first, "one_process_tokens": expected}
+
+
+def _report(figures: dict[str, Any]) -> None:
+    megabytes = ", ".join(f"{nbytes / 1e6:.1f}" for nbytes in figures["kv_bytes_per_rank"])
+    tpot, received = figures["tpot_s"], figures["received_bytes_per_token"]
+    split = f", heads and weights over {figures['tensor_parallel']} of them" if figures["tensor_parallel"] > 1 else ""
+    rows = {
+        "read": f"{figures['prompt_tokens']} tokens on {figures['ranks']} ranks ({figures['device']}){split}",
+        "first token": f"{figures['ttft_s']:.2f} s",
+        "wrote": f"{figures['new_tokens']} tokens" + (f", {1e3 * tpot:.1f} ms each" if tpot else ""),
+        "KV cache": f"{megabytes} MB per rank",
+        "received": f"{received / 1e3:.1f} kB per token and rank" if received is not None else "nothing",
+    }
+    if figures["random_weights"]:
+        rows["model"] = "random weights: the times count, the tokens mean nothing"
+    if "verify" in figures:
+        verdict = figures["verify"]
+        same, differs = "writes the same tokens", f"differs from token {verdict['first_difference']} on"
+        rows["one process"] = same if verdict["identical"] else differs
+    table = Table(show_header=False, box=None)
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}", text)
+    Console(stderr=True).print(table)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from ..errors import InputError, TreeAttentionError
-from .exits import RankDied, exit_rank, under_torchrun
+from .terminal import RankDied, exit_rank, under_torchrun
 
 GRACE_S = 2.0  # from a rank's death until the others are killed
 PEER_TIMEOUT = timedelta(minutes=10)  # for a slow peer; the process that started the ranks notices a dead one
@@ -23,9 +23,9 @@ PEER_TIMEOUT = timedelta(minutes=10)  # for a slow peer; the process that starte
 def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device: str, *args: Any) -> int:
     """Call `function(*args, device)` on `nproc` ranks of one process group. Under torchrun, be one of its ranks.
 
-    `function` must be importable by name. It gets the rank's own `torch.device`, and returns the rank's exit code or
-    None for 0. Returns the exit code of the first rank that ended with one, else 0. Raises InputError for an impossible
-    `nproc` or `device`, RankDied if an unexpected error or a signal ended a rank; the others are terminated.
+    `function` must be importable by name; it returns an exit code, None for 0. Returns the code of the first rank that
+    ended with one, else 0. Raises InputError for an impossible `nproc` or `device`, RankDied if an unexpected error or
+    a signal ended a rank; the others are terminated.
     """
     size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else (1 if nproc is None else nproc)
     if size < 1:
@@ -33,23 +33,19 @@ def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device:
     if under_torchrun():
         if nproc not in (None, size):
             raise InputError(f"nproc must be torchrun's {size} or left out, got {nproc}")
-        rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        local_device = _device(device, int(os.environ["LOCAL_RANK"]), local_size)
-        return _run_rank(rank, size, None, local_device, function, args) or 0
+        local_device = _device(device, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+        return _run_rank(int(os.environ["RANK"]), size, None, local_device, function, args)
     devices = [_device(device, rank, size) for rank in range(size)]
     with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
-        context = start_processes(
-            _start, (size, f"file://{folder}/rendezvous", devices, function, args), nprocs=size, join=False
-        )
-        assert context is not None
-        processes: list[Any] = context.processes
+        arguments = (size, f"file://{folder}/rendezvous", devices, function, args)
+        context: Any = start_processes(_start, arguments, nprocs=size, join=False)
         try:
             while not context.join(grace_period=GRACE_S):
                 pass
         except (ProcessExitedException, ProcessRaisedException) as end:
-            return _exit_code(end, processes)
+            return _exit_code(end, context.processes)
         finally:
-            for process in processes:
+            for process in context.processes:
                 process.kill()
     return 0
 
@@ -74,13 +70,11 @@ def _start(rank: int, size: int, rendezvous: str, devices: list[torch.device], f
             Path(rendezvous.removeprefix("file://")).with_name("printed").touch(exist_ok=False)
             os.write(2, f"tree-attention: {error}\n".encode())
         code = 2
-    exit_rank(code or 0)
+    exit_rank(code)
 
 
-def _run_rank(
-    rank: int, size: int, rendezvous: str | None, device: torch.device, function: Any, args: tuple
-) -> int | None:
-    """Call the function within the process group."""
+def _run_rank(rank: int, size: int, rendezvous: str | None, device: torch.device, function: Any, args: tuple) -> int:
+    """Call the function within the process group. Returns its exit code."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif size > 1:
@@ -90,19 +84,16 @@ def _run_rank(
         backend, init_method=rendezvous, rank=rank, world_size=size, timeout=PEER_TIMEOUT, device_id=device_id
     )
     try:
-        return function(*args, device)
+        return function(*args, device) or 0
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _exit_code(end: ProcessExitedException | ProcessRaisedException, processes: list[Any]) -> int:
-    """Return the exit code of ranks that ended with one of ours; raise RankDied for any other end.
-
-    Raise KeyboardInterrupt if SIGINT ended a rank: Ctrl-C goes to all processes, and to a rank perhaps first.
-    """
+    """Return the exit code of ranks that ended with one of ours; raise RankDied for any other end."""
     for rank, process in enumerate(processes):  # the killed rank, even if the failure of a peer was noticed first
-        if process.exitcode == -signal.SIGINT:
+        if process.exitcode == -signal.SIGINT:  # Ctrl-C goes to all processes, and to a rank perhaps first
             raise KeyboardInterrupt from None
         if process.exitcode is not None and process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
             name = signal.Signals(-process.exitcode).name

@@ -1,16 +1,18 @@
-"""What the ranks of `generate` and `chat` share: load the model, open the session, and decide how to generate."""
+"""What the ranks of `generate` and `chat` take from transformers: the model, the prompt, the session, the sampling."""
 
 import socket
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import transformers
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import InputError, TreeAttentionError
-from ..group import Group, gather_objects
+from ..group import gather_objects
 from ..hf import Session, load_tensor_parallel
 from ..hf.chat_template import ChatTemplate
 from ..hf.tensor_parallel import AXES, check_tensor_parallel, sequence_axis
@@ -30,14 +32,14 @@ def load_model(model: str, dtype: str, device: torch.device, *, random: bool = F
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     model_kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "tree_attention"}
     try:
+        config: Any = AutoConfig.from_pretrained(model)
         if tensor_parallel != 1:
-            config = AutoConfig.from_pretrained(model)
             mesh = _mesh(config, tensor_parallel, device)
             return load_tensor_parallel(config if random else model, mesh, **model_kwargs)
         if random:
             torch.manual_seed(0)
             with device:
-                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), **model_kwargs).eval()
+                return AutoModelForCausalLM.from_config(config, **model_kwargs).eval()
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
     except TreeAttentionError:
         raise
@@ -51,10 +53,8 @@ def _mesh(config: Any, tensor_parallel: int, device: torch.device) -> DeviceMesh
     check_tensor_parallel(config, tensor_parallel)
     ranks = dist.get_world_size()
     if ranks % tensor_parallel:
-        raise InputError(
-            f"nproc must be a multiple of tensor-parallel, got {ranks} and {tensor_parallel}: the ranks of the "
-            "sequence times those of tensor-parallel"
-        )
+        got = f"got {ranks} and {tensor_parallel}: the ranks of the sequence times those of tensor-parallel"
+        raise InputError(f"nproc must be a multiple of tensor-parallel, {got}")
     return init_device_mesh(device.type, (ranks // tensor_parallel, tensor_parallel), mesh_dim_names=AXES)
 
 
@@ -65,31 +65,53 @@ def check_step_mode(compiled: bool, device: torch.device) -> str:
     return "compiled" if compiled else "captured"
 
 
+class Prompt(NamedTuple):
+    """What a session reads and is asked."""
+
+    tokenizer: Any
+    template: ChatTemplate
+    text: Tensor  # token ids [n]
+    question: str
+    tokens: int  # number of tokens of text, question and template together
+
+
+def text_prompt(options: GenerateOptions, document: str) -> Prompt:
+    """Return the document, truncated to --max-prompt-tokens, and the question; without a document, --prompt as text."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    has_template = tokenizer.chat_template is not None and not options.plain
+    template = ChatTemplate.from_tokenizer(tokenizer) if has_template else ChatTemplate.plain(tokenizer)
+    text, question = (document, options.prompt) if document else (options.prompt, "")
+    ids, before, after = (
+        tokenizer(piece, add_special_tokens=False).input_ids
+        for piece in (text, template.opening, template.question(question, started=True, in_question=True))
+    )
+    others, limit = len(before) + len(after), options.max_prompt_tokens
+    least = others + (1 if document else len(ids))
+    if limit is not None and limit < least:
+        raise InputError(f"max-prompt-tokens must be at least {least} for this prompt, got {limit}")
+    kept = ids if limit is None else ids[: limit - others]
+    return Prompt(tokenizer, template, torch.tensor(kept), question, len(kept) + others)
+
+
+def random_prompt(options: GenerateOptions, config: Any) -> Prompt:
+    """Return --max-prompt-tokens random tokens, the same on every rank, and a tokenizer that decodes all to nothing."""
+    tokens, vocabulary = options.max_prompt_tokens or 1, config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(options.seed))
+    return Prompt(SimpleNamespace(decode=lambda token_ids, **_: ""), ChatTemplate("", "", "", ""), ids, "", tokens)
+
+
 def open_session(
-    options: GenerateOptions | ChatOptions,
-    model: Any,
-    tokenizer: Any,
-    max_tokens: int | None,
-    template: ChatTemplate | None = None,
+    options: GenerateOptions | ChatOptions, model: Any, tokenizer: Any, max_tokens: int | None, template: Any = None
 ) -> Session:
     """Open a session on all ranks, or load the saved one that `chat --load` names."""
-    session_kwargs: dict[str, Any] = {
-        "group": _sequence_ranks(model),
-        "max_tokens": max_tokens,
-        "template": template,
-        "block_tokens": options.block_tokens,
-        "step": check_step_mode(options.compiled, model.device),
-    }
+    group, hosts = sequence_axis(model), set(gather_objects(socket.gethostname(), dist.group.WORLD))
+    if group is None and len(hosts) > 1:
+        group = TwoLevel()
+    step, block_tokens = check_step_mode(options.compiled, model.device), options.block_tokens
+    cache_kwargs: dict[str, Any] = {"max_tokens": max_tokens, "block_tokens": block_tokens, "step": step}
     if isinstance(options, ChatOptions) and options.load is not None:
-        return Session.load(options.load, model, tokenizer, **session_kwargs)
-    return Session.open(model, tokenizer, **session_kwargs)
-
-
-def _sequence_ranks(model: Any) -> Group | TwoLevel:
-    """Return the ranks that share the sequence; a TwoLevel if they are all ranks, of several hosts."""
-    axis = sequence_axis(model)
-    hosts = set(gather_objects(socket.gethostname(), dist.group.WORLD))
-    return TwoLevel() if axis is None and len(hosts) > 1 else axis
+        return Session.load(options.load, model, tokenizer, group, template=template, **cache_kwargs)
+    return Session.open(model, tokenizer, group, template=template, **cache_kwargs)
 
 
 def check_positions(options: DecodingOptions, config: Any, tokens: int, new_tokens: int) -> None:
@@ -97,9 +119,9 @@ def check_positions(options: DecodingOptions, config: Any, tokens: int, new_toke
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not options.extrapolate and positions is not None and tokens + new_tokens > positions:
         raise InputError(
-            f"the model has {positions} positions, and {tokens} prompt tokens with {new_tokens} new ones "
-            "do not fit: give it less text (generate truncates it with --max-prompt-tokens), or --extrapolate to go "
-            "beyond its training"
+            f"the model has {positions} positions, and {tokens} prompt tokens with {new_tokens} new ones do not fit: "
+            "give it less text (generate truncates it with --max-prompt-tokens), or --extrapolate to go beyond its "
+            "training"
         )
 
 

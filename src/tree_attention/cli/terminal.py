@@ -1,10 +1,45 @@
-"""What the commands print and read: text on stdout, a progress bar and a table on stderr, lines of stdin."""
+"""How a command meets its caller: its exit code, text on stdout, errors and a bar on stderr, lines of stdin."""
 
 import contextlib
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import typer
+
+from ..errors import TreeAttentionError
+
+
+class RankDied(RuntimeError):
+    """A rank ended before its work was done; the others were terminated."""
+
+
+def run(command: Callable[[], int]) -> None:
+    """Exit with the code that `command` returns; 1 if a rank died, 2 for an error of ours, 130 after Ctrl-C."""
+    try:
+        code = command()
+    except (RankDied, TreeAttentionError) as error:
+        sys.stderr.write(f"tree-attention: {error}\n")
+        raise typer.Exit(1 if isinstance(error, RankDied) else 2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("tree-attention: stopped\n")
+        raise typer.Exit(130) from None
+    if under_torchrun():
+        exit_rank(code)
+    raise typer.Exit(code)
+
+
+def under_torchrun() -> bool:
+    """Return True if this process is one of torchrun's ranks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def exit_rank(code: int) -> NoReturn:
+    """End this process at once. In a normal exit of the interpreter a gloo thread may abort after all work is done."""
+    say("")  # flush
+    os._exit(code)
 
 
 def say(text: str) -> None:
@@ -34,14 +69,3 @@ def reading_bar(tokens: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as progress:
         task = progress.add_task("", total=tokens)
         yield lambda done: progress.update(task, completed=done)
-
-
-def print_summary(rows: dict[str, str]) -> None:
-    """Print a table with one row per name."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for name, text in rows.items():
-        table.add_row(f"[bold]{name}", text)
-    Console(stderr=True).print(table)

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationM
 
 from .attention import tree_attention_forward
 from .cache import TreeCache
+from .chat_template import ChatTemplate
 from .generation import prepare
 from .mask import lazy_mask
 from .parallel_prefill import can_prefill, prefill
@@ -23,7 +24,7 @@ from .session import Session
 from .step import call_before
 from .tensor_parallel import load_tensor_parallel
 
-__all__ = ["Session", "TreeCache", "can_prefill", "load_tensor_parallel", "prefill"]
+__all__ = ["ChatTemplate", "Session", "TreeCache", "can_prefill", "load_tensor_parallel", "prefill"]
 
 AttentionInterface.register("tree_attention", tree_attention_forward)
 AttentionMaskInterface.register("tree_attention", lazy_mask)

@@ -7,27 +7,19 @@ from typing import Any
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
+Generate = Callable[[TextIteratorStreamer], Tensor]
+Listener = Callable[[int], None] | None  # called with the id of a token, or with a number of tokens
+
 
 class Answer(Iterator[str]):
     """Yield an answer piece by piece while a thread of its own generates it.
 
     The thread starts here and always runs to the end. Closing or dropping the iterator does not stop it, so ranks may
-    stop reading at different pieces.
-
-    Args:
-        generate: called once, in the thread; passes each token to the streamer and returns all tokens.
-        tokenizer: decodes the pieces.
-        keep: called once with what `generate` returned, by the first `close`.
-        on_token: called in the thread with the id of each token of the answer.
+    stop reading at different pieces. The thread calls `generate` once, which passes each token to the streamer and
+    returns all tokens, and `on_token` with the id of each. The first `close` calls `keep` with all tokens.
     """
 
-    def __init__(
-        self,
-        generate: Callable[[TextIteratorStreamer], Tensor],
-        tokenizer: Any,
-        keep: Callable[[Tensor], None],
-        on_token: Callable[[int], None] | None,
-    ) -> None:
+    def __init__(self, generate: Generate, tokenizer: Any, keep: Callable[[Tensor], None], on_token: Listener) -> None:
         streamer = _Streamer(tokenizer, on_token)
         self._pieces, self._keep = (piece for piece in streamer), keep
         self._outcome: Tensor | BaseException | None = None
@@ -53,7 +45,7 @@ class Answer(Iterator[str]):
         if outcome is not None:
             self._keep(outcome)
 
-    def _run(self, generate: Callable[[TextIteratorStreamer], Tensor], streamer: TextIteratorStreamer) -> None:
+    def _run(self, generate: Generate, streamer: TextIteratorStreamer) -> None:
         try:
             self._outcome = generate(streamer)
         except BaseException as error:  # raised again by `close`, in the thread of the reader
@@ -64,7 +56,7 @@ class Answer(Iterator[str]):
 class _Streamer(TextIteratorStreamer):
     """Also report the id of each token, which the text does not show."""
 
-    def __init__(self, tokenizer: Any, on_token: Callable[[int], None] | None) -> None:
+    def __init__(self, tokenizer: Any, on_token: Listener) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.on_token = on_token
 

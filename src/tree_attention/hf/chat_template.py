@@ -1,5 +1,6 @@
 """`ChatTemplate`: the text that a tokenizer's chat template puts around messages, as strings to concatenate."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,17 +36,15 @@ class ChatTemplate:
             return cls(_text_start(tokenizer))
         roles = ("user", "assistant", "user")
         messages = [{"role": role, "content": text} for role, text in zip(roles, PLACEHOLDERS, strict=True)]
-        rest, parts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), []
-        for placeholder in PLACEHOLDERS:
-            if rest.count(placeholder) != 1:
-                raise InputError(
-                    "the tokenizer's chat template must contain each message once, unchanged: pass "
-                    "template=ChatTemplate.plain(tokenizer), or --plain to tree-attention generate"
-                )
-            part, _, rest = rest.partition(placeholder)
-            parts.append(part)
-        opening, _, next_prefix = parts
-        return cls(opening, rest, next_prefix)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        parts = re.split("(\x02[abc]\x03)", text)
+        if tuple(parts[1::2]) != PLACEHOLDERS:
+            raise InputError(
+                "the tokenizer's chat template must contain each message once, unchanged: pass "
+                "template=ChatTemplate.plain(tokenizer), or --plain to tree-attention generate"
+            )
+        opening, _, next_prefix, answer_prefix = parts[::2]
+        return cls(opening, answer_prefix, next_prefix)
 
     @classmethod
     def plain(cls, tokenizer: Any) -> "ChatTemplate":
@@ -53,10 +52,7 @@ class ChatTemplate:
         return cls(_text_start(tokenizer), answer_prefix="")
 
     def prefix(self, *, started: bool, in_question: bool) -> str:
-        """Return the text before what is read next.
-
-        started: there is text before it. in_question: that text is part of the same user message.
-        """
+        """Return the text before what is read next: after text if `started`, inside a message if `in_question`."""
         if in_question:
             return ""
         return self.next_prefix if started else self.opening

@@ -41,37 +41,28 @@ NAME = re.compile(r"[0-9a-f]{32}")
 FILE = re.compile(r"layer-\d+(-rank-\d+)?(-tensor-\d+)?\.safetensors")
 SAMPLES = 64  # numbers of each weight that the digest of a model reads
 # Config fields that do not affect outputs.
-IGNORED_FIELDS = {
-    *PreTrainedConfig().to_dict(),
-    "attention_dropout",
-    "bos_token_id",
-    "distributed_config",
-    "eos_token_id",
-    "initializer_range",
-    "output_router_logits",
-    "pad_token_id",
-    "pretraining_tp",
-    "quantization_config",
-    "router_aux_loss_coef",
-    "tie_word_embeddings",
-    "use_cache",
-}
+IGNORED_FIELDS = {*PreTrainedConfig().to_dict(), "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"}
+IGNORED_FIELDS |= {"attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef"}
+IGNORED_FIELDS |= {"distributed_config", "pretraining_tp", "quantization_config", "use_cache"}
 
 
-def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor: ProcessGroup | None = None) -> None:
+def save_cache(cache: TreeCache, folder: Path, model: Any, about: dict[str, Any]) -> None:
     """Write the cache and `about`, JSON values, to the folder. All ranks call it together.
-
-    tensor: the ranks that the model is split over, each with its own heads; None if the model is whole.
 
     Raises:
         TreeAttentionError: on every rank if one of them could not write. The previous save stays valid.
     """
-    ranks, groups = cache.ranks, (cache.ranks.group, tensor)
-    tensor_rank, split = rank_and_size(tensor)
-    is_first = ranks.rank == tensor_rank == 0
+    ranks, tensor = cache.ranks, tensor_group(model)
+    groups, is_first = (ranks.group, tensor), ranks.rank == rank_and_size(tensor)[0] == 0
+    about = {"model": describe(model)} | about
     name = broadcast_from_first(uuid.uuid4().hex, *groups)
-    target, digests, states, cause = folder / name, {}, {}, None
-    if fault := first_fault(_make_folder(target) if is_first else None, *groups):
+    target, digests, states, fault, cause = folder / name, {}, {}, None, None
+    if is_first:
+        try:
+            target.mkdir(parents=True)
+        except OSError as error:
+            fault = _cannot_write(0, folder, error)
+    if fault := first_fault(fault, *groups):
         raise TreeAttentionError(fault)
     try:
         for index, layer in enumerate(cache.layers):
@@ -86,17 +77,10 @@ def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor:
     results = gather_objects((fault, digests), *groups)
     fault = next((text for text, _ in results if text), None)
     if fault is None and is_first:
-        manifest = {
-            "version": VERSION,
-            "name": name,
-            "about": about,
-            "tokens": cache.get_seq_length(),
-            "world_size": ranks.layout.world_size,
-            "block": ranks.layout.block,
-            "states": states,
-            "tensor_ranks": split,
-            "files": {file: digest for _, of_rank in results for file, digest in of_rank.items()},
-        }
+        files = {file: digest for _, of_rank in results for file, digest in of_rank.items()}
+        manifest = {"version": VERSION, "name": name, "about": about, "tokens": cache.get_seq_length()}
+        manifest |= {"world_size": ranks.layout.world_size, "block": ranks.layout.block, "states": states}
+        manifest |= {"tensor_ranks": rank_and_size(tensor)[1], "files": files}
         try:
             _replace_manifest(folder, manifest)
         except Exception as error:  # reported by the vote below
@@ -108,30 +92,30 @@ def save_cache(cache: TreeCache, folder: Path, about: dict[str, Any], *, tensor:
                 if _is_ours(path):
                     shutil.rmtree(path, ignore_errors=True)
     if fault:
-        raise TreeAttentionError(f"not saved, {fault}; a save that was there before is as it was") from cause
+        raise TreeAttentionError(fault) from cause
 
 
-def load_cache(
-    cache: TreeCache, folder: Path, manifest: dict[str, Any], device: torch.device, tensor: ProcessGroup | None
-) -> None:
-    """Fill a new cache, of any number of ranks and any block size. All ranks call it together.
-
-    tensor: as in `save_cache`.
+def load_cache(cache: TreeCache, folder: Path, model: Any) -> dict[str, Any]:
+    """Fill a new cache, of any number of ranks and any block size, and return `about`. All ranks call it together.
 
     Raises:
-        InputError: the static cache is too small.
+        InputError: as `read_manifest`; or the save is of another model, or of one split over another number of ranks;
+            or the static cache is too small.
         TreeAttentionError: on every rank if one cannot read: a file is missing or was changed, or memory is short.
     """
-    ranks, fault = cache.ranks, None
-    ranks.check_capacity(manifest["tokens"])
+    tensor, fault = tensor_group(model), None
+    groups = (cache.ranks.group, tensor)
+    manifest = _read_manifest_of(model, folder, groups)
+    cache.ranks.check_capacity(manifest["tokens"])
     try:
         for index, layer in enumerate(cache.layers):
-            _fill(layer, index, folder / manifest["name"], manifest, device, tensor)
+            _fill(layer, index, folder / manifest["name"], manifest, model.device, tensor)
     except Exception as error:  # reported by the vote below
         explains_itself = isinstance(error, OSError | SafetensorError | InputError)
-        fault = f"rank {ranks.rank}: {error if explains_itself else f'{type(error).__name__}: {error}'}"
-    if fault := first_fault(fault, ranks.group, tensor):
+        fault = f"rank {cache.ranks.rank}: {error if explains_itself else f'{type(error).__name__}: {error}'}"
+    if fault := first_fault(fault, *groups):
         raise TreeAttentionError(fault)
+    return manifest["about"]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -150,13 +134,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_manifest_of(model: Any, folder: Path, *groups: ProcessGroup | None) -> dict[str, Any]:
-    """Return the manifest if the save is of this model. All ranks of the groups call it together.
-
-    Raises:
-        InputError: as `read_manifest`, or the save is of another model, or of one split over another number of ranks.
-            If one rank finds a fault, all ranks raise: one of them may not see the folder.
-    """
+def _read_manifest_of(model: Any, folder: Path, groups: tuple[ProcessGroup | None, ...]) -> dict[str, Any]:
+    """Return the manifest if the save is of this model; else raise InputError on all ranks: one may not see it."""
     described, manifest, fault = describe(model), {}, None
     try:
         manifest = read_manifest(folder)
@@ -167,10 +146,8 @@ def read_manifest_of(model: Any, folder: Path, *groups: ProcessGroup | None) -> 
                 f"for the heads of each; this model is split over {split}: load it over {saved}"
             )
         saved = manifest["about"]["model"]  # fields that only one version of transformers knows are not compared
-        other = [
-            f"{key} {saved[key]}, not {value}" for key, value in described.items() if saved.get(key, value) != value
-        ]
-        if other:
+        pairs = ((key, saved.get(key, value), value) for key, value in described.items())
+        if other := [f"{key} {old}, not {new}" for key, old, new in pairs if old != new]:
             raise InputError(f"the save in {folder} is of another model: {'; '.join(other)}")
     except InputError as error:
         fault = str(error)
@@ -241,16 +218,8 @@ def _is_ours(folder: Path) -> bool:
 
 def _cannot_write(rank: int, folder: Path, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return f"rank {rank} cannot write to {folder}: {reason or error}"
-
-
-def _make_folder(folder: Path) -> str | None:
-    """Create the folder. Returns an error text if that fails."""
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        return f"not saved, {folder.parent} cannot be written to: {error.strerror or error}"
-    return None
+    kept = "a save that was there before is as it was"
+    return f"not saved, rank {rank} cannot write to {folder}: {reason or error}; {kept}"
 
 
 def _write(file: Path, data: bytes) -> str:

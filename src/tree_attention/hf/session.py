@@ -1,6 +1,5 @@
 """`Session`: read a long text once, ask questions about it, save it, and load it on another number of ranks."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,19 @@ from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from ..errors import InputError, Unsupported
-from ..group import Group, resolve_group
+from ..group import Group
 from ..reduce import TwoLevel
-from .answer import Answer
+from .answer import Answer, Listener
 from .cache import TreeCache
 from .chat_template import ChatTemplate
 from .layer_state import copy_cache, restore_on_error
 from .layers import ShardedLayer
 from .parallel_prefill import can_prefill, prefill
-from .save import describe, load_cache, read_manifest_of, save_cache
-from .tensor_parallel import check_axes, sequence_axis, tensor_group
+from .save import load_cache, save_cache
+from .tensor_parallel import check_axes, sequence_axis
 from .window_layer import ReplicatedWindowLayer
 
+AnyGroup = Group | TwoLevel
 MAX_NEW_TOKENS = 512
 STATE_CHUNK_TOKENS = 4096  # per forward pass of a model that every rank reads in full
 
@@ -33,68 +33,36 @@ class Session:
     Attributes:
         tokens: int64 `[1, n]` on the model's device: everything that was read and written, apart from an answer that is
             still being written.
-
-    Example:
-        ::
-
-            session = Session.open(model, tokenizer)
-            session.read(document)
-            for piece in session.ask("What is this about?"):
-                print(piece, end="")
-            session.save("kept")
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        cache: TreeCache,
-        tokens: Tensor,
-        *,
-        in_question: bool,
-        template: ChatTemplate | None = None,
-    ) -> None:
-        self.model, self.tokenizer, self.cache, self.tokens = model, tokenizer, cache, tokens
-        self.in_question = in_question  # the last message is the user's and has no answer yet
-        self.template = ChatTemplate.from_tokenizer(tokenizer) if template is None else template
+    def __init__(self, model: Any, tokenizer: Any, cache: TreeCache, template: ChatTemplate) -> None:
+        self.model, self.tokenizer, self.cache, self.template = model, tokenizer, cache, template
+        self.tokens = torch.empty((1, 0), dtype=torch.long, device=model.device)
+        self.in_question = False  # the last message is the user's and has no answer yet
         self.answer: Answer | None = None  # the last one, which may still be being written
 
     @classmethod
     def open(
-        cls,
-        model: Any,
-        tokenizer: Any,
-        group: Group | TwoLevel = None,
-        *,
-        template: ChatTemplate | None = None,
-        **cache_kwargs: Any,
+        cls, model: Any, tokenizer: Any, group: AnyGroup = None, *, template: ChatTemplate | None = None, **kwargs: Any
     ) -> "Session":
         """Return a session that has read nothing.
 
         Args:
             model: loaded with attn_implementation="tree_attention", on this rank's device.
-            tokenizer: the model's tokenizer.
+            tokenizer: the model's.
             group: as in `TreeCache`. Default: the sequence axis of `load_tensor_parallel`, or all ranks.
             template: the text around messages. Default: the tokenizer's chat template.
-            cache_kwargs: further arguments of `TreeCache`, such as `max_tokens`.
+            kwargs: further arguments of `TreeCache`, such as `max_tokens`.
         """
         group = sequence_axis(model) if group is None else group
-        cache = TreeCache(model.config, group, **cache_kwargs)
-        no_tokens = torch.empty((1, 0), dtype=torch.long, device=model.device)
-        return cls(model, tokenizer, cache, no_tokens, in_question=False, template=template)
+        cache = TreeCache(model.config, group, **kwargs)
+        return cls(model, tokenizer, cache, ChatTemplate.from_tokenizer(tokenizer) if template is None else template)
 
-    def read(
-        self, text: str | Tensor, *, chunk_tokens: int | None = None, on_progress: Callable[[int], None] | None = None
-    ) -> None:
-        """Read a text, or tokens `[n]`, as the next user message or as a further part of it.
+    def read(self, text: str | Tensor, *, chunk_tokens: int | None = None, on_progress: Listener = None) -> None:
+        """Read a text, or tokens `[n]`, as the next user message or a further part of it; options as in `prefill`.
 
         The last tokens may stay unread until the next call; `ask` reads them. Models with layers that carry a state
         along the sequence (linear attention) are run in full on every rank.
-
-        Args:
-            text: the text, or its token ids.
-            chunk_tokens: as in `prefill`.
-            on_progress: as in `prefill`.
         """
         self._finish()
         prefix = self.template.prefix(started=self.tokens.shape[1] > 0, in_question=self.in_question)
@@ -105,12 +73,7 @@ class Session:
         self.tokens, self.in_question = tokens, True
 
     def ask(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int | None = None,
-        on_token: Callable[[int], None] | None = None,
-        **generate_kwargs: Any,
+        self, prompt: str, *, max_new_tokens: int | None = None, on_token: Listener = None, **generate_kwargs: Any
     ) -> Answer:
         """Ask a question, and return an iterator over the text of the answer.
 
@@ -157,9 +120,9 @@ class Session:
     def fork(self) -> "Session":
         """Return an independent session that continues from here, with a copy of the cache."""
         self._finish()
-        cache = copy_cache(self.cache)
-        tokens = self.tokens.clone()
-        return Session(self.model, self.tokenizer, cache, tokens, in_question=self.in_question, template=self.template)
+        session = Session(self.model, self.tokenizer, copy_cache(self.cache), self.template)
+        session.tokens, session.in_question = self.tokens.clone(), self.in_question
+        return session
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` tokens. Unless `count` is 0, the next text starts a new message.
@@ -185,35 +148,23 @@ class Session:
     def save(self, folder: str | Path) -> None:
         """Write the session, without the model, to a folder that all ranks see (format: save.py)."""
         self._finish()
-        about = {"model": describe(self.model), "tokens": self.tokens[0].tolist(), "in_question": self.in_question}
-        save_cache(self.cache, Path(folder), about, tensor=tensor_group(self.model))
+        about = {"tokens": self.tokens[0].tolist(), "in_question": self.in_question}
+        save_cache(self.cache, Path(folder), self.model, about)
 
     @classmethod
     @torch.inference_mode(False)
-    def load(
-        cls,
-        folder: str | Path,
-        model: Any,
-        tokenizer: Any,
-        group: Group | TwoLevel = None,
-        *,
-        template: ChatTemplate | None = None,
-        **cache_kwargs: Any,
-    ) -> "Session":
+    def load(cls, folder: str | Path, model: Any, tokenizer: Any, group: AnyGroup = None, **kwargs: Any) -> "Session":
         """Return a saved session, on any number of ranks. All arguments but `folder` are those of `open`.
 
         Raises:
             InputError: the folder holds no save; or a save that is damaged, of another version, model or dtype, or of
                 a model split over another number of ranks by tensor parallelism.
         """
-        group = sequence_axis(model) if group is None else group
-        sequence = group.group if isinstance(group, TwoLevel) else resolve_group(group)
-        manifest = read_manifest_of(model, Path(folder), sequence, tensor_group(model))
-        cache = TreeCache(model.config, group, **cache_kwargs)
-        load_cache(cache, Path(folder), manifest, model.device, tensor_group(model))
-        about = manifest["about"]
-        tokens = torch.tensor([about["tokens"]], dtype=torch.long, device=model.device)
-        return cls(model, tokenizer, cache, tokens, in_question=about["in_question"], template=template)
+        session = cls.open(model, tokenizer, group, **kwargs)
+        about = load_cache(session.cache, Path(folder), model)
+        session.tokens = torch.tensor([about["tokens"]], dtype=torch.long, device=model.device)
+        session.in_question = about["in_question"]
+        return session
 
     def _finish(self) -> None:
         """Wait for the answer that is being written, if any. Raise the error that ended it."""
@@ -223,9 +174,7 @@ class Session:
     # Not in inference mode, whatever the caller's mode: tensors created in it could not be updated outside it later.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _feed(
-        self, tokens: Tensor, chunk_tokens: int | None = None, on_progress: Callable[[int], None] | None = None
-    ) -> None:
+    def _feed(self, tokens: Tensor, chunk_tokens: int | None = None, on_progress: Listener = None) -> None:
         """Read all but the last tokens."""
         if can_prefill(self.cache):
             prefill(self.model, tokens, self.cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
@@ -250,12 +199,9 @@ class Session:
             torch.cuda.set_device(tokens.device)  # every thread has its own current device
         with restore_on_error(self.cache):
             self._feed(tokens)
+            mask = torch.ones_like(tokens)
             written = self.model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                past_key_values=self.cache,
-                streamer=streamer,
-                **generate_kwargs,
+                tokens, attention_mask=mask, past_key_values=self.cache, streamer=streamer, **generate_kwargs
             )
         written = getattr(written, "sequences", written)  # with return_dict_in_generate
         configured = getattr(generate_kwargs.get("generation_config"), "eos_token_id", None)
@@ -273,5 +219,6 @@ class Session:
     def _encode(self, text: str | Tensor) -> Tensor:
         """Return token ids `[1, n]` on the device."""
         if isinstance(text, str):
-            text = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+            text = torch.tensor(ids, dtype=torch.long)
         return text.to(self.tokens)[None]
