@@ -124,9 +124,9 @@ def resolve(
         if algorithm in FUSED and q.numel() > 0:
             raise Unavailable(f"algorithm {algorithm!r} {obstacle}: use algorithm='auto'")
         obstacles[name] = obstacle
-    merged = reduce.resolve_reduction(spec, group, FUSED.get(algorithm, algorithm))
-    fields: Any = vars(merged) | {"algorithm_obstacles": obstacles | merged.algorithm_obstacles}
-    return call, Route(**fields, algorithm=merged.exchange, backend=chosen, backend_obstacles=tried)
+    exchange, *shared, passed_over = reduce.choose_exchange(spec, group, ranks, FUSED.get(algorithm, algorithm))
+    fields: Any = (exchange, *shared, obstacles | passed_over, exchange, chosen, tried)
+    return call, Route(*fields)
 
 
 def _obstacle(name: str, call: AttentionCall, group: Target, backend: str, triton: str | None) -> str | None:

@@ -131,7 +131,7 @@ def select(q: Tensor, k: Tensor, **rules: Any) -> KeySelection:
     if given.mask is not None:
         _check_mask(given.mask, q, keys)
     rules["causal"] = given.causal and q.shape[1] > 1
-    return KeySelection(**rules)
+    return KeySelection(**rules) if given.causal or q_positions is not None else given
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, *, paged: bool) -> None:

@@ -105,10 +105,14 @@ class Reduction:
 def resolve_reduction(spec: PartialSpec, group: Target, algorithm: str = "auto") -> Reduction:
     """Return how `tree_reduce` merges partials like `spec`; raises what it would raise. No communication."""
     check_name(algorithm, ALGORITHMS)
+    return Reduction(*choose_exchange(spec, group, ranks_of(group), algorithm))
+
+
+def choose_exchange(spec: PartialSpec, group: Target, ranks: tuple[Any, ...], algorithm: str) -> tuple[Any, ...]:
+    """Choose the algorithm; return the fields of a Reduction, so that a decode step builds a Route and nothing else."""
     link = group if isinstance(group, Link) else None
     if link is not None and algorithm in ("auto", *link.algorithms) and link.carrier is not link:
-        return resolve_reduction(spec, link.carrier)
-    ranks = ranks_of(group)
+        return choose_exchange(spec, link.carrier, ranks_of(link.carrier), "auto")
     without_link = choose_algorithm(spec.device.type, ranks[2])
     preferred = without_link if link is None or not link.algorithms else link.algorithms[0]
     chosen = preferred if algorithm == "auto" else algorithm
@@ -117,7 +121,7 @@ def resolve_reduction(spec: PartialSpec, group: Target, algorithm: str = "auto")
         raise InputError(f"{algorithm} {obstacle}")
     obstacles = {} if obstacle is None else {chosen: obstacle}
     chosen = chosen if obstacle is None else without_link
-    return Reduction(chosen, *ranks, None if ALGORITHMS[chosen].link is None else link, spec, obstacles)
+    return chosen, *ranks, None if ALGORITHMS[chosen].link is None else link, spec, obstacles
 
 
 def run_reduction(partial: Partial, reduction: Reduction) -> Partial:
