@@ -1,7 +1,4 @@
-"""`tree-attention chat`: open or load a session, read, answer each line of stdin, save.
-
-Only functions that run on the ranks import transformers: it takes seconds to load.
-"""
+"""`tree-attention chat`. Only functions that run on the ranks import transformers: it takes seconds to load."""
 
 import multiprocessing
 import sys
@@ -48,10 +45,7 @@ def _send_lines(lines: Any) -> None:
 
 
 def _chat(options: ChatOptions, document: str, lines: Any, device: torch.device) -> int:
-    """Answer each line on each rank; only the first reads and prints. Returns the exit code.
-
-    lines: a queue of the lines, or None: read stdin.
-    """
+    """Answer each line of the queue, or of stdin if it is None; only the first rank reads and prints."""
     from transformers import AutoTokenizer
 
     from ..hf.save import read_manifest
@@ -65,10 +59,8 @@ def _chat(options: ChatOptions, document: str, lines: Any, device: torch.device)
     text = torch.tensor(tokenizer(document, add_special_tokens=False).input_ids, dtype=torch.long)
     tokens = len(text) + (0 if options.load is None else read_manifest(options.load)["tokens"])
     check_positions(options, model.config, tokens, options.max_new_tokens)
-    max_tokens = options.max_tokens
-    if max_tokens is None and device.type == "cuda":
-        max_tokens = tokens + CONVERSATION_TOKENS
-    session = open_session(options, model, tokenizer, max_tokens)
+    default = tokens + CONVERSATION_TOKENS if device.type == "cuda" else None
+    session = open_session(options, model, tokenizer, options.max_tokens or default)
     if document:
         with reading_bar(len(text), shown=is_first) as on_progress:
             session.read(text, chunk_tokens=options.chunk_tokens, on_progress=on_progress)

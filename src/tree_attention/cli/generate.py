@@ -1,7 +1,4 @@
-"""`tree-attention generate`: read, answer, time both, verify if asked to, and report.
-
-Only functions that run on the ranks import transformers: it takes seconds to load.
-"""
+"""`tree-attention generate`. Only functions that run on the ranks import transformers: it takes seconds to load."""
 
 import json
 import os

@@ -57,11 +57,11 @@ def save_cache(cache: TreeCache, folder: Path, model: Any, about: dict[str, Any]
     about = {"model": describe(model)} | about
     name = broadcast_from_first(uuid.uuid4().hex, *groups)
     target, digests, states, fault, cause = folder / name, {}, {}, None, None
-    if is_first:
-        try:
+    try:
+        if is_first:
             target.mkdir(parents=True)
-        except OSError as error:
-            fault = _cannot_write(0, folder, error)
+    except OSError as error:
+        fault = _cannot_write(0, folder, error)
     if fault := first_fault(fault, *groups):
         raise TreeAttentionError(fault)
     try:
@@ -103,13 +103,12 @@ def load_cache(cache: TreeCache, folder: Path, model: Any) -> dict[str, Any]:
             or the static cache is too small.
         TreeAttentionError: on every rank if one cannot read: a file is missing or was changed, or memory is short.
     """
-    tensor, fault = tensor_group(model), None
-    groups = (cache.ranks.group, tensor)
+    groups, fault = (cache.ranks.group, tensor_group(model)), None
     manifest = _read_manifest_of(model, folder, groups)
     cache.ranks.check_capacity(manifest["tokens"])
     try:
         for index, layer in enumerate(cache.layers):
-            _fill(layer, index, folder / manifest["name"], manifest, model.device, tensor)
+            _fill(layer, index, folder / manifest["name"], manifest, model)
     except Exception as error:  # reported by the vote below
         explains_itself = isinstance(error, OSError | SafetensorError | InputError)
         fault = f"rank {cache.ranks.rank}: {error if explains_itself else f'{type(error).__name__}: {error}'}"
@@ -176,11 +175,9 @@ def describe(model: Any) -> dict[str, Any]:
     return {"model_type": config.model_type, "dtype": dtype, "weights": weights} | fields
 
 
-def _fill(
-    layer: Any, index: int, source: Path, manifest: dict[str, Any], device: torch.device, tensor: ProcessGroup | None
-) -> None:
+def _fill(layer: Any, index: int, source: Path, manifest: dict[str, Any], model: Any) -> None:
     """Load one layer: all of it, or this rank's slots from the files of all ranks that saved."""
-    files, length = manifest["files"], manifest["tokens"]
+    files, length, device, tensor = manifest["files"], manifest["tokens"], model.device, tensor_group(model)
     if not isinstance(layer, ShardedLayer):
         file, state = _file_name(index, None, tensor), manifest["states"][str(index)]
         tensors = _read(source / file, files[file]) if file in files else {}

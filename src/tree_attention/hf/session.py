@@ -48,8 +48,7 @@ class Session:
         """Return a session that has read nothing.
 
         Args:
-            model: loaded with attn_implementation="tree_attention", on this rank's device.
-            tokenizer: the model's.
+            model, tokenizer: the model loaded with attn_implementation="tree_attention", on this rank's device.
             group: as in `TreeCache`. Default: the sequence axis of `load_tensor_parallel`, or all ranks.
             template: the text around messages. Default: the tokenizer's chat template.
             kwargs: further arguments of `TreeCache`, such as `max_tokens`.
