@@ -17,7 +17,10 @@ python=.venv/bin/python
 
 ours() { $python -c 'from tree_attention.cli import main; main()' "$@"; }
 
-tests() { $python -m pytest -m gpu; }
+tests() { # -p no:benchmark: where that plug-in is installed, it warns, and warnings are errors
+    $python -m pytest -m "gpu and not slow" -p no:benchmark --numprocesses 12 --dist worksteal
+    $python -m pytest -m "gpu and slow"
+}
 constants() { ours calibrate --nproc 2 --output "$out/machine.json"; }
 decode() {
     ours bench decode --rounds 11 --peers cudnn,flash2,flash3,three_all_reduce,all_gather,ring --output "$out/decode.jsonl"

@@ -359,9 +359,7 @@ def test_nproc_is_a_product(pool, folder):
     for texts in pool.run(refused_by_the_command_line, folder("deepseek_v3")):
         assert texts[0] == "tensor parallelism needs at least 1 rank, got 0"
         assert texts[1].startswith("tensor parallelism goes up to the KV heads, 4 here, got 8 ranks")
-        assert texts[2] == (
-            "nproc is the ranks of the sequence times those of tensor-parallel, got 4 and 3: start a multiple of 3"
-        )
+        assert texts[2] == "nproc must be a multiple of tensor-parallel, got 4 and 3: start a multiple of 3 ranks"
 
 
 @pytest.mark.model

@@ -53,7 +53,7 @@ def _mesh(config: Any, tensor_parallel: int, device: torch.device) -> DeviceMesh
     check_tensor_parallel(config, tensor_parallel)
     ranks = dist.get_world_size()
     if ranks % tensor_parallel:
-        got = f"got {ranks} and {tensor_parallel}: the ranks of the sequence times those of tensor-parallel"
+        got = f"got {ranks} and {tensor_parallel}: start a multiple of {tensor_parallel} ranks"
         raise InputError(f"nproc must be a multiple of tensor-parallel, {got}")
     return init_device_mesh(device.type, (ranks // tensor_parallel, tensor_parallel), mesh_dim_names=AXES)
 
