@@ -1,6 +1,7 @@
 """The rules of the design that a machine can check: who imports whom, what an import loads, how long a file is."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
@@ -71,6 +72,37 @@ def test_the_rule_sees_every_kind_of_import(tmp_path):
         "def late():\n    from .. import local\n    from tree_attention.partial import Partial\n"
     )
     assert set(imported_units(file, tmp_path)) == {"bench", "cli", "__init__", "hf", "local", "partial"}
+
+
+def test_files_do_not_import_each_other_in_circles():
+    files = {_module(file): file for file in SOURCE.rglob("*.py")}
+    graph = {}
+    for module, file in files.items():
+        package = _module(file.parent / "__init__.py").split(".")
+        graph[module] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = ".".join([*package[: len(package) + 1 - node.level], *filter(None, [node.module])])
+                imported = {f"{base}.{alias.name}" for alias in node.names}
+                graph[module] |= {name if name in files else base for name in imported} & files.keys()
+    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
+    assert "tree_attention.group" in graph["tree_attention.decode"]
+
+
+def _module(file):
+    return ".".join(["tree_attention", *file.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def test_functions_take_at_most_twelve_arguments():
+    """Kernels and the public attention calls excepted."""
+    for file in SOURCE.rglob("*.py"):
+        if file.name.endswith("_kernels.py"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name not in ("attend", "tree_decode"):
+                of_node = node.args
+                count = len(of_node.posonlyargs + of_node.args + of_node.kwonlyargs)
+                assert count <= 12, (file, node.name, count)
 
 
 def test_importing_the_package_loads_nothing_heavy():
