@@ -60,7 +60,8 @@ HIDDEN = (
 
 def marked(backend, *others):
     name = "-".join([backend, *(str(other).removeprefix("torch.") for other in others)])
-    return pytest.param(backend, *others, marks=GPU if backend in CUDA else (), id=name)
+    interpreted = pytest.mark.slow if backend == "triton" else ()  # the interpreter takes seconds per case
+    return pytest.param(backend, *others, marks=GPU if backend in CUDA else interpreted, id=name)
 
 
 def runs(backends):
