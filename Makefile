@@ -25,7 +25,7 @@ check: install lint  ## format, lint, types, fast tests
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyrefly check --min-severity error
 
 docs: install  ## the documentation site, in docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html

@@ -51,7 +51,7 @@ class Layout:
         """Return how many of the slots `0 .. length - 1` `rank` holds."""
         rest = length % self.cycle - rank * self.block
         rest = rest.clamp(0, self.block) if isinstance(rest, Tensor) else min(max(rest, 0), self.block)
-        return length // self.cycle * self.block + rest
+        return length // self.cycle * self.block + rest  # pyrefly: ignore[bad-return]
 
     def slots(self, start: int, stop: int, rank: int, *, device: torch.device | str = "cpu") -> Tensor:
         """Return the slots in `start .. stop - 1` that `rank` holds, ascending: int64, possibly empty."""

@@ -89,14 +89,14 @@ def _flash2(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) 
 
 def _flash3(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
     """Without cache_seqlens, since all keys count: that saves the launch that schedules ragged batches."""
-    from fa3_fwd_interface import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
+    from fa3_fwd_interface import flash_attn_with_kvcache  # pyrefly: ignore[missing-import]
 
     return lambda: flash_attn_with_kvcache(q, k, v, num_splits=0)  # 0: FlashAttention's own heuristic
 
 
 def _flashinfer(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup | None = None) -> Step:
     """Batch 1 uses the single-request kernel; larger batches are read as pages of `PAGE_TOKENS`, planned here."""
-    import flashinfer  # pyright: ignore[reportMissingImports]
+    import flashinfer  # pyrefly: ignore[missing-import]
 
     B, S, H_kv, D = k.shape
     if B == 1:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import Unsupported
@@ -73,20 +73,21 @@ def _measure(model: Any, context: int, variant: str, tokens: int) -> dict[str, A
     return worst | {"note": note, "ranks": 1 if alone else dist.get_world_size()}
 
 
-def _filled(model: Any, context: int, variant: str, max_tokens: int) -> Any:
+def _filled(model: Any, context: int, variant: str, max_tokens: int) -> Cache:
     """Return a cache that holds `context` random tokens."""
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_key_value_heads // tensor_ranks(model.config)
     first = torch.zeros((1, heads, 0, head_dim), dtype=model.dtype, device=model.device)
-    cache: Any
     if variant == "stock eager":
         cache = DynamicCache(config=config)
         for index in range(config.num_hidden_layers):
-            cache.update(*(first.new_empty((1, heads, context, head_dim)).normal_() for _ in "kv"), index)
+            keys, values = (first.new_empty((1, heads, context, head_dim)).normal_() for _ in "kv")
+            cache.update(keys, values, index)
     elif variant == "stock compiled":
         cache = StaticCache(config=config, max_cache_len=max_tokens)
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers
+        for layer in layers:
             layer.lazy_initialization(first, first)
             layer.keys.normal_()
             layer.values.normal_()
@@ -94,7 +95,8 @@ def _filled(model: Any, context: int, variant: str, max_tokens: int) -> Any:
     else:
         step = variant.removeprefix("ours ")
         cache = TreeCache(model.config, sequence_axis(model), max_tokens=max_tokens, step=step)
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers
+        for layer in layers:
             layer.lazy_initialization(first, first)
             layer.grow(1)
             layer.keys.normal_()

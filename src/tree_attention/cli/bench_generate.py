@@ -32,7 +32,7 @@ def _on_rank(options: BenchGenerateOptions, contexts: list[int], device: torch.d
     from ..bench.generation import measure_generation
 
     text = "\n\n".join(topics[key] for key in sorted(topics))
-    tokenizer = AutoTokenizer.from_pretrained(options.model, model_max_length=10**9)
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.model, model_max_length=10**9)
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : contexts[-1]]
     if ids.shape[1] < contexts[-1]:
         raise InputError(f"contexts must be at most the {ids.shape[1]} tokens of the text, got {contexts[-1]}")

@@ -77,7 +77,7 @@ class Prompt(NamedTuple):
 
 def text_prompt(options: GenerateOptions, document: str) -> Prompt:
     """Return the document, truncated to --max-prompt-tokens, and the question; without a document, --prompt as text."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     has_template = tokenizer.chat_template is not None and not options.plain
     template = ChatTemplate.from_tokenizer(tokenizer) if has_template else ChatTemplate.plain(tokenizer)
     text, question = (document, options.prompt) if document else (options.prompt, "")

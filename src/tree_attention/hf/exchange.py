@@ -14,6 +14,7 @@ from ..group import Group
 from ..layout import Layout
 from ..partial import Partial, PartialSpec, spec_of
 from ..reduce import SharedMemoryLink, SymmetricLink, TwoLevel, check_no_gradient, resolve_reduction, run_reduction
+from ..reduce.link import Link
 from .tensor_parallel import tensor_ranks
 
 TIMEOUT_S = 300.0  # a rank may compile for longer than the others; a dead one is noticed by the process that started it
@@ -56,7 +57,7 @@ class CacheExchange:
     def __init__(self, group: Group | TwoLevel, ranks: CacheRanks, config: PreTrainedConfig) -> None:
         topology = group if isinstance(group, TwoLevel) and len(group.nodes) > 1 else None  # one node: like its group
         self.ranks = ranks
-        self.link = topology or _shared_memory_link(ranks.group)  # None if the process group is used
+        self.link: Link | None = topology or _shared_memory_link(ranks.group)  # None if the process group is used
         self.link_pending = topology is None and ranks.layout.world_size > 1  # a SymmetricLink, made at the first step
         text: Any = config.get_text_config(decoder=True)
         heads, names = getattr(text, "num_attention_heads", None) or 1, ("head_dim", "v_head_dim", "global_head_dim")

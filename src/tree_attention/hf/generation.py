@@ -30,8 +30,8 @@ def prepare(model: Any, generation_config: Any, model_kwargs: Any, generation_mo
         lookup = generation_config.prompt_lookup_num_tokens if is_assisted else None
         # The last token is not fed. The token before it may be fed together with `lookup` guesses.
         cache.check_ready((generation_config.max_length or 0) - 2 + (lookup or 1))
-        layer: Any
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers
+        for layer in layers:
             if hasattr(layer, "record_past"):  # transformers never turns it off, and windows would grow without end
                 layer.record_past = is_assisted or bool(generation_config.is_assistant)
         if cache.ranks.max_tokens is not None:
