@@ -20,7 +20,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def pool():
-    ranks = RankPool(4)
+    ranks = RankPool(4, preload=("tree_attention.hf", "tree_attention.testing"))
     yield ranks
     ranks.close()
 

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
@@ -96,10 +96,12 @@ class RankPool:
     Args:
         size: number of processes.
         backend: "gloo", or "nccl": then each rank's current device is the GPU of its number.
+        preload: modules that take long to load. With "gloo", ranks are forked from a process that has loaded them; only
+            the first pool of a program decides which.
     """
 
-    def __init__(self, size: int, backend: str = "gloo") -> None:
-        self.size, self.backend = size, backend
+    def __init__(self, size: int, backend: str = "gloo", preload: Sequence[str] = (__name__,)) -> None:
+        self.size, self.backend, self.preload = size, backend, preload
         self._ranks: list[ProcessPoolExecutor] = []
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
@@ -122,7 +124,9 @@ class RankPool:
         self._ranks = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # A process that has initialized CUDA cannot be forked.
+        context = multiprocessing.get_context("spawn" if self.backend == "nccl" else "forkserver")
+        context.set_forkserver_preload(list(self.preload))
         meeting = f"file://{tempfile.mkdtemp()}/meeting"
         self._ranks = [
             ProcessPoolExecutor(

@@ -23,7 +23,7 @@ def bench_generate(options: BenchGenerateOptions) -> int:
     contexts = sorted(parse_numbers("contexts", options.contexts))
     if min(contexts[0], options.decode_tokens, options.rounds) < 1 or options.nproc < 2:
         raise InputError("contexts, decode-tokens and rounds must be at least 1, nproc at least 2")
-    return run_on_ranks(_on_rank, options.nproc, "cpu", options, contexts)
+    return run_on_ranks(_on_rank, options.nproc, "cpu", options, contexts, preload=("tree_attention.bench.generation",))
 
 
 def _on_rank(options: BenchGenerateOptions, contexts: list[int], device: torch.device) -> None:

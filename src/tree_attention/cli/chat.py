@@ -32,7 +32,8 @@ def chat_on_ranks(options: ChatOptions) -> int:
     if not under_torchrun():  # ranks that we start do not inherit stdin
         lines = multiprocessing.get_context("spawn").SimpleQueue()
         threading.Thread(target=_send_lines, args=(lines,), daemon=True).start()
-    return run_on_ranks(_chat, options.nproc, options.device, options, document, lines)
+    preload = (f"{__package__}.models",)
+    return run_on_ranks(_chat, options.nproc, options.device, options, document, lines, preload=preload)
 
 
 def _send_lines(lines: Any) -> None:

@@ -38,7 +38,8 @@ def generate_on_ranks(options: GenerateOptions) -> int:
     if not options.sample and options.temperature != 1:
         raise InputError("temperature is for sampling: add --sample, or leave it out")
     check_options(options)
-    return run_on_ranks(_generate, options.nproc, options.device, options, document)
+    preload = (f"{__package__}.models",)
+    return run_on_ranks(_generate, options.nproc, options.device, options, document, preload=preload)
 
 
 def _generate(options: GenerateOptions, document: str, device: torch.device) -> int:

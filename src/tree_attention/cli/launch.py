@@ -4,8 +4,9 @@ import contextlib
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ GRACE_S = 2.0  # from a rank's death until the others are killed
 PEER_TIMEOUT = timedelta(minutes=10)  # for a slow peer; the process that started the ranks notices a dead one
 
 
-def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device: str, *args: Any) -> int:
+def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device: str, *args: Any, preload: Sequence[str] = ()) -> int:
     """Call `function(*args, device)` on `nproc` ranks of one process group. Under torchrun, be one of its ranks.
 
     `function` must be importable by name; it returns an exit code, None for 0. Returns the code of the first rank that
-    ended with one, else 0. Raises InputError for an impossible `nproc` or `device`, RankDied if an unexpected error or
+    ended with one, else 0. On CPUs the ranks are forked from a process that has loaded `preload`, modules that take long
+    to load. Raises InputError for an impossible `nproc` or `device`, RankDied if an unexpected error or
     a signal ended a rank; the others are terminated.
     """
     size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else (1 if nproc is None else nproc)
@@ -38,7 +40,10 @@ def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device:
     devices = [_device(device, rank, size) for rank in range(size)]
     with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
         arguments = (size, f"file://{folder}/rendezvous", devices, function, args)
-        context: Any = start_processes(_start, arguments, nprocs=size, join=False)
+        # A process that has initialized CUDA cannot be forked.
+        method = "spawn" if any(each.type == "cuda" for each in devices) else "forkserver"
+        set_forkserver_preload([__name__, function.__module__, *preload])
+        context: Any = start_processes(_start, arguments, nprocs=size, join=False, start_method=method)
         try:
             while not context.join(grace_period=GRACE_S):
                 pass

@@ -23,6 +23,7 @@ from .link import NodeLink
 
 CAPACITY_BYTES = 1 << 20
 SPIN_S, NAP_S, TIMEOUT_S = 0.02, 0.0002, 600.0
+SHORT_NAP_S = 0.00005  # in place of spinning, if ranks outnumber cores: a rank that spins delays the one it waits for
 
 
 class SharedMemoryLink(NodeLink):
@@ -46,6 +47,7 @@ class SharedMemoryLink(NodeLink):
         self.group, self.capacity_bytes = group, capacity_bytes
         self.rank, self.world_size = group.rank(), group.size()
         self._epoch = 0
+        self._may_spin = self.world_size <= (os.cpu_count() or 1)
         name = broadcast_from_first(_new_file() if self.rank == 0 else "", group)
         seen = gather_objects(Path(name).exists(), group)
         try:
@@ -102,8 +104,10 @@ class SharedMemoryLink(NodeLink):
                 raise TreeAttentionError(f"ranks {missing} did not arrive within {TIMEOUT_S:.0f} s")
             if waited_s > SPIN_S:
                 time.sleep(NAP_S)
-            else:
+            elif self._may_spin:
                 os.sched_yield()
+            else:
+                time.sleep(SHORT_NAP_S)
 
 
 def _new_file() -> str:
