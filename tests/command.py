@@ -1,8 +1,14 @@
 """What the tests of the command share: a small model in a folder, and how the command is run."""
 
+import atexit
+import functools
 import json
+import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +28,21 @@ SMALL = {
     "num_key_value_heads": H_KV, "max_position_embeddings": POSITIONS, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 QUESTION = "What is this about?"
+SERVER = """
+import json, os, sys
+import tree_attention.cli.generate, tree_attention.cli.models
+
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number, file in enumerate(request["files"]):
+            os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", 1)
+        sys.argv = request["argv"]
+        tree_attention.cli.main()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
 def write_model(folder, layers):
@@ -41,9 +62,32 @@ def write_model(folder, layers):
     model.save_pretrained(folder)
 
 
-def run(*arguments, command=(COMMAND,), timeout_s=120, lines=""):
-    arguments = [*command, *map(str, arguments)]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout_s, check=False, input=lines)
+def run(*arguments, command=None, timeout_s=120, lines=""):
+    """Run the console script, or `command`. The script runs in a fork of a process that has loaded what it needs."""
+    if command is not None:
+        words = [*command, *map(str, arguments)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False, input=lines)
+    words = [str(COMMAND), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+        files[0].write_text(lines)
+        server = _server()
+        server.stdin.write(json.dumps({"argv": words, "files": [*map(str, files)]}) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], timeout_s)[0]:
+            os.killpg(server.pid, signal.SIGKILL)
+            _server.cache_clear()
+            raise subprocess.TimeoutExpired(words, timeout_s, *(file.read_text() for file in files[1:]))
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(words, code, *(file.read_text() for file in files[1:]))
+
+
+@functools.cache
+def _server():
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    server = subprocess.Popen([sys.executable, "-c", SERVER], **pipes, text=True, start_new_session=True)
+    atexit.register(server.communicate)  # it ends where its stdin does
+    return server
 
 
 def last_json(ended):

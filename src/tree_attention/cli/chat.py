@@ -28,12 +28,11 @@ def chat_on_ranks(options: ChatOptions) -> int:
         from ..hf.save import read_manifest
 
         read_manifest(options.load)
-    lines = None
-    if not under_torchrun():  # ranks that we start do not inherit stdin
-        lines = multiprocessing.get_context("spawn").SimpleQueue()
-        threading.Thread(target=_send_lines, args=(lines,), daemon=True).start()
-    preload = (f"{__package__}.models",)
-    return run_on_ranks(_chat, options.nproc, options.device, options, document, lines, preload=preload)
+    # Ranks that we start do not inherit stdin.
+    lines = None if under_torchrun() else multiprocessing.get_context("spawn").SimpleQueue()
+    reader = threading.Thread(target=_send_lines, args=(lines,), daemon=True)
+    start: dict[str, Any] = {"preload": (f"{__package__}.models",), "on_start": reader.start}
+    return run_on_ranks(_chat, options.nproc, options.device, options, document, lines, **start)
 
 
 def _send_lines(lines: Any) -> None:

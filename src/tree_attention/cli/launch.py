@@ -6,7 +6,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing import set_forkserver_preload
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,19 @@ PEER_TIMEOUT = timedelta(minutes=10)  # for a slow peer; the process that starte
 
 
 def run_on_ranks(
-    function: Callable[..., int | None], nproc: int | None, device: str, *args: Any, preload: Sequence[str] = ()
+    function: Callable[..., int | None],
+    nproc: int | None,
+    device: str,
+    *args: Any,
+    preload: Sequence[str] = (),
+    on_start: Callable[[], None] = lambda: None,
 ) -> int:
     """Call `function(*args, device)` on `nproc` ranks of one process group. Under torchrun, be one of its ranks.
 
     `function` must be importable by name; it returns an exit code, None for 0. Returns the code of the first rank that
-    ended with one, else 0. On CPUs the ranks are forked from a process that has loaded the modules in `preload`, since
-    transformers takes seconds to load. Raises InputError for an impossible `nproc` or `device`, RankDied if an
-    unexpected error or a signal ended a rank; the others are terminated.
+    ended with one, else 0. On CPUs the ranks are forks of this process, which first loads the modules in `preload`:
+    transformers takes seconds. A fork does not copy threads, so start them in `on_start`. Raises InputError for an
+    impossible `nproc` or `device`, RankDied if an unexpected error or a signal ended a rank; the others are terminated.
     """
     size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else (1 if nproc is None else nproc)
     if size < 1:
@@ -42,11 +47,12 @@ def run_on_ranks(
     devices = [_device(device, rank, size) for rank in range(size)]
     with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
         arguments = (size, f"file://{folder}/rendezvous", devices, function, args)
-        # A process that has initialized CUDA cannot be forked.
-        method = "spawn" if any(each.type == "cuda" for each in devices) else "forkserver"
-        set_forkserver_preload([__name__, function.__module__, *preload])
+        method = "spawn" if any(each.type == "cuda" for each in devices) else "fork"  # CUDA does not survive a fork
+        for module in preload if method == "fork" else ():
+            import_module(module)
         context: Any = start_processes(_start, arguments, nprocs=size, join=False, start_method=method)
         try:
+            on_start()
             while not context.join(grace_period=GRACE_S):
                 pass
         except (ProcessExitedException, ProcessRaisedException) as end:
