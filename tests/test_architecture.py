@@ -129,6 +129,7 @@ def test_the_public_names_load_torch_alone():
     assert ended.stdout.startswith("<function merge")
 
 
+@pytest.mark.slow
 def test_what_only_starts_ranks_does_not_load_transformers():
     """Its import takes seconds, and the ranks wait for their parent's before they begin their own."""
     imports = "from tree_attention.cli import bench_generate, chat, generate"

@@ -85,6 +85,7 @@ def test_commands_that_run_without_transformers(arguments):
     assert ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

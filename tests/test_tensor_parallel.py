@@ -289,6 +289,7 @@ def half_a_disk(group, folder, save):
         return str(error).replace(save, "SAVE"), kept
 
 
+@pytest.mark.slow
 def test_a_save_is_whole_over_both_axes_or_none(pool, folder, tmp_path):
     save = str(tmp_path / "save")
     results = pool.run(half_a_disk, folder("llama"), save)
