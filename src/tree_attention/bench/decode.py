@@ -23,7 +23,7 @@ from ..reduce import SymmetricLink
 from ..reduce.collectives import gather, pack, unpack
 from .case import ROTATED_BYTES, Case, exact_attention, keys_and_values, make_inputs
 from .peers import LOCAL_PEERS, SPREAD_PEERS, Step, streaming_read
-from .timing import CapturedCalls, TimedWork, capture, median_seconds, one_line, restart_peak, waiting_seconds
+from .timing import CapturedCalls, capture, median_seconds, one_line, restart_peak, waiting_seconds
 
 MAX_ERROR = 1e-2
 READS = ((65536, 2, 8), (16384, 4, 4), (32768, 8, 4))  # block_bytes, programs_per_sm, num_warps
@@ -100,11 +100,11 @@ def _measure_case(case: Case, ranks: Communicators, peers: Sequence[str], rounds
         calls = [steps[i % len(steps)] for i in range(case.calls())]
         graph = capture(calls)
         if isinstance(graph, CapturedCalls):
-            captured[what], works[what, "graph_s"] = graph, TimedWork(graph.replay, ahead=True)
+            captured[what] = works[what, "graph_s"] = graph
         else:
             records[what]["note"] = graph
         if eager or isinstance(graph, str):
-            works[what, "eager_s"] = TimedWork(bind(_call_all, calls), ahead=False)
+            works[what, "eager_s"] = bind(_call_all, calls)
     read = _streaming_read(case, sets, rounds)
     taken = median_seconds(works, rounds)
     waiting_s = waiting_seconds(captured["fused_alone"].calls, rounds) if "fused_alone" in captured else None
@@ -198,9 +198,8 @@ def _streaming_read(case: Case, sets: Sequence[Tensor], rounds: int) -> Record:
     for setting in READS:
         steps = [streaming_read(kv.view(-1)[:words], *setting) for kv in sets]
         _call_all(steps)
-        graph = capture([steps[i % len(steps)] for i in range(case.calls())])
-        assert isinstance(graph, CapturedCalls), graph
-        works[setting] = TimedWork(graph.replay, ahead=True)
+        works[setting] = capture([steps[i % len(steps)] for i in range(case.calls())])
+        assert isinstance(works[setting], CapturedCalls), works[setting]
     taken = median_seconds(works, rounds)
     setting = min(READS, key=taken.__getitem__)
     read_s = taken[setting] / case.calls()

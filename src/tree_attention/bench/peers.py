@@ -226,14 +226,7 @@ def _flashinfer_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return found
 
 
-LOCAL_PEERS = {
-    "cudnn": Peer(_cudnn_obstacle, _cudnn),
-    "flash2": Peer(_obstacle, _flash2),
-    "flash3": Peer(_flash3_obstacle, _flash3),
-    "flashinfer": Peer(_flashinfer_obstacle, _flashinfer),
-}
-SPREAD_PEERS = {
-    "three_all_reduce": Peer(_cudnn_obstacle, _three_all_reduce),
-    "all_gather": Peer(_cudnn_obstacle, _all_gather),
-    "ring": Peer(_cudnn_obstacle, _ring),
-}
+LOCAL_PEERS = {"cudnn": Peer(_cudnn_obstacle, _cudnn), "flash2": Peer(_obstacle, _flash2)}
+LOCAL_PEERS |= {"flash3": Peer(_flash3_obstacle, _flash3), "flashinfer": Peer(_flashinfer_obstacle, _flashinfer)}
+exchanges = {"three_all_reduce": _three_all_reduce, "all_gather": _all_gather, "ring": _ring}
+SPREAD_PEERS = {name: Peer(_cudnn_obstacle, prepare) for name, prepare in exchanges.items()}

@@ -59,10 +59,8 @@ def _measure(
         dist.barrier()
         start = time.perf_counter()
         try:
-            if not alone:
-                kv_bytes = _ours(model, ids, chunk_tokens, on_progress)
-            elif dist.get_rank() == 0:
-                kv_bytes = _stock(model, ids)
+            if not alone or dist.get_rank() == 0:
+                kv_bytes = _kv_bytes(model, ids, alone, chunk_tokens, on_progress)
         except torch.OutOfMemoryError as error:
             if not alone:  # the other ranks would wait for this one
                 raise
@@ -74,31 +72,24 @@ def _measure(
     layer_weights = sum(weight.numel() for name, weight in model.named_parameters() if "layers." in name)
     mine = (taken_s, note, kv_bytes, torch.cuda.max_memory_allocated())  # a peak of 0 on the CPU
     torch.cuda.empty_cache()
-    times_s, notes, kv_bytes, peak_bytes = zip(
-        *gather_objects(mine, dist.group.WORLD)[: 1 if alone else None], strict=True
-    )
+    by_rank = gather_objects(mine, dist.group.WORLD)[: 1 if alone else None]
+    times_s, notes, kv_bytes, peak_bytes = zip(*by_rank, strict=True)
     slowest_s = list(map(max, zip(*times_s, strict=True)))
-    return {
-        "ranks": len(times_s),
-        "chunk_tokens": None if alone else chunk_tokens,
-        "note": notes[0],
-        "first_s": None if notes[0] else slowest_s[0],
-        "seconds": None if notes[0] else statistics.median(slowest_s[1:] or slowest_s),
-        "flops": prefill_flops(model.config, layer_weights, ids.shape[1] - 1),
-        "weight_bytes": sum(weight.nbytes for weight in model.parameters()),
-        "kv_bytes": max(kv_bytes),
-        "peak_bytes": max(peak_bytes),
-    }
+    first_s, seconds = slowest_s[0], statistics.median(slowest_s[1:] or slowest_s)
+    times = {"first_s": None, "seconds": None} if notes[0] else {"first_s": first_s, "seconds": seconds}
+    flops = prefill_flops(model.config, layer_weights, ids.shape[1] - 1)
+    weight_bytes = sum(weight.nbytes for weight in model.parameters())
+    sizes = {"weight_bytes": weight_bytes, "kv_bytes": max(kv_bytes), "peak_bytes": max(peak_bytes)}
+    about = {"ranks": len(by_rank), "chunk_tokens": None if alone else chunk_tokens, "note": notes[0]}
+    return about | times | {"flops": flops} | sizes
 
 
-def _ours(model: Any, ids: Tensor, chunk_tokens: int, on_progress: Callable[[int], None]) -> int:
-    """Prefill and return the bytes of the cache. The prompt has one token more: `prefill` leaves the last one."""
+def _kv_bytes(model: Any, ids: Tensor, alone: bool, chunk_tokens: int, on_progress: Callable[[int], None]) -> int:
+    """Prefill all tokens but the last one and return the bytes of the cache, which is then freed."""
+    if alone:
+        stock: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
+        model.base_model(input_ids=ids[:, :-1], past_key_values=stock, use_cache=True)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in stock.layers)
     cache = TreeCache(model.config, max_tokens=ids.shape[1])
     prefill(model, ids, cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
     return cache.kv_bytes
-
-
-def _stock(model: Any, ids: Tensor) -> int:
-    cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
-    model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

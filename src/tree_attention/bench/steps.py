@@ -8,13 +8,12 @@ import gc
 import statistics
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
-from transformers.generation.streamers import BaseStreamer
 
 from ..errors import Unsupported
 from ..group import first_fault, gather_objects
@@ -47,9 +46,7 @@ def measure_steps(model: Any, context: int, variants: list[str], *, tokens: int)
             f"bench steps fills caches of full attention only, this model has {', '.join(sorted(others))}: "
             "use generate --random-weights, which runs a prefill"
         )
-    return [
-        {"context_tokens": context, "what": variant} | _measure(model, context, variant, tokens) for variant in variants
-    ]
+    return [{"context_tokens": context, "what": name} | _measure(model, context, name, tokens) for name in variants]
 
 
 def _measure(model: Any, context: int, variant: str, tokens: int) -> dict[str, Any]:
@@ -74,7 +71,6 @@ def _measure(model: Any, context: int, variant: str, tokens: int) -> dict[str, A
 
 
 def _filled(model: Any, context: int, variant: str, max_tokens: int) -> Cache:
-    """Return a cache that holds `context` random tokens."""
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_key_value_heads // tensor_ranks(model.config)
@@ -84,34 +80,33 @@ def _filled(model: Any, context: int, variant: str, max_tokens: int) -> Cache:
         for index in range(config.num_hidden_layers):
             keys, values = (first.new_empty((1, heads, context, head_dim)).normal_() for _ in "kv")
             cache.update(keys, values, index)
-    elif variant == "stock compiled":
+        return cache
+    if variant == "stock compiled":
         cache = StaticCache(config=config, max_cache_len=max_tokens)
-        layers: list[Any] = cache.layers
-        for layer in layers:
-            layer.lazy_initialization(first, first)
-            layer.keys.normal_()
-            layer.values.normal_()
-            layer.cumulative_length.fill_(context)
     else:
         step = variant.removeprefix("ours ")
         cache = TreeCache(model.config, sequence_axis(model), max_tokens=max_tokens, step=step)
-        layers: list[Any] = cache.layers
-        for layer in layers:
-            layer.lazy_initialization(first, first)
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.lazy_initialization(first, first)
+        if isinstance(cache, StaticCache):
+            layer.cumulative_length.fill_(context)
+        else:
             layer.grow(1)
-            layer.keys.normal_()
-            layer.values.normal_()
             layer.count(context)
+        layer.keys.normal_()
+        layer.values.normal_()
     return cache
 
 
 def _decode(model: Any, cache: Any, context: int, tokens: int) -> dict[str, Any]:
     ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=torch.Generator().manual_seed(0))
-    ids, clock = ids.to(model.device), _Clock()
+    ids, times_s = ids.to(model.device), []
+    clock = SimpleNamespace(put=lambda token: times_s.append(time.perf_counter()), end=lambda: None)
     greedy = {"do_sample": False, "eos_token_id": None} | dict.fromkeys(("temperature", "top_p", "top_k"))
     inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": cache}
     model.generate(ids, **inputs, max_new_tokens=WARM_UP_TOKENS + tokens, streamer=clock, **greedy)
-    steps_s = [after - before for before, after in pairwise(clock.times_s)]
+    steps_s = [after - before for before, after in pairwise(times_s)]
     held = cache.ranks.held(context) if hasattr(cache, "ranks") else context  # tokens on this rank
     read = sum(map(_here_bytes, model.parameters())) - _here_bytes(model.get_input_embeddings().weight)
     read += sum(buffer[:, :, :1].nbytes * held for layer in cache.layers for buffer in (layer.keys, layer.values))
@@ -120,18 +115,4 @@ def _decode(model: Any, cache: Any, context: int, tokens: int) -> dict[str, Any]
 
 
 def _here_bytes(weight: Any) -> int:
-    """Bytes of a weight on this rank."""
     return (weight.to_local() if hasattr(weight, "to_local") else weight).nbytes
-
-
-class _Clock(BaseStreamer):
-    """A streamer that records when each token arrives."""
-
-    def __init__(self) -> None:
-        self.times_s: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times_s.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass

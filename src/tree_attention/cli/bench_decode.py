@@ -15,7 +15,7 @@ from ..errors import InputError, Unavailable
 from . import environment
 from .launch import run_on_ranks
 from .options import BenchDecodeOptions, parse_numbers
-from .records import Record, print_document, print_table, publish
+from .records import Record, print_table, publish
 
 LABELS = {
     "fused": "ours, fused",
@@ -78,8 +78,7 @@ def _on_rank(cases: list[Case], peers: list[str], options: BenchDecodeOptions, d
         about |= environment.package_versions("torch", "triton", "flashinfer-python", "fa3-fwd")
         about |= {"link_workspace_bytes": ranks.link.workspace_bytes}
     batches = measure_decode(cases, ranks, peers=peers, rounds=options.rounds, eager=options.eager)
-    records = publish(batches, _show, about, options.output)
-    print_document({"surroundings": about, "records": records})
+    records = publish(batches, _show, about, options.output, "surroundings")
     return int(any(record["wrong"] for record in records if record["kind"] in ("ours", "alone")))
 
 

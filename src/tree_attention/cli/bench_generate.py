@@ -12,7 +12,7 @@ from . import environment
 from .checks import check_model_folder
 from .launch import run_on_ranks
 from .options import BenchGenerateOptions, parse_numbers
-from .records import print_document, print_table, publish
+from .records import print_table, publish
 
 CHUNK_TOKENS = 1024
 
@@ -40,8 +40,7 @@ def _on_rank(options: BenchGenerateOptions, contexts: list[int], device: torch.d
     about |= {"python": platform.python_version()} | environment.package_versions("torch", "transformers")
     how = {"decode_tokens": options.decode_tokens, "chunk_tokens": CHUNK_TOKENS, "rounds": options.rounds}
     batches = [measure_generation(options.model, ids, contexts, **how)]
-    records = publish(batches, lambda batch: _show(batch, options.nproc), about, options.output)
-    print_document(about | {"records": records})
+    publish(batches, lambda batch: _show(batch, options.nproc), about, options.output)
 
 
 def _show(records: list[dict[str, Any]], nproc: int) -> None:
