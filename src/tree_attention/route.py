@@ -93,13 +93,10 @@ def explain(
         >>> print(explain(q, k, v, group=link))
     """
     call, route = resolve(q, k, v, group=group, sinks=sinks, backend=backend, algorithm=algorithm, **attention)
-    backends = {name: candidate.obstacle(call) for name, candidate in BACKENDS.items()}
-    algorithms = {name: _obstacle(name, call, group, backend, backends["triton"]) for name in DECODE_ALGORITHMS}
-    return replace(
-        route,
-        backend_obstacles={name: text for name, text in backends.items() if text},
-        algorithm_obstacles={name: text for name, text in algorithms.items() if text},
-    )
+    backends = {name: text for name, candidate in BACKENDS.items() if (text := candidate.obstacle(call))}
+    algorithms = {name: _obstacle(name, call, group, backend, backends.get("triton")) for name in DECODE_ALGORITHMS}
+    algorithms = {name: text for name, text in algorithms.items() if text}
+    return replace(route, backend_obstacles=backends, algorithm_obstacles=algorithms)
 
 
 def resolve(

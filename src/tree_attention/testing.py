@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .local import attend
 from .partial import Partial
 
-POOL_TIMEOUT_S = 120
+POOL_TIMEOUT = timedelta(seconds=120)
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Partial:
@@ -124,12 +124,9 @@ class RankPool:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         meeting = f"file://{tempfile.mkdtemp()}/meeting"
-        self._ranks = [
-            ProcessPoolExecutor(
-                1, mp_context=context, initializer=_join, initargs=(rank, self.size, self.backend, meeting)
-            )
-            for rank in range(self.size)
-        ]
+        for rank in range(self.size):
+            arguments = (rank, self.size, self.backend, meeting)
+            self._ranks.append(ProcessPoolExecutor(1, context, _join, arguments))
 
 
 def _join(rank: int, size: int, backend: str, meeting: str) -> None:
@@ -137,9 +134,7 @@ def _join(rank: int, size: int, backend: str, meeting: str) -> None:
         torch.cuda.set_device(rank)
     else:
         torch.set_num_threads(1)
-    dist.init_process_group(
-        backend, init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=POOL_TIMEOUT_S)
-    )
+    dist.init_process_group(backend, meeting, POOL_TIMEOUT, world_size=size, rank=rank)
 
 
 _last_group: list[dist.ProcessGroup] = []

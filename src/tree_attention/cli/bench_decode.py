@@ -17,14 +17,9 @@ from .launch import run_on_ranks
 from .options import BenchDecodeOptions, parse_numbers
 from .records import Record, print_table, publish
 
-LABELS = {
-    "fused": "ours, fused",
-    "apart": "ours, two launches",
-    "fused_alone": "ours, fused, no exchange",
-    "attend": "ours, attend, no exchange",
-    "merge": "exchange alone: SymmetricLink",
-    "nccl_all_gather": "exchange alone: NCCL all-gather",
-}
+LABELS = {"fused": "ours, fused", "apart": "ours, two launches"}
+LABELS |= {"fused_alone": "ours, fused, no exchange", "attend": "ours, attend, no exchange"}
+LABELS |= {"merge": "exchange alone: SymmetricLink", "nccl_all_gather": "exchange alone: NCCL all-gather"}
 PREFIXES = {"local": "", "spread": "cudnn + "}
 
 

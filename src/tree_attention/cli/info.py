@@ -47,17 +47,19 @@ def describe(options: InfoOptions) -> dict[str, dict[str, Any]]:
     for name, group in groups.items():
         routes[name] = _unavailable(name, options, device) or _described(explain(q, k, k, mask=mask, group=group))
     sizes: dict[str, Any] = {"rows": options.batch * options.tokens * options.heads, "head_dim": options.head_dim}
-    received = {
-        name: f"{received_bytes(name, **sizes, world_size=ranks, node_sizes=nodes) / 1e3:.1f} kB per rank and layer"
-        for name in ALGORITHMS
-    }
+    sizes |= {"world_size": ranks, "node_sizes": nodes}
+    received = {name: f"{received_bytes(name, **sizes) / 1e3:.1f} kB per rank and layer" for name in ALGORITHMS}
     obstacles = routes["process group"]["backend_obstacles"]
     backends = {name: obstacles.get(name, "available") for name in BACKENDS}
     step = (
         f"B {options.batch}, T {options.tokens}, {options.heads} / {options.kv_heads} heads x {options.head_dim}, "
         f"{options.keys} keys per rank, {options.dtype}, {ranks} ranks" + (", masked" if options.masked else "")
     )
-    about = {"versions": _versions(), "devices": _devices(), "links": _links(), "shape": {"step": step}}
+    versions = {"python": platform.python_version()}
+    versions |= environment.package_versions("tree-attention", "torch", "transformers", "triton")
+    if torch.cuda.is_available():
+        versions |= {"cuda": str(torch.version.cuda), "nccl": environment.nccl_version()}
+    about = {"versions": versions, "devices": _devices(), "links": _links(), "shape": {"step": step}}
     return about | {"backends": backends, "algorithms": received, "routes": routes}
 
 
@@ -80,7 +82,6 @@ def _example(options: InfoOptions, device: str) -> tuple[Tensor, Tensor, Tensor 
 
 
 def _unavailable(group: str, options: InfoOptions, device: str) -> str | None:
-    """Why this machine cannot make such a link, or None."""
     obstacle = None
     if group == "SharedMemoryLink" and device == "cuda":
         obstacle = "links CPU ranks, and this machine has CUDA devices"
@@ -92,7 +93,6 @@ def _unavailable(group: str, options: InfoOptions, device: str) -> str | None:
 
 
 def _described(route: Route) -> dict[str, Any]:
-    """The fields of a route that JSON can hold."""
     names = ("backend", "algorithm", "is_fused", "received_bytes", "backend_obstacles", "algorithm_obstacles")
     return {name: getattr(route, name) for name in names}
 
@@ -103,14 +103,6 @@ def _route_text(group: str, route: dict[str, Any]) -> str:
     text = f"{route['backend']}, {route['algorithm']}: {launches}, {kilobytes:.1f} kB per rank and layer"
     obstacle = route["algorithm_obstacles"].get("fused") if group == "SymmetricLink" else None
     return text if obstacle is None else f"{text}\nnot fused: {obstacle}"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    found |= environment.package_versions("tree-attention", "torch", "transformers", "triton")
-    if torch.cuda.is_available():
-        found |= {"cuda": str(torch.version.cuda), "nccl": environment.nccl_version()}
-    return found
 
 
 def _devices() -> dict[str, str]:

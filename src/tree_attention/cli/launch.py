@@ -51,7 +51,6 @@ def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device:
 
 
 def _device(device: str, local_rank: int, local_size: int) -> torch.device:
-    """Return the device of a rank."""
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
@@ -74,15 +73,12 @@ def _start(rank: int, size: int, rendezvous: str, devices: list[torch.device], f
 
 
 def _run_rank(rank: int, size: int, rendezvous: str | None, device: torch.device, function: Any, args: tuple) -> int:
-    """Call the function within the process group. Returns its exit code."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif size > 1:
         torch.set_num_threads(max((os.cpu_count() or 1) // size, 1))
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(
-        backend, init_method=rendezvous, rank=rank, world_size=size, timeout=PEER_TIMEOUT, device_id=device_id
-    )
+    dist.init_process_group(backend, rendezvous, PEER_TIMEOUT, world_size=size, rank=rank, device_id=device_id)
     try:
         return function(*args, device) or 0
     finally:

@@ -81,10 +81,8 @@ def text_prompt(options: GenerateOptions, document: str) -> Prompt:
     has_template = tokenizer.chat_template is not None and not options.plain
     template = ChatTemplate.from_tokenizer(tokenizer) if has_template else ChatTemplate.plain(tokenizer)
     text, question = (document, options.prompt) if document else (options.prompt, "")
-    ids, before, after = (
-        tokenizer(piece, add_special_tokens=False).input_ids
-        for piece in (text, template.opening, template.question(question, started=True, in_question=True))
-    )
+    pieces = (text, template.opening, template.question(question, started=True, in_question=True))
+    ids, before, after = (tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces)
     others, limit = len(before) + len(after), options.max_prompt_tokens
     least = others + (1 if document else len(ids))
     if limit is not None and limit < least:
@@ -120,8 +118,7 @@ def check_positions(options: DecodingOptions, config: Any, tokens: int, new_toke
     if not options.extrapolate and positions is not None and tokens + new_tokens > positions:
         raise InputError(
             f"the model has {positions} positions, and {tokens} prompt tokens with {new_tokens} new ones do not fit: "
-            "give it less text (generate truncates it with --max-prompt-tokens), or --extrapolate to go beyond its "
-            "training"
+            "give it less text (generate truncates it with --max-prompt-tokens), or --extrapolate beyond its training"
         )
 
 
