@@ -9,9 +9,8 @@ import torch
 
 from ..errors import InputError
 from . import environment
-from .checks import check_model_folder
 from .launch import run_on_ranks
-from .options import BenchGenerateOptions, parse_numbers
+from .options import BenchGenerateOptions, check_model_folder, parse_numbers
 from .records import print_table, publish
 
 CHUNK_TOKENS = 1024

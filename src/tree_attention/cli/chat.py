@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from ..errors import TreeAttentionError
-from .checks import check_options, read_document
 from .launch import run_on_ranks
-from .options import ChatOptions
+from .options import ChatOptions, check_options, read_document
 from .terminal import read_lines, reading_bar, say, under_torchrun
 
 CONVERSATION_TOKENS = 8192  # default capacity after the document, for a static cache

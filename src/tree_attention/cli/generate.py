@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..group import gather_objects
-from .checks import check_options, read_document
 from .launch import run_on_ranks
-from .options import GenerateOptions
+from .options import GenerateOptions, check_options, read_document
 from .terminal import reading_bar, say
 
 
