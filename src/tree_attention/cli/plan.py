@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..cost.calibration import load_calibration
-from ..cost.machine import MACHINES, Machine, override, preset_machine
+from ..cost.machine import MACHINES, Machine, load_calibration, override, preset_machine
 from ..cost.model import ModelSpec, load_model_spec
 from ..cost.plan import MeshPlan, make_plan, over_contexts
 from ..errors import InputError, Unavailable
