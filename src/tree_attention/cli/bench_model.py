@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..bench import prefill, steps
+from ..bench.model import PREFILL_VARIANTS, STEP_VARIANTS, TENSOR_PARALLEL_VARIANTS, measure_prefill, measure_steps
 from ..errors import InputError
 from . import environment
 from .launch import run_on_ranks
@@ -20,9 +20,9 @@ def bench_steps(options: BenchStepsOptions) -> int:
     """Measure the decode step over contexts, print tables and one JSON document. Returns the exit code."""
     contexts = sorted(parse_numbers("contexts", options.contexts))
     if options.tensor_parallel == 1:
-        variants = _variants(options, steps.VARIANTS)
+        variants = _variants(options, STEP_VARIANTS)
     else:
-        variants = _variants(options, steps.TENSOR_PARALLEL_VARIANTS, " with tensor-parallel")
+        variants = _variants(options, TENSOR_PARALLEL_VARIANTS, " with tensor-parallel")
     if min(contexts[0], options.nproc, options.tokens) < 1:
         got = f"{options.contexts}, {options.nproc} and {options.tokens}"
         raise InputError(f"contexts, nproc and tokens must be at least 1, got {got}")
@@ -32,7 +32,7 @@ def bench_steps(options: BenchStepsOptions) -> int:
 
 def bench_prefill(options: BenchPrefillOptions) -> int:
     """Measure the prefill of prompts, print tables and one JSON document. Returns the exit code."""
-    contexts, variants = sorted(parse_numbers("contexts", options.contexts)), _variants(options, prefill.VARIANTS)
+    contexts, variants = sorted(parse_numbers("contexts", options.contexts)), _variants(options, PREFILL_VARIANTS)
     if min(contexts[0], options.nproc, options.chunk_tokens, options.rounds) < 1:
         raise InputError("contexts, nproc, chunk-tokens and rounds must be at least 1")
     environment.disable_multicast()
@@ -65,11 +65,11 @@ def _on_rank(options: BenchModelOptions, contexts: list[int], variants: list[str
 
 def _measure(options: BenchModelOptions, model: Any, context: int, variants: list[str]) -> list[Record]:
     if isinstance(options, BenchStepsOptions):
-        return steps.measure_steps(model, context, variants, tokens=options.tokens)
+        return measure_steps(model, context, variants, tokens=options.tokens)
     assert isinstance(options, BenchPrefillOptions)
     how = {"chunk_tokens": options.chunk_tokens, "rounds": options.rounds}
     with reading_bar(context, shown=dist.get_rank() == 0) as on_progress:
-        return prefill.measure_prefill(model, context, variants, **how, on_progress=on_progress)
+        return measure_prefill(model, context, variants, **how, on_progress=on_progress)
 
 
 def _show_steps(records: list[Record]) -> None:
