@@ -88,7 +88,6 @@ def run(call: AttentionCall, route: Route, sinks: Tensor | None) -> Tensor:
 
 
 def _vote(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> None:
-    """Resolve the call, then compare what all ranks found."""
     group, error, described = how["group"], None, {}
     try:
         resolve(q, k, v, **how)

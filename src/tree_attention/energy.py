@@ -98,6 +98,5 @@ def _check_source(zeta: Tensor, q: Tensor, v: Tensor) -> None:
         raise InputError(f"the energy needs float32 or float64, got {q.dtype}: widen q, k and v, as by .float()")
     shape = (*q.shape[:-1], v.shape[-1])
     if zeta.shape != shape or zeta.dtype != q.dtype or zeta.device != q.device:
-        raise InputError(
-            f"zeta must be {q.dtype} {list(shape)} on {q.device}, got {zeta.dtype} {list(zeta.shape)} on {zeta.device}"
-        )
+        got = f"{zeta.dtype} {list(zeta.shape)} on {zeta.device}"
+        raise InputError(f"zeta must be {q.dtype} {list(shape)} on {q.device}, got {got}")

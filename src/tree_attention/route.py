@@ -2,13 +2,6 @@
 
 `resolve` is the only place where a decode step is checked and its backend and algorithm are chosen. The choice depends
 only on values that all ranks share, so all ranks take the same route.
-
-    >>> q = torch.empty(1, dtype=torch.bfloat16, device="cuda").expand(1, 1, 32, 128)      # shapes without memory
-    >>> k = torch.empty(1, dtype=torch.bfloat16, device="cuda").expand(1, 4096, 8, 128)
-    >>> route = explain(q, k, k, group=AssumedRanks(8, SymmetricLink))                     # ranks that do not exist
-    >>> route.backend, route.algorithm, route.received_bytes
-    ('triton', 'fused', 231168.0)
-    >>> print(route)                                                                       # and why not the others
 """
 
 from dataclasses import dataclass, replace

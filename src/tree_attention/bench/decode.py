@@ -21,7 +21,7 @@ from ..local import attend
 from ..partial import merge
 from ..reduce import SymmetricLink
 from ..reduce.collectives import gather, pack, unpack
-from .case import ROTATED_BYTES, Case, exact_attention, keys_and_values, make_inputs
+from .case import ROTATED_BYTES, Case, Pair, exact_attention, keys_and_values, make_inputs
 from .peers import LOCAL_PEERS, SPREAD_PEERS, Step, streaming_read
 from .timing import CapturedCalls, capture, median_seconds, one_line, restart_peak, waiting_seconds
 
@@ -123,7 +123,7 @@ def _measure_case(case: Case, ranks: Communicators, peers: Sequence[str], rounds
 
 
 def contestants(
-    q: Tensor, lengths: Tensor | None, first: tuple[Tensor, Tensor], ranks: Communicators, peers: Sequence[str]
+    q: Tensor, lengths: Tensor | None, first: Pair, ranks: Communicators, peers: Sequence[str]
 ) -> Iterator[Contestant]:
     """Yield ours and, unless there are lengths, which peers do not support, the exchange alone and the peers.
 
@@ -150,9 +150,7 @@ def contestants(
             yield Contestant(name, kind, prepare, obstacle=peer.obstacle(q, *first))
 
 
-def _try(
-    contestant: Contestant, pairs: Sequence[tuple[Tensor, Tensor]], exact: tuple[Tensor, Tensor], ranks: Communicators
-) -> tuple[list[Step], Record]:
+def _try(contestant: Contestant, pairs: Sequence[Pair], exact: Pair, ranks: Communicators) -> tuple[list[Step], Record]:
     """Return a step per k and v, none if it cannot run or is wrong; and the verdict, the same on every rank."""
     fault, steps, outs, extra = contestant.obstacle, [], [], None
     if fault is None:
@@ -175,7 +173,7 @@ def _try(
     return [] if verdict["wrong"] else steps, {"peak_extra_bytes": max(extras, default=None)} | verdict
 
 
-def _verdict(contestant: Contestant, result: Tensor, exact: tuple[Tensor, Tensor], world: ProcessGroup) -> Record:
+def _verdict(contestant: Contestant, result: Tensor, exact: Pair, world: ProcessGroup) -> Record:
     """Compare with the exact attention: the largest relative error of a rank and, for ours, whether all bits agree."""
     out = result if contestant.output is None else contestant.output(result)
     right = exact[0] if contestant.kind in OWN_KEYS else exact[1]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import TreeAttentionError
+from ..group import broadcast_from_first
 from .launch import run_on_ranks
 from .options import ChatOptions, check_options, read_document
 from .terminal import read_lines, reading_bar, say, under_torchrun
@@ -87,14 +88,10 @@ def _questions(lines: Any, group: Any) -> Iterator[str]:
     """Yield the first rank's lines on every rank, without the blank ones."""
     source = read_lines() if lines is None else iter(lines.get, None)
     while True:
-        line: list[str | None] = [None]
-        if group.rank() == 0:
-            if sys.stderr.isatty():
-                sys.stderr.write("> ")
-                sys.stderr.flush()
-            line = [next(source, None)]
-        dist.broadcast_object_list(line, group=group, group_src=0)
-        [text] = line
+        if group.rank() == 0 and sys.stderr.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        text = broadcast_from_first(next(source, None) if group.rank() == 0 else None, group)
         if text is None:
             return
         if text.strip():

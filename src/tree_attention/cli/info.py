@@ -70,10 +70,9 @@ def _example(options: InfoOptions, device: str) -> tuple[Tensor, Tensor, Tensor 
         raise InputError(f"dtype must be a torch dtype such as bfloat16, got {options.dtype!r}")
     sizes = (options.nproc, options.batch, options.tokens, options.heads, options.kv_heads, options.head_dim)
     if min(sizes) < 1 or options.keys < 0 or options.heads % options.kv_heads:
-        raise InputError(
-            "nproc, batch, tokens, heads, kv-heads and head-dim must be at least 1, keys at least 0, heads a multiple "
-            f"of kv-heads, got {', '.join(map(str, sizes))} and {options.keys} keys"
-        )
+        needs = "nproc, batch, tokens, heads, kv-heads and head-dim must be at least 1, keys at least 0"
+        got = f"{', '.join(map(str, sizes))} and {options.keys} keys"
+        raise InputError(f"{needs}, heads a multiple of kv-heads, got {got}")
     one = torch.empty(1, dtype=dtype, device=device)
     q = one.expand(options.batch, options.tokens, options.heads, options.head_dim)
     k = one.expand(options.batch, options.keys, options.kv_heads, options.head_dim)

@@ -27,14 +27,15 @@ def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device:
     ended with one, else 0. Raises InputError for an impossible `nproc` or `device`, RankDied if an unexpected error or
     a signal ended a rank; the others are terminated.
     """
-    size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else (1 if nproc is None else nproc)
-    if size < 1:
-        raise InputError(f"nproc must be at least 1, got {size}")
     if under_torchrun():
+        size = int(os.environ["WORLD_SIZE"])
         if nproc not in (None, size):
             raise InputError(f"nproc must be torchrun's {size} or left out, got {nproc}")
         local_device = _device(device, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
         return _run_rank(int(os.environ["RANK"]), size, None, local_device, function, args)
+    size = 1 if nproc is None else nproc
+    if size < 1:
+        raise InputError(f"nproc must be at least 1, got {size}")
     devices = [_device(device, rank, size) for rank in range(size)]
     with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
         arguments = (size, f"file://{folder}/rendezvous", devices, function, args)

@@ -30,9 +30,7 @@ class DecodingOptions:
     tensor_parallel: TensorParallel = 1
     block_tokens: Annotated[int, "Number of consecutive tokens stored on the same rank."] = 16
     chunk_tokens: Annotated[int | None, "Prompt tokens per forward pass, over all ranks. Default: by device."] = None
-    compiled: Annotated[
-        bool, "--compile", "GPUs only: torch.compile the decode step. Costs a minute at the first token, then faster."
-    ] = False
+    compiled: Annotated[bool, "--compile", "GPUs only: torch.compile the step. A minute at first, then faster."] = False
     extrapolate: Annotated[bool, "Go beyond the positions the model was trained on. Output may be nonsense."] = False
 
 
@@ -65,9 +63,9 @@ class ChatOptions(DecodingOptions):
     file: Annotated[Path | None, "A UTF-8 document to ask about."] = None
     load: Annotated[Path | None, "Folder of a saved session to continue."] = None
     save: Annotated[Path | None, "Folder to save the session in, after the document is read and at the end."] = None
-    max_tokens: Annotated[
-        int | None, "Cache capacity in tokens, over all ranks. Default: the document + 8192 on GPUs, else unlimited."
-    ] = None
+    max_tokens: Annotated[int | None, "Capacity over all ranks. Default: document + 8192 on GPUs, else unlimited."] = (
+        None
+    )
     max_new_tokens: Annotated[int, "Maximum number of tokens per answer."] = 512
 
 
@@ -127,10 +125,7 @@ class BenchStepsOptions(BenchModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPrefillOptions(BenchModelOptions):
-    """Time the prefill of a long prompt through a whole model, and measure its memory.
-
-    Variant stock: transformers with sdpa on the first rank only.
-    """
+    """Time a whole model's prefill of a long prompt, ours or stock (sdpa on the first rank only), and its memory."""
 
     contexts: Annotated[str, "Prompt lengths in tokens, separated by commas."] = "32768,131072"
     chunk_tokens: Annotated[int, "Prompt tokens per forward pass of ours, over all ranks."] = 32768

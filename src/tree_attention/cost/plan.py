@@ -45,10 +45,8 @@ def make_plan(model: ModelSpec, machine: Machine, *, context: int, batch: int, g
         raise ValueError(
             f"gpus must fit one node of {machine.per_node} or fill whole nodes, got {gpus}: see --per-node"
         )
-    meshes = [
-        replace(mesh, first_token_s=estimate_first_token_s(model, machine, context, batch, mesh))
-        for mesh in _estimates(model, machine, context, batch, gpus)
-    ]
+    work = (model, machine, context, batch)
+    meshes = [replace(mesh, first_token_s=estimate_first_token_s(*work, mesh)) for mesh in _estimates(*work, gpus)]
     fewest, pays_from = _smallest(_choices(meshes)), _pays_from(model, machine, batch, gpus)
     notes = list(model.notes)
     if any(mesh.tensor > model.kv_heads for mesh in meshes):

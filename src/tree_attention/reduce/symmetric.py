@@ -224,7 +224,6 @@ def _(out: Tensor, lse: Tensor, buffers: list[Tensor], *others: Any) -> tuple[Te
 
 
 def _merged(out: Tensor, world_size: int, scatter: bool) -> tuple[Tensor, Tensor]:
-    """Allocate the merged out and lse."""
     B, T, H, DV = out.shape
     shape = (B, T, H // world_size if scatter else H, DV)
     return out.new_empty(shape), out.new_empty(shape[:-1])

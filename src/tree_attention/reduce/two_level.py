@@ -74,7 +74,8 @@ class TwoLevel(Link):
         rows, place, slices = partial.lse.numel(), self.place, self.slices
         if rows == 0 or self.group is None:
             return partial
-        pieces = _sliced(pack(partial), slices)
+        flat = pack(partial).flatten(0, 2)  # padded below with rows that are never read
+        pieces = pad(flat, (0, 0, 0, -rows % slices)).view(slices, -1, flat.shape[-1])
         link = self.link
         if link is not None and link.obstacle(spec_of(rows_of(pieces))) is not None:
             link = None
@@ -95,12 +96,6 @@ def level_bytes(*, rows: int, head_dim: int, node_sizes: Sequence[int], itemsize
     piece = -(-rows // slices) * (head_dim + 1) * itemsize
     largest = max(node_sizes)
     return (largest - 1 + slices - 1) * piece, (len(node_sizes) - 1) * piece
-
-
-def _sliced(packed: Tensor, slices: int) -> Tensor:
-    """`[B, T, H, D_v + 1]` -> `[slices, rows, D_v + 1]`, padded with rows that are never read."""
-    flat = packed.flatten(0, 2)
-    return pad(flat, (0, 0, 0, -len(flat) % slices)).view(slices, -1, packed.shape[-1])
 
 
 def _merge_slices(pieces: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
