@@ -104,7 +104,10 @@ class RankPool:
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
         if not self._ranks:
-            self._start()
+            context, meeting = multiprocessing.get_context("spawn"), f"file://{tempfile.mkdtemp()}/meeting"
+            for rank in range(self.size):
+                arguments = (rank, self.size, self.backend, meeting)
+                self._ranks.append(ProcessPoolExecutor(1, context, _join, arguments))
         count = self.size if ranks is None else ranks
         calls = [rank.submit(_call, count, function, args) for rank in self._ranks]
         done, _ = wait(calls, return_when=FIRST_EXCEPTION)
@@ -120,13 +123,6 @@ class RankPool:
                 process.kill()
             rank.shutdown(cancel_futures=True)
         self._ranks = []
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        meeting = f"file://{tempfile.mkdtemp()}/meeting"
-        for rank in range(self.size):
-            arguments = (rank, self.size, self.backend, meeting)
-            self._ranks.append(ProcessPoolExecutor(1, context, _join, arguments))
 
 
 def _join(rank: int, size: int, backend: str, meeting: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..local import BACKENDS
 from ..reduce import ALGORITHMS, AssumedRanks, SharedMemoryLink, SymmetricLink, TwoLevel, link_obstacle, received_bytes
-from ..route import Route, explain
+from ..route import explain
 from . import environment
 from .options import InfoOptions
 
@@ -43,9 +43,13 @@ def describe(options: InfoOptions) -> dict[str, dict[str, Any]]:
     nodes = (ranks - ranks // 2, ranks // 2) if ranks > 1 else ()
     if nodes:
         groups["TwoLevel, two nodes"] = AssumedRanks(ranks, TwoLevel, nodes)
+    fields = ("backend", "algorithm", "is_fused", "received_bytes", "backend_obstacles", "algorithm_obstacles")
     routes: dict[str, Any] = {}
     for name, group in groups.items():
-        routes[name] = _unavailable(name, options, device) or _described(explain(q, k, k, mask=mask, group=group))
+        routes[name] = _unavailable(name, options, device)
+        if routes[name] is None:
+            route = explain(q, k, k, mask=mask, group=group)
+            routes[name] = {field: getattr(route, field) for field in fields}
     sizes: dict[str, Any] = {"rows": options.batch * options.tokens * options.heads, "head_dim": options.head_dim}
     sizes |= {"world_size": ranks, "node_sizes": nodes}
     received = {name: f"{received_bytes(name, **sizes) / 1e3:.1f} kB per rank and layer" for name in ALGORITHMS}
@@ -89,11 +93,6 @@ def _unavailable(group: str, options: InfoOptions, device: str) -> str | None:
         if obstacle is None and torch.cuda.device_count() < options.nproc:
             obstacle = f"needs a GPU of this host per rank, found {torch.cuda.device_count()} for {options.nproc} ranks"
     return obstacle and f"unavailable: {obstacle}"
-
-
-def _described(route: Route) -> dict[str, Any]:
-    names = ("backend", "algorithm", "is_fused", "received_bytes", "backend_obstacles", "algorithm_obstacles")
-    return {name: getattr(route, name) for name in names}
 
 
 def _route_text(group: str, route: dict[str, Any]) -> str:

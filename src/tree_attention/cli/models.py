@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import InputError, TreeAttentionError
@@ -34,7 +34,13 @@ def load_model(model: str, dtype: str, device: torch.device, *, random: bool = F
     try:
         config: Any = AutoConfig.from_pretrained(model)
         if tensor_parallel != 1:
-            mesh = _mesh(config, tensor_parallel, device)
+            check_tensor_parallel(config, tensor_parallel)
+            ranks = dist.get_world_size()
+            if ranks % tensor_parallel:
+                got = f"got {ranks} and {tensor_parallel}: start a multiple of {tensor_parallel} ranks"
+                raise InputError(f"nproc must be a multiple of tensor-parallel, {got}")
+            shape = (ranks // tensor_parallel, tensor_parallel)
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
             return load_tensor_parallel(config if random else model, mesh, **model_kwargs)
         if random:
             torch.manual_seed(0)
@@ -46,16 +52,6 @@ def load_model(model: str, dtype: str, device: torch.device, *, random: bool = F
     except (OSError, ValueError) as error:
         raise InputError(f"model {model} cannot be loaded: {error}") from None
     return loaded.to(device).eval()
-
-
-def _mesh(config: Any, tensor_parallel: int, device: torch.device) -> DeviceMesh:
-    """Return a mesh of all ranks: the sequence axis, then the tensor axis."""
-    check_tensor_parallel(config, tensor_parallel)
-    ranks = dist.get_world_size()
-    if ranks % tensor_parallel:
-        got = f"got {ranks} and {tensor_parallel}: start a multiple of {tensor_parallel} ranks"
-        raise InputError(f"nproc must be a multiple of tensor-parallel, {got}")
-    return init_device_mesh(device.type, (ranks // tensor_parallel, tensor_parallel), mesh_dim_names=AXES)
 
 
 def check_step_mode(compiled: bool, device: torch.device) -> str:

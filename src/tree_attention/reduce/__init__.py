@@ -14,11 +14,10 @@ from torch.distributed import ProcessGroup
 from ..errors import InputError, Unsupported
 from ..group import Group
 from ..partial import Partial, PartialSpec, spec_of
-from .collectives import all_gather, all_reduce, reduce_scatter
+from .collectives import all_gather, all_reduce, recursive_doubling, reduce_scatter
 from .link import AssumedRanks, Link, Target, process_group_of, ranks_of
 from .shared_memory import SharedMemoryLink
 from .symmetric import SymmetricLink, link_obstacle
-from .tree import recursive_doubling
 from .two_level import TwoLevel, level_bytes
 
 __all__ = ["AssumedRanks", "SharedMemoryLink", "TwoLevel", "link_obstacle", "process_group_of", "tree_reduce"]
