@@ -16,8 +16,6 @@ ROTATED_BYTES = 530e6  # of all sets together: 400 MB more than the largest L2 c
 MAX_BYTES = 60e9  # of all sets together: must fit on the device
 CALLS, CALLS_BYTES = 24, 24e9  # calls per round; fewer if they would read more than CALLS_BYTES
 REFERENCE_ELEMENTS = 1 << 25  # of K per step of `exact_attention`
-
-
 Pair = tuple[Tensor, Tensor]
 
 

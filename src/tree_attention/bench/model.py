@@ -1,10 +1,11 @@
-"""Measures a whole model with random numbers: its decode step, as `generate` runs it, and the prefill of a long prompt.
+"""Measures a whole model: generation on CPUs; and with random numbers its decode step and the prefill of a long prompt.
 
 ours     over all ranks: the steps of a static TreeCache, eager, captured or compiled (hf/step.py), and its prefill
 stock    transformers' sdpa on the first rank only: DynamicCache, or StaticCache and compiled; prefill in one pass
 """
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, StaticCache
 
 from ..errors import Unsupported
 from ..group import first_fault, gather_objects
@@ -26,7 +28,79 @@ from .timing import one_line, restart_peak
 STEP_VARIANTS = ("ours eager", "ours captured", "ours compiled", "stock eager", "stock compiled")
 TENSOR_PARALLEL_VARIANTS = STEP_VARIANTS[:3]  # ours: for a model whose weights are split over ranks
 PREFILL_VARIANTS = ("ours", "stock")
-WARM_UP_TOKENS = 8
+WARM_UP_STEPS, WARM_UP_TOKENS = 4, 8  # of measure_generation, of measure_steps
+
+
+@torch.no_grad()
+def measure_generation(
+    model: str, ids: Tensor, contexts: list[int], *, decode_tokens: int, chunk_tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Return one record per context and contestant. float32, one thread per rank, each rank on its own core.
+
+    The contestants take turns for several rounds, so that drifts of the machine's speed affect all: "stock" (prefill in
+    one forward pass), "tree_attention" on the first rank only and on all ranks, and "apart": ours on one rank, run by
+    every rank at the same time, which shows the loss to shared memory and caches.
+
+    ids: `[1, tokens]`, at least the longest context. ttft_s is the median over rounds, tpot_s the median over the steps
+    of all rounds, both of the slowest rank.
+    """
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {dist.get_rank() % (os.cpu_count() or 1)})
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    alone = dist.new_group([0])
+    solos = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    apart, together = solos[dist.get_rank()], dist.group.WORLD
+    contestants = [("stock", alone), ("tree_attention", alone), ("apart", apart), ("tree_attention", together)]
+    records = []
+    for context in contexts:
+        taken: list[list[dict[str, Any]]] = [[] for _ in contestants]
+        for _ in range(rounds):
+            for turns, (what, group) in zip(taken, contestants, strict=True):
+                dist.barrier()
+                if group != dist.GroupMember.NON_GROUP_MEMBER:
+                    turns.append(_generate(loaded, ids[:, :context], what, group, decode_tokens, chunk_tokens))
+        for turns, (what, group) in zip(taken, contestants, strict=True):
+            records.append(_slowest(turns, what, group, context))
+    return records
+
+
+def _generate(model: Any, ids: Tensor, what: str, group: Any, decode_tokens: int, chunk_tokens: int) -> dict[str, Any]:
+    model.set_attn_implementation("sdpa" if what == "stock" else "tree_attention")
+    cache: Any = DynamicCache(config=model.config) if what == "stock" else TreeCache(model.config, group)
+    start = time.perf_counter()
+    if isinstance(cache, TreeCache):
+        prefill(model, ids, cache, chunk_tokens=chunk_tokens)
+    rest = ids[:, cache.get_seq_length() :]
+    logits = model(input_ids=rest, past_key_values=cache, logits_to_keep=1).logits
+    ttft_s = time.perf_counter() - start
+    layers: list[Any] = cache.layers
+    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    received = getattr(cache, "received_bytes", 0.0)
+    steps_s = []
+    for _ in range(WARM_UP_STEPS + decode_tokens):
+        token = logits[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        logits = model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits
+        steps_s.append(time.perf_counter() - start)
+    received = (getattr(cache, "received_bytes", 0.0) - received) / len(steps_s)
+    return {"ttft_s": ttft_s, "steps_s": steps_s[WARM_UP_STEPS:], "kv_bytes": kv_bytes, "received_bytes": received}
+
+
+def _slowest(turns: list[dict[str, Any]], what: str, group: Any, context: int) -> dict[str, Any]:
+    """The record: medians of the slowest rank. Ranks that did not take part contribute zeros."""
+    mine = [0.0, 0.0, 0.0, 0.0]
+    if turns:
+        tpot_s = statistics.median(step_s for turn in turns for step_s in turn["steps_s"])
+        mine = [statistics.median(turn["ttft_s"] for turn in turns), tpot_s]
+        mine += [turns[-1]["kv_bytes"], turns[-1]["received_bytes"]]
+    slowest = torch.tensor(mine, dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    ttft_s, tpot_s, kv_bytes, received_bytes = slowest.tolist()
+    ranks = dist.get_world_size() if group is dist.group.WORLD else 1
+    sizes = {"kv_bytes_per_rank": int(kv_bytes), "received_bytes_per_token": received_bytes}
+    return {"what": what, "ranks": ranks, "context_tokens": context, "ttft_s": ttft_s, "tpot_s": tpot_s} | sizes
 
 
 @torch.no_grad()

@@ -194,7 +194,6 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """An obstacle that all peers share, or None."""
     if q.device.type != "cuda":
         return f"runs on CUDA tensors, got {q.device.type}"
     if not (q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)):

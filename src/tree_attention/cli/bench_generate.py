@@ -28,7 +28,7 @@ def bench_generate(options: BenchGenerateOptions) -> int:
 def _on_rank(options: BenchGenerateOptions, contexts: list[int], device: torch.device) -> None:
     from transformers import AutoTokenizer  # takes seconds to load; only the ranks need it
 
-    from ..bench.generation import measure_generation
+    from ..bench.model import measure_generation
 
     text = "\n\n".join(topics[key] for key in sorted(topics))
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model, model_max_length=10**9)

@@ -51,7 +51,6 @@ def _variants(options: BenchModelOptions, known: Sequence[str], where: str = "")
 
 
 def _on_rank(options: BenchModelOptions, contexts: list[int], variants: list[str], device: torch.device) -> None:
-    """Load the model with random weights; measure and publish each context."""
     split = {"tensor_parallel": options.tensor_parallel} if isinstance(options, BenchStepsOptions) else {}
     model = load_model(str(options.config), "auto", device, random=True, **split)
     about: Record = {"date": environment.date(), "model": options.config.stem}

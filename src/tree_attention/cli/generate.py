@@ -41,7 +41,6 @@ def generate_on_ranks(options: GenerateOptions) -> int:
 
 
 def _generate(options: GenerateOptions, document: str, device: torch.device) -> int:
-    """Load, read and answer on each rank; only the first prints. Returns the exit code."""
     from .models import check_positions, check_step_mode, load_model, open_session, random_prompt, text_prompt
 
     check_step_mode(options.compiled, device)

@@ -112,7 +112,6 @@ def _devices() -> dict[str, str]:
 
 
 def _links() -> dict[str, str]:
-    """The available process-group backends, and peer access for each pair of GPUs."""
     backends = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(), "mpi": dist.is_mpi_available()}
     found = {"process groups": ", ".join(name for name, is_available in backends.items() if is_available)}
     for (a, b), has_access in environment.peer_access(torch.cuda.device_count()).items():

@@ -52,7 +52,6 @@ def parse_tokens(text: str) -> int:
 
 
 def _machine(options: PlanOptions) -> tuple[Machine, str]:
-    """Return the preset or the calibrated machine, and a note about it."""
     if (options.gpu is None) == (options.machine is None):
         raise ValueError(f"name one of --gpu ({', '.join(MACHINES)}) and --machine FILE")
     how: Any = {"per_node": options.per_node, "inside": options.inside, "across": options.across}
@@ -97,7 +96,6 @@ def _print(made: MeshPlan, title: str) -> None:
 
 
 def _plot(rows: list[tuple[int, float | None, float | None]], title: str, out: Path) -> None:
-    """Plot the time per token over the context, with tensor parallelism only and with the sequence sharded."""
     import matplotlib as mpl
 
     mpl.use("Agg")

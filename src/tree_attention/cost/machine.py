@@ -141,17 +141,10 @@ LINKS = {link.name: link for link in (
         "one adapter per GPU: 12.5 GB/s x 0.9 assumed; latency, collective: over TCP, assumed"),
 )}  # fmt: skip
 
-MACHINES = {
-    name: Machine(name, GPUS[name], LINKS[inside], LINKS[across], per_node)
-    for name, inside, across, per_node in (
-        ("h100", "nvlink4", "infiniband-400g", 8),
-        ("h200", "nvlink4", "infiniband-400g", 8),
-        ("b200", "nvlink5", "infiniband-400g", 8),
-        ("mi300x", "infinity-fabric", "infiniband-400g", 8),
-        ("a100", "nvlink3", "infiniband-200g", 8),
-        ("rtx4090", "pcie4", "ethernet-100g", 2),
-    )
-}
+INSIDE = {"h100": "nvlink4", "h200": "nvlink4", "b200": "nvlink5", "mi300x": "infinity-fabric"}
+MACHINES = {name: Machine(name, GPUS[name], LINKS[link], LINKS["infiniband-400g"], 8) for name, link in INSIDE.items()}
+MACHINES["a100"] = Machine("a100", GPUS["a100"], LINKS["nvlink3"], LINKS["infiniband-200g"], 8)
+MACHINES["rtx4090"] = Machine("rtx4090", GPUS["rtx4090"], LINKS["pcie4"], LINKS["ethernet-100g"], 2)
 
 
 def save_calibration(calibration: Calibration, file: Path) -> None:

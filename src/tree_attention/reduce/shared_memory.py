@@ -46,7 +46,11 @@ class SharedMemoryLink(NodeLink):
         self.group, self.capacity_bytes = group, capacity_bytes
         self.rank, self.world_size = group.rank(), group.size()
         self._epoch = 0
-        name = broadcast_from_first(_new_file() if self.rank == 0 else "", group)
+        name, memory = "", Path("/dev/shm")
+        if self.rank == 0:
+            descriptor, name = tempfile.mkstemp(prefix="tree-attention-", dir=memory if memory.is_dir() else None)
+            os.close(descriptor)
+        name = broadcast_from_first(name, group)
         seen = gather_objects(Path(name).exists(), group)
         try:
             if not all(seen):
@@ -104,10 +108,3 @@ class SharedMemoryLink(NodeLink):
                 time.sleep(NAP_S)
             else:
                 os.sched_yield()
-
-
-def _new_file() -> str:
-    memory = Path("/dev/shm")
-    descriptor, name = tempfile.mkstemp(prefix="tree-attention-", dir=memory if memory.is_dir() else None)
-    os.close(descriptor)
-    return name
