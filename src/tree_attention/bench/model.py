@@ -49,9 +49,8 @@ def measure_generation(
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {dist.get_rank() % (os.cpu_count() or 1)})
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    alone = dist.new_group([0])
-    solos = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    apart, together = solos[dist.get_rank()], dist.group.WORLD
+    alone, together = dist.new_group([0]), dist.group.WORLD
+    apart = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     contestants = [("stock", alone), ("tree_attention", alone), ("apart", apart), ("tree_attention", together)]
     records = []
     for context in contexts:
@@ -90,12 +89,11 @@ def _generate(model: Any, ids: Tensor, what: str, group: Any, decode_tokens: int
 
 def _slowest(turns: list[dict[str, Any]], what: str, group: Any, context: int) -> dict[str, Any]:
     """The record: medians of the slowest rank. Ranks that did not take part contribute zeros."""
-    mine = [0.0, 0.0, 0.0, 0.0]
+    slowest = torch.zeros(4, dtype=torch.float64)
     if turns:
+        ttft_s, last = statistics.median(turn["ttft_s"] for turn in turns), turns[-1]
         tpot_s = statistics.median(step_s for turn in turns for step_s in turn["steps_s"])
-        mine = [statistics.median(turn["ttft_s"] for turn in turns), tpot_s]
-        mine += [turns[-1]["kv_bytes"], turns[-1]["received_bytes"]]
-    slowest = torch.tensor(mine, dtype=torch.float64)
+        slowest = torch.tensor([ttft_s, tpot_s, last["kv_bytes"], last["received_bytes"]], dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     ttft_s, tpot_s, kv_bytes, received_bytes = slowest.tolist()
     ranks = dist.get_world_size() if group is dist.group.WORLD else 1

@@ -40,7 +40,6 @@ def bench_prefill(options: BenchPrefillOptions) -> int:
 
 
 def _variants(options: BenchModelOptions, known: Sequence[str], where: str = "") -> list[str]:
-    """Check the config and return the chosen variants."""
     if not options.config.is_file():
         raise InputError(f"config must be a model's config.json, got {options.config}")
     chosen = list(known) if options.variants == "all" else options.variants.split(",")

@@ -36,7 +36,6 @@ def chat_on_ranks(options: ChatOptions) -> int:
 
 
 def _send_lines(lines: Any) -> None:
-    """Put each line of stdin into the queue, then None."""
     try:
         for line in read_lines():
             lines.put(line)

@@ -61,7 +61,6 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
 
 
 def _start(rank: int, size: int, rendezvous: str, devices: list[torch.device], function: Any, args: tuple) -> None:
-    """Run one rank in a new process, and exit with its code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C end at once, without a traceback
     try:
         code = _run_rank(rank, size, rendezvous, devices[rank], function, args)

@@ -62,8 +62,6 @@ def check_step_mode(compiled: bool, device: torch.device) -> str:
 
 
 class Prompt(NamedTuple):
-    """What a session reads and is asked."""
-
     tokenizer: Any
     template: ChatTemplate
     text: Tensor  # token ids [n]

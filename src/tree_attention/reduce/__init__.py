@@ -25,8 +25,6 @@ __all__ = ["AssumedRanks", "SharedMemoryLink", "TwoLevel", "link_obstacle", "pro
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One way to merge partials over ranks."""
-
     # (P, n = bytes of a packed partial, D_v) -> bytes that the busiest rank receives; None: see `level_bytes`
     received: Callable[[int, int, int], float] | None
     run: Callable[[Partial, ProcessGroup], Partial] | None = None  # None if it runs over a link

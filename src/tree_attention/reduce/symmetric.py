@@ -162,14 +162,16 @@ def _agree_on_programs(group: ProcessGroup | None, requested: int | None) -> int
     mine = (link_obstacle(), socket.gethostname(), device, str(getattr(properties, "uuid", device)), programs)
     ranks = gather_objects(mine, group)
     found = [f"rank {rank} {obstacle}" for rank, (obstacle, *_) in enumerate(ranks) if obstacle]
-    hosts, devices = {host for _, host, *_ in ranks}, [device for _, _, device, *_ in ranks]
+    hosts = {host for _, host, *_ in ranks}
+    devices: list[Any] = [device for _, _, device, *_ in ranks]
     uuids = {uuid for *_, uuid, _ in ranks}  # where each rank sees only its own device, every index is 0
     if not found and len(hosts) > 1:
         found = [f"its ranks are on several hosts: {', '.join(sorted(hosts))}"]
     elif not found and len(uuids) < len(devices):
         found = [f"two ranks share a device: {devices}"]
-    elif not found:
-        found = _without_peer_access(devices)
+    elif not found and max(devices) < torch.cuda.device_count():  # else only the rendezvous sees the other devices
+        pairs = [(a, b) for a in devices for b in devices if a < b and not torch.cuda.can_device_access_peer(a, b)]
+        found = [f"no peer access between devices {a} and {b}" for a, b in pairs]
     if found:
         raise Unavailable(f"a SymmetricLink is unavailable: {'; '.join(found)}")
     return min(programs for *_, programs in ranks)
@@ -185,14 +187,6 @@ def link_obstacle() -> str | None:
     if multicast != "1":
         return f"needs NVLink multicast off: {MULTICAST_OFF} is {multicast!r}, must be '1'"
     return None
-
-
-def _without_peer_access(devices: list[Any]) -> list[str]:
-    """Return the pairs of devices of one host without peer access, the same on every rank that sees all devices."""
-    if max(devices) >= torch.cuda.device_count():
-        return []  # this process sees its own device only; the rendezvous decides
-    pairs = [(a, b) for a in devices for b in devices if a < b and not torch.cuda.can_device_access_peer(a, b)]
-    return [f"no peer access between devices {a} and {b}" for a, b in pairs]
 
 
 @torch.library.custom_op("tree_attention::exchange", mutates_args=("epochs",))

@@ -139,8 +139,6 @@ def _across(mine: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
 
 
 class Seat(NamedTuple):
-    """Where a rank runs."""
-
     rank: int  # global
     host: str
     device: str  # its GPU, "" if it has none
