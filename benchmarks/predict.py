@@ -10,9 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from tree_attention.cost.calibration import load_calibration
 from tree_attention.cost.decode import AttentionShape, decode_cost
-from tree_attention.cost.machine import MACHINES
+from tree_attention.cost.machine import MACHINES, load_calibration
 from tree_attention.cost.mesh import estimate_first_token_s, estimate_mesh
 from tree_attention.cost.model import load_model_spec, preset_names
 

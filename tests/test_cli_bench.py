@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM
 
 from command import H_KV, LAYERS, SMALL, D, call, last_json, run
 from tree_attention import Unsupported
-from tree_attention.bench.steps import measure_steps
+from tree_attention.bench.model import measure_steps
 
 
 @pytest.mark.slow

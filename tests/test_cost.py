@@ -10,9 +10,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from predict import OURS, model_tables, predict, predict_prefill, predict_token, read, summary, table
-from tree_attention.cost.calibration import Calibration, load_calibration, save_calibration
 from tree_attention.cost.decode import ALGORITHMS, AttentionShape, RankGroup, decode_cost, exchange_cost
-from tree_attention.cost.machine import GPUS, LINKS, MACHINES, override, preset_machine
+from tree_attention.cost.machine import (
+    GPUS,
+    LINKS,
+    MACHINES,
+    Calibration,
+    load_calibration,
+    override,
+    preset_machine,
+    save_calibration,
+)
 from tree_attention.cost.mesh import CHUNK_TOKENS, MASKED_CHUNK_TOKENS, SUMMED_NUMBERS, estimate_mesh
 from tree_attention.cost.model import PRESETS, load_model_spec, parse_config, preset_names
 from tree_attention.hf.link_sums import ROWS, WIDTH

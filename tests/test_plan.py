@@ -10,9 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tree_attention.cli.app import app
-from tree_attention.cost.calibration import Calibration, load_calibration, save_calibration
 from tree_attention.cost.decode import AttentionShape, RankGroup, all_reduce_cost, decode_cost
-from tree_attention.cost.machine import override, preset_machine
+from tree_attention.cost.machine import Calibration, load_calibration, override, preset_machine, save_calibration
 from tree_attention.cost.mesh import HOST_S, RESERVED_BYTES, estimate_first_token_s, estimate_mesh
 from tree_attention.cost.model import load_model_spec, parse_config
 from tree_attention.cost.plan import make_plan, over_contexts

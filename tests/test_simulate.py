@@ -411,7 +411,7 @@ class Program:
             yield "exchange", {child: size}, []
 
     def tree(self):
-        """reduce/tree.py, line by line."""
+        """reduce/collectives.py, line by line."""
         power = 1 << (self.ranks.bit_length() - 1)
         yield self.kernels(PACK_KERNELS)
         if self.rank >= power:

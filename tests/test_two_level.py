@@ -33,7 +33,7 @@ from tree_attention.hf import TreeCache
 from tree_attention.partial import empty, stack
 from tree_attention.reduce import choose_algorithm, level_bytes, received_bytes
 from tree_attention.reduce.collectives import all_gather
-from tree_attention.reduce.topology import Seat, found_nodes
+from tree_attention.reduce.two_level import Seat, found_nodes
 from tree_attention.testing import RankPool, assert_within_rounding, oracle, peaked_inputs, record_traffic
 
 EVEN, INTERLEAVED, UNEVEN = ((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 1, 2), (3,))

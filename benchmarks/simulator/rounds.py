@@ -109,7 +109,7 @@ def _gather(cluster: Cluster, members: RankArray, message_bytes: float) -> list[
 
 
 def _tree(cluster: Cluster, n: float) -> list[Stage]:
-    """As reduce/tree.py: recursive doubling. Ranks beyond the largest power of two send before it and receive after."""
+    """Recursive doubling (reduce/collectives.py). Ranks past the largest power of two send before and receive after."""
     power = 1 << (cluster.ranks.bit_length() - 1)
     core, extra = np.arange(power), np.arange(power, cluster.ranks)
     rounds = [(core, core ^ distance) for distance in _powers(power)]

@@ -88,18 +88,13 @@ def run(call: AttentionCall, route: Route, sinks: Tensor | None) -> Tensor:
 
 
 def _vote(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> None:
-    """Resolve the call, then compare what all ranks found."""
     group, error, described = how["group"], None, {}
     try:
         resolve(q, k, v, **how)
-        described = {
-            "q": f"{list(q.shape)} {q.dtype} {q.device.type}",
-            "KV heads": k.shape[2],
-            "D_v": v.shape[3],
-            "sinks": how["sinks"] is not None,
-            "link": type(group).__name__ if isinstance(group, Link) else None,
-            **{name: how[name] for name in ("algorithm", "scale", "softcap", "backend")},
-        }
+        described = {"q": f"{list(q.shape)} {q.dtype} {q.device.type}", "KV heads": k.shape[2], "D_v": v.shape[3]}
+        described |= {"link": type(group).__name__ if isinstance(group, Link) else None}
+        described |= {name: how[name] for name in ("algorithm", "scale", "softcap", "backend")}
+        described |= {"sinks": how["sinks"] is not None}
     except Exception as fault:  # any fault: raised on one rank alone it would leave the others waiting
         error = str(fault) if isinstance(fault, TreeAttentionError) else f"{type(fault).__name__}: {fault}"
     check_agreement(described, process_group_of(group), error=error)

@@ -47,7 +47,12 @@ def attention_energy(
     positions = {"q_positions": q_positions, "k_positions": k_positions}
     call = check_call(q, k, v, **positions, mask=mask, scale=scale, softcap=softcap)
     visible = call.selection.visible(q, k)
-    _check_source(zeta, q, v)
+    shape = (*q.shape[:-1], v.shape[-1])
+    if q.dtype not in (torch.float64, torch.float32):
+        raise InputError(f"the energy needs float32 or float64, got {q.dtype}: widen q, k and v, as by .float()")
+    if zeta.shape != shape or zeta.dtype != q.dtype or zeta.device != q.device:
+        got = f"{zeta.dtype} {list(zeta.shape)} on {zeta.device}"
+        raise InputError(f"zeta must be {q.dtype} {list(shape)} on {q.device}, got {got}")
     scores = _products(q, k) * call.scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -91,13 +96,3 @@ def _log_sum_exp(scores: Tensor) -> Tensor:
     peak = scores.detach().amax(-1)
     total = (scores - peak.unsqueeze(-1)).exp().sum(-1)  # at least 1
     return (total.log() + peak).masked_fill(blind, float("-inf"))
-
-
-def _check_source(zeta: Tensor, q: Tensor, v: Tensor) -> None:
-    if q.dtype not in (torch.float64, torch.float32):
-        raise InputError(f"the energy needs float32 or float64, got {q.dtype}: widen q, k and v, as by .float()")
-    shape = (*q.shape[:-1], v.shape[-1])
-    if zeta.shape != shape or zeta.dtype != q.dtype or zeta.device != q.device:
-        raise InputError(
-            f"zeta must be {q.dtype} {list(shape)} on {q.device}, got {zeta.dtype} {list(zeta.shape)} on {zeta.device}"
-        )

@@ -2,13 +2,6 @@
 
 `resolve` is the only place where a decode step is checked and its backend and algorithm are chosen. The choice depends
 only on values that all ranks share, so all ranks take the same route.
-
-    >>> q = torch.empty(1, dtype=torch.bfloat16, device="cuda").expand(1, 1, 32, 128)      # shapes without memory
-    >>> k = torch.empty(1, dtype=torch.bfloat16, device="cuda").expand(1, 4096, 8, 128)
-    >>> route = explain(q, k, k, group=AssumedRanks(8, SymmetricLink))                     # ranks that do not exist
-    >>> route.backend, route.algorithm, route.received_bytes
-    ('triton', 'fused', 231168.0)
-    >>> print(route)                                                                       # and why not the others
 """
 
 from dataclasses import dataclass, replace
@@ -93,13 +86,10 @@ def explain(
         >>> print(explain(q, k, v, group=link))
     """
     call, route = resolve(q, k, v, group=group, sinks=sinks, backend=backend, algorithm=algorithm, **attention)
-    backends = {name: candidate.obstacle(call) for name, candidate in BACKENDS.items()}
-    algorithms = {name: _obstacle(name, call, group, backend, backends["triton"]) for name in DECODE_ALGORITHMS}
-    return replace(
-        route,
-        backend_obstacles={name: text for name, text in backends.items() if text},
-        algorithm_obstacles={name: text for name, text in algorithms.items() if text},
-    )
+    backends = {name: text for name, candidate in BACKENDS.items() if (text := candidate.obstacle(call))}
+    algorithms = {name: _obstacle(name, call, group, backend, backends.get("triton")) for name in DECODE_ALGORITHMS}
+    algorithms = {name: text for name, text in algorithms.items() if text}
+    return replace(route, backend_obstacles=backends, algorithm_obstacles=algorithms)
 
 
 def resolve(

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .local import attend
 from .partial import Partial
 
-POOL_TIMEOUT_S = 120
+POOL_TIMEOUT = timedelta(seconds=120)
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Partial:
@@ -106,7 +106,13 @@ class RankPool:
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
         if not self._ranks:
-            self._start()
+            # A process that has initialized CUDA cannot be forked.
+            context = multiprocessing.get_context("spawn" if self.backend == "nccl" else "forkserver")
+            context.set_forkserver_preload(list(self.preload))
+            meeting = f"file://{tempfile.mkdtemp()}/meeting"
+            for rank in range(self.size):
+                arguments = (rank, self.size, self.backend, meeting)
+                self._ranks.append(ProcessPoolExecutor(1, context, _join, arguments))
         count = self.size if ranks is None else ranks
         calls = [rank.submit(_call, count, function, args) for rank in self._ranks]
         done, _ = wait(calls, return_when=FIRST_EXCEPTION)
@@ -123,27 +129,13 @@ class RankPool:
             rank.shutdown(cancel_futures=True)
         self._ranks = []
 
-    def _start(self) -> None:
-        # A process that has initialized CUDA cannot be forked.
-        context = multiprocessing.get_context("spawn" if self.backend == "nccl" else "forkserver")
-        context.set_forkserver_preload(list(self.preload))
-        meeting = f"file://{tempfile.mkdtemp()}/meeting"
-        self._ranks = [
-            ProcessPoolExecutor(
-                1, mp_context=context, initializer=_join, initargs=(rank, self.size, self.backend, meeting)
-            )
-            for rank in range(self.size)
-        ]
-
 
 def _join(rank: int, size: int, backend: str, meeting: str) -> None:
     if backend == "nccl":
         torch.cuda.set_device(rank)
     else:
         torch.set_num_threads(1)
-    dist.init_process_group(
-        backend, init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=POOL_TIMEOUT_S)
-    )
+    dist.init_process_group(backend, meeting, POOL_TIMEOUT, world_size=size, rank=rank)
 
 
 _last_group: list[dist.ProcessGroup] = []

@@ -17,7 +17,7 @@ from ..local import attend
 from ..partial import Partial
 from ..reduce import SymmetricLink
 from ..reduce.collectives import gather
-from .timing import CapturedCalls, TimedWork, capture, median_seconds
+from .timing import CapturedCalls, capture, median_seconds
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 ROUNDS = 7
@@ -51,8 +51,8 @@ def measure_machine(device: torch.device) -> Machine:
         name, per_node = "cpu", dist.get_world_size()
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / per_node
     gpu = GpuSpec(name, memory_bytes, *rates, launch_s, kernel_s, source)
-    across = preset_machine("h100").across
-    across = replace(across, source=f"not measured, a preset: {across.source}")
+    preset = preset_machine("h100").across
+    across = replace(preset, source=f"not measured, a preset: {preset.source}")
     return Machine(name, gpu, _link(big_bytes, kernel_s, device), across, per_node)
 
 
@@ -76,11 +76,10 @@ def _decodes(keys: int, device: torch.device) -> tuple[list[Callable[[], Any]], 
 
 
 def _link(big_bytes: int, kernel_s: float, device: torch.device) -> LinkSpec:
-    size, sent_bytes = dist.get_world_size(), big_bytes // 4
+    size, sent_bytes, small = dist.get_world_size(), big_bytes // 4, torch.zeros((16 << 10) // 4, device=device)
+    world: Any = dist.group.WORLD
     move_s = _seconds([_shift(sent_bytes, device)] * 2, device)
     latency_s, how = _latency(kernel_s, device)
-    small = torch.zeros((16 << 10) // 4, device=device)
-    world: Any = dist.group.WORLD
     collective_s = _seconds([lambda: gather(small, world)] * 16, device) - (size - 2) * latency_s
     sent = f"each sends {sent_bytes >> 20} MiB to the next"
     source = f"measured with {size} ranks: {sent}; {how}; an all-gather of 16 KiB"
@@ -128,7 +127,7 @@ def _seconds(steps: Sequence[Callable[[], Any]], device: torch.device) -> float:
         graph = capture(steps)
         if not isinstance(graph, CapturedCalls):
             raise Unavailable(f"calibrate needs CUDA graphs: {graph}")
-        return median_seconds({0: TimedWork(graph.replay, ahead=True)}, ROUNDS)[0] / len(steps)
+        return median_seconds({0: graph}, ROUNDS)[0] / len(steps)
     rounds_s = []
     for _ in range(ROUNDS):
         dist.barrier()

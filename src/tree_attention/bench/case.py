@@ -16,6 +16,7 @@ ROTATED_BYTES = 530e6  # of all sets together: 400 MB more than the largest L2 c
 MAX_BYTES = 60e9  # of all sets together: must fit on the device
 CALLS, CALLS_BYTES = 24, 24e9  # calls per round; fewer if they would read more than CALLS_BYTES
 REFERENCE_ELEMENTS = 1 << 25  # of K per step of `exact_attention`
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,13 @@ def make_inputs(case: Case, rank: int, size: int, device: torch.device) -> tuple
     return q, None if lengths is None else lengths.to(device), sets
 
 
-def keys_and_values(case: Case, kv: Tensor) -> tuple[Tensor, Tensor]:
+def keys_and_values(case: Case, kv: Tensor) -> Pair:
     """Return k and v `[B, S_local, H_kv, D]`, views of one set."""
     k, v = kv if case.layout == "NHD" else kv.transpose(2, 3)
     return k, v
 
 
-def exact_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, group: ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, group: ProcessGroup) -> Pair:
     """Return attention `[B, 1, H, D]` in float64, over this rank's keys and over all keys, computed in chunks."""
     B, S, H_kv, D = k.shape
     total, step = None, max(REFERENCE_ELEMENTS // (B * H_kv * D), 1)

@@ -21,9 +21,9 @@ from ..local import attend
 from ..partial import merge
 from ..reduce import SymmetricLink
 from ..reduce.collectives import gather, pack, unpack
-from .case import ROTATED_BYTES, Case, exact_attention, keys_and_values, make_inputs
+from .case import ROTATED_BYTES, Case, Pair, exact_attention, keys_and_values, make_inputs
 from .peers import LOCAL_PEERS, SPREAD_PEERS, Step, streaming_read
-from .timing import CapturedCalls, TimedWork, capture, median_seconds, one_line, restart_peak, waiting_seconds
+from .timing import CapturedCalls, capture, median_seconds, one_line, restart_peak, waiting_seconds
 
 MAX_ERROR = 1e-2
 READS = ((65536, 2, 8), (16384, 4, 4), (32768, 8, 4))  # block_bytes, programs_per_sm, num_warps
@@ -100,11 +100,11 @@ def _measure_case(case: Case, ranks: Communicators, peers: Sequence[str], rounds
         calls = [steps[i % len(steps)] for i in range(case.calls())]
         graph = capture(calls)
         if isinstance(graph, CapturedCalls):
-            captured[what], works[what, "graph_s"] = graph, TimedWork(graph.replay, ahead=True)
+            captured[what] = works[what, "graph_s"] = graph
         else:
             records[what]["note"] = graph
         if eager or isinstance(graph, str):
-            works[what, "eager_s"] = TimedWork(bind(_call_all, calls), ahead=False)
+            works[what, "eager_s"] = bind(_call_all, calls)
     read = _streaming_read(case, sets, rounds)
     taken = median_seconds(works, rounds)
     waiting_s = waiting_seconds(captured["fused_alone"].calls, rounds) if "fused_alone" in captured else None
@@ -123,7 +123,7 @@ def _measure_case(case: Case, ranks: Communicators, peers: Sequence[str], rounds
 
 
 def contestants(
-    q: Tensor, lengths: Tensor | None, first: tuple[Tensor, Tensor], ranks: Communicators, peers: Sequence[str]
+    q: Tensor, lengths: Tensor | None, first: Pair, ranks: Communicators, peers: Sequence[str]
 ) -> Iterator[Contestant]:
     """Yield ours and, unless there are lengths, which peers do not support, the exchange alone and the peers.
 
@@ -150,9 +150,7 @@ def contestants(
             yield Contestant(name, kind, prepare, obstacle=peer.obstacle(q, *first))
 
 
-def _try(
-    contestant: Contestant, pairs: Sequence[tuple[Tensor, Tensor]], exact: tuple[Tensor, Tensor], ranks: Communicators
-) -> tuple[list[Step], Record]:
+def _try(contestant: Contestant, pairs: Sequence[Pair], exact: Pair, ranks: Communicators) -> tuple[list[Step], Record]:
     """Return a step per k and v, none if it cannot run or is wrong; and the verdict, the same on every rank."""
     fault, steps, outs, extra = contestant.obstacle, [], [], None
     if fault is None:
@@ -175,7 +173,7 @@ def _try(
     return [] if verdict["wrong"] else steps, {"peak_extra_bytes": max(extras, default=None)} | verdict
 
 
-def _verdict(contestant: Contestant, result: Tensor, exact: tuple[Tensor, Tensor], world: ProcessGroup) -> Record:
+def _verdict(contestant: Contestant, result: Tensor, exact: Pair, world: ProcessGroup) -> Record:
     """Compare with the exact attention: the largest relative error of a rank and, for ours, whether all bits agree."""
     out = result if contestant.output is None else contestant.output(result)
     right = exact[0] if contestant.kind in OWN_KEYS else exact[1]
@@ -198,9 +196,8 @@ def _streaming_read(case: Case, sets: Sequence[Tensor], rounds: int) -> Record:
     for setting in READS:
         steps = [streaming_read(kv.view(-1)[:words], *setting) for kv in sets]
         _call_all(steps)
-        graph = capture([steps[i % len(steps)] for i in range(case.calls())])
-        assert isinstance(graph, CapturedCalls), graph
-        works[setting] = TimedWork(graph.replay, ahead=True)
+        works[setting] = capture([steps[i % len(steps)] for i in range(case.calls())])
+        assert isinstance(works[setting], CapturedCalls), works[setting]
     taken = median_seconds(works, rounds)
     setting = min(READS, key=taken.__getitem__)
     read_s = taken[setting] / case.calls()

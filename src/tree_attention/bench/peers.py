@@ -8,7 +8,7 @@ No peer falls back to another kernel. All steps run on one stream and never wait
 in a CUDA graph, after some eager steps that create plans and communicators.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -153,12 +153,11 @@ def _ring(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, *, local: Kernel
     B, _, H_kv, D = k.shape
     tokens_first = all(contiguous)  # a shard of one key is contiguous in both layouts
     buffers = k.new_empty((min(size - 1, 2), 2, B * max(lengths) * H_kv * D))
-    shards = [(k, v) if tokens_first else (k.transpose(1, 2), v.transpose(1, 2))]
+    shards: list[Sequence[Tensor]] = [(k, v) if tokens_first else (k.transpose(1, 2), v.transpose(1, 2))]
     for hop in range(1, size):
         S = lengths[sources[hop]]
         shape = (B, S, H_kv, D) if tokens_first else (B, H_kv, S, D)
-        keys, values = (half[: B * S * H_kv * D].view(shape) for half in buffers[hop % len(buffers)])
-        shards.append((keys, values))
+        shards.append([half[: B * S * H_kv * D].view(shape) for half in buffers[hop % len(buffers)]])
     hops = [
         [dist.P2POp(dist.isend, t, group=group, group_peer=(rank + 1) % size) for t in here]
         + [dist.P2POp(dist.irecv, t, group=group, group_peer=(rank - 1) % size) for t in following]
@@ -194,7 +193,6 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """An obstacle that all peers share, or None."""
     if q.device.type != "cuda":
         return f"runs on CUDA tensors, got {q.device.type}"
     if not (q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)):
@@ -226,14 +224,7 @@ def _flashinfer_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return found
 
 
-LOCAL_PEERS = {
-    "cudnn": Peer(_cudnn_obstacle, _cudnn),
-    "flash2": Peer(_obstacle, _flash2),
-    "flash3": Peer(_flash3_obstacle, _flash3),
-    "flashinfer": Peer(_flashinfer_obstacle, _flashinfer),
-}
-SPREAD_PEERS = {
-    "three_all_reduce": Peer(_cudnn_obstacle, _three_all_reduce),
-    "all_gather": Peer(_cudnn_obstacle, _all_gather),
-    "ring": Peer(_cudnn_obstacle, _ring),
-}
+LOCAL_PEERS = {"cudnn": Peer(_cudnn_obstacle, _cudnn), "flash2": Peer(_obstacle, _flash2)}
+LOCAL_PEERS |= {"flash3": Peer(_flash3_obstacle, _flash3), "flashinfer": Peer(_flashinfer_obstacle, _flashinfer)}
+exchanges = {"three_all_reduce": _three_all_reduce, "all_gather": _all_gather, "ring": _ring}
+SPREAD_PEERS = {name: Peer(_cudnn_obstacle, prepare) for name, prepare in exchanges.items()}

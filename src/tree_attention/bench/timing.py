@@ -17,14 +17,6 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class TimedWork:
-    """enqueue: enqueues the work. ahead: the device starts only after the host has enqueued everything (a graph)."""
-
-    enqueue: Callable[[], Any]
-    ahead: bool
-
-
-@dataclass(frozen=True)
 class CapturedCalls:
     """replay: replays a CUDA graph of calls. calls: they own memory of the graph. first: result of the first call."""
 
@@ -33,7 +25,10 @@ class CapturedCalls:
     first: Tensor
 
 
-def median_seconds(works: Mapping[Name, TimedWork], rounds: int) -> dict[Name, float]:
+Work = CapturedCalls | Callable[[], Any]  # a graph, or a function that launches the work
+
+
+def median_seconds(works: Mapping[Name, Work], rounds: int) -> dict[Name, float]:
     """Return, for each work, the median over `rounds` of the slowest rank's time. All ranks call it, on GPUs."""
     rounds_s = [[_seconds(work) for work in works.values()] for _ in range(rounds + 1)][1:]  # less a warm-up
     slowest = torch.tensor(rounds_s, dtype=torch.float64, device="cuda")
@@ -46,30 +41,29 @@ def waiting_seconds(calls: Sequence[Callable[[], Any]], rounds: int) -> float:
 
     Measured on calls that do not wait: the mean over calls of the slowest rank's time, less the largest mean of a rank.
     """
-    return statistics.median(_waiting_seconds(calls) for _ in range(rounds))
-
-
-def _waiting_seconds(calls: Sequence[Callable[[], Any]]) -> float:
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
-    dist.barrier()
-    torch.cuda._sleep(LEAD_CYCLES * len(calls))  # the device starts after the host has enqueued all
-    events[0].record()
-    for event, call in zip(events[1:], calls, strict=True):
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    taken = torch.tensor([a.elapsed_time(b) / 1e3 for a, b in pairwise(events)], dtype=torch.float64, device="cuda")
-    slower, mean = taken.clone(), taken.mean()
-    dist.all_reduce(slower, dist.ReduceOp.MAX)
-    dist.all_reduce(mean, dist.ReduceOp.MAX)
-    return float(slower.mean() - mean)
+    lost_s = []
+    for _ in range(rounds):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+        dist.barrier()
+        torch.cuda._sleep(LEAD_CYCLES * len(calls))  # the device starts after the host has enqueued all
+        events[0].record()
+        for event, call in zip(events[1:], calls, strict=True):
+            call()
+            event.record()
+        torch.cuda.synchronize()
+        taken = torch.tensor([a.elapsed_time(b) / 1e3 for a, b in pairwise(events)], dtype=torch.float64, device="cuda")
+        slower, mean = taken.clone(), taken.mean()
+        dist.all_reduce(slower, dist.ReduceOp.MAX)
+        dist.all_reduce(mean, dist.ReduceOp.MAX)
+        lost_s.append(float(slower.mean() - mean))
+    return statistics.median(lost_s)
 
 
 def capture(calls: Sequence[Callable[[], Tensor]]) -> CapturedCalls | str:
     """Capture all calls, which have run before, in one graph; or return why a rank could not, on every rank."""
-    graph, first, fault = torch.cuda.CUDAGraph(), None, None
+    graph, here, fault = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), None
+    first: Any = None
     dist.barrier()
-    here = torch.cuda.current_stream()
     try:
         # thread_local: NCCL's watchdog queries its events during the capture
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -80,9 +74,7 @@ def capture(calls: Sequence[Callable[[], Tensor]]) -> CapturedCalls | str:
         torch.cuda.set_stream(here)  # after a failed capture, torch leaves the capture stream current
         fault = f"not captured: {one_line(error)}"
     fault = first_fault(fault, dist.group.WORLD)
-    if fault is not None or first is None:
-        return fault or "not captured"
-    return CapturedCalls(graph.replay, calls, first)
+    return CapturedCalls(graph.replay, calls, first) if fault is None else fault
 
 
 def restart_peak(device: torch.device) -> int | None:
@@ -98,17 +90,18 @@ def one_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:160] or type(error).__name__
 
 
-def _seconds(work: TimedWork) -> float:
-    """Time the work on this rank, after all ranks have met."""
+def _seconds(work: Work) -> float:
+    """Time the work on this rank, after all ranks have met. A graph starts after the host has enqueued everything."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    launch = work.replay if isinstance(work, CapturedCalls) else work
     dist.barrier()
-    if work.ahead:
+    if isinstance(work, CapturedCalls):
         torch.cuda._sleep(LEAD_CYCLES)
-        dist.all_reduce(torch.zeros(1, device="cuda"))  # the devices open_communicators, not only the hosts
+        dist.all_reduce(torch.zeros(1, device="cuda"))  # the devices meet, not only the hosts
     else:
         torch.cuda.synchronize()
     start.record()
-    work.enqueue()
+    launch()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3

@@ -54,9 +54,8 @@ def _signature(options_type: Any) -> inspect.Signature:
         kind, *names, text = get_args(field.type)
         flag = Annotated[kind, typer.Option(*names, help=text)]
         default = inspect.Parameter.empty if field.default is MISSING else field.default
-        parameters.append(
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=flag, default=default)
-        )
+        parameter = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=flag, default=default)
+        parameters.append(parameter)
     return inspect.Signature(parameters)
 
 

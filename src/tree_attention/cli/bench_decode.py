@@ -15,16 +15,11 @@ from ..errors import InputError, Unavailable
 from . import environment
 from .launch import run_on_ranks
 from .options import BenchDecodeOptions, parse_numbers
-from .records import Record, print_document, print_table, publish
+from .records import Record, print_table, publish
 
-LABELS = {
-    "fused": "ours, fused",
-    "apart": "ours, two launches",
-    "fused_alone": "ours, fused, no exchange",
-    "attend": "ours, attend, no exchange",
-    "merge": "exchange alone: SymmetricLink",
-    "nccl_all_gather": "exchange alone: NCCL all-gather",
-}
+LABELS = {"fused": "ours, fused", "apart": "ours, two launches"}
+LABELS |= {"fused_alone": "ours, fused, no exchange", "attend": "ours, attend, no exchange"}
+LABELS |= {"merge": "exchange alone: SymmetricLink", "nccl_all_gather": "exchange alone: NCCL all-gather"}
 PREFIXES = {"local": "", "spread": "cudnn + "}
 
 
@@ -45,10 +40,8 @@ def cases_of(options: BenchDecodeOptions) -> list[Case]:
     keys, batch = parse_numbers("keys", options.keys), parse_numbers("batch", options.batch)
     heads, kv_heads, head_dim = options.heads, options.kv_heads, options.head_dim
     if min(*keys, *batch, heads, kv_heads, head_dim) < 1 or heads % kv_heads:
-        raise InputError(
-            f"keys, batch, heads, kv-heads and head-dim must be at least 1, heads a multiple of kv-heads, "
-            f"got {options.keys}, {options.batch}, {heads}, {kv_heads} and {head_dim}"
-        )
+        needs = "keys, batch, heads, kv-heads and head-dim must be at least 1, heads a multiple of kv-heads"
+        raise InputError(f"{needs}, got {options.keys}, {options.batch}, {heads}, {kv_heads} and {head_dim}")
     if options.layout not in ("NHD", "HND"):
         raise InputError(f"layout must be NHD or HND, got {options.layout!r}")
     if options.pairs and len(batch) != len(keys):
@@ -78,8 +71,7 @@ def _on_rank(cases: list[Case], peers: list[str], options: BenchDecodeOptions, d
         about |= environment.package_versions("torch", "triton", "flashinfer-python", "fa3-fwd")
         about |= {"link_workspace_bytes": ranks.link.workspace_bytes}
     batches = measure_decode(cases, ranks, peers=peers, rounds=options.rounds, eager=options.eager)
-    records = publish(batches, _show, about, options.output)
-    print_document({"surroundings": about, "records": records})
+    records = publish(batches, _show, about, options.output, "surroundings")
     return int(any(record["wrong"] for record in records if record["kind"] in ("ours", "alone")))
 
 

@@ -9,10 +9,9 @@ import torch
 
 from ..errors import InputError
 from . import environment
-from .checks import check_model_folder
 from .launch import run_on_ranks
-from .options import BenchGenerateOptions, parse_numbers
-from .records import print_document, print_table, publish
+from .options import BenchGenerateOptions, check_model_folder, parse_numbers
+from .records import print_table, publish
 
 CHUNK_TOKENS = 1024
 
@@ -23,13 +22,13 @@ def bench_generate(options: BenchGenerateOptions) -> int:
     contexts = sorted(parse_numbers("contexts", options.contexts))
     if min(contexts[0], options.decode_tokens, options.rounds) < 1 or options.nproc < 2:
         raise InputError("contexts, decode-tokens and rounds must be at least 1, nproc at least 2")
-    return run_on_ranks(_on_rank, options.nproc, "cpu", options, contexts, preload=("tree_attention.bench.generation",))
+    return run_on_ranks(_on_rank, options.nproc, "cpu", options, contexts, preload="tree_attention.bench.model")
 
 
 def _on_rank(options: BenchGenerateOptions, contexts: list[int], device: torch.device) -> None:
     from transformers import AutoTokenizer  # takes seconds to load; only the ranks need it
 
-    from ..bench.generation import measure_generation
+    from ..bench.model import measure_generation
 
     text = "\n\n".join(topics[key] for key in sorted(topics))
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model, model_max_length=10**9)
@@ -40,8 +39,7 @@ def _on_rank(options: BenchGenerateOptions, contexts: list[int], device: torch.d
     about |= {"python": platform.python_version()} | environment.package_versions("torch", "transformers")
     how = {"decode_tokens": options.decode_tokens, "chunk_tokens": CHUNK_TOKENS, "rounds": options.rounds}
     batches = [measure_generation(options.model, ids, contexts, **how)]
-    records = publish(batches, lambda batch: _show(batch, options.nproc), about, options.output)
-    print_document(about | {"records": records})
+    publish(batches, lambda batch: _show(batch, options.nproc), about, options.output)
 
 
 def _show(records: list[dict[str, Any]], nproc: int) -> None:

@@ -1,26 +1,28 @@
 """`tree-attention bench steps` and `bench prefill`: a whole model on GPUs, its decode step and its prefill."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..bench import prefill, steps
+from ..bench.model import PREFILL_VARIANTS, STEP_VARIANTS, TENSOR_PARALLEL_VARIANTS, measure_prefill, measure_steps
 from ..errors import InputError
 from . import environment
 from .launch import run_on_ranks
 from .models import load_model
-from .options import BenchPrefillOptions, BenchStepsOptions, parse_numbers
-from .records import Record, print_document, print_table, publish
+from .options import BenchModelOptions, BenchPrefillOptions, BenchStepsOptions, parse_numbers
+from .records import Record, print_table, publish
 from .terminal import reading_bar
 
 
 def bench_steps(options: BenchStepsOptions) -> int:
     """Measure the decode step over contexts, print tables and one JSON document. Returns the exit code."""
     contexts = sorted(parse_numbers("contexts", options.contexts))
-    is_split = options.tensor_parallel != 1
-    known = steps.TENSOR_PARALLEL_VARIANTS if is_split else steps.VARIANTS
-    variants = _variants(options, known, " with tensor-parallel" if is_split else "")
+    if options.tensor_parallel == 1:
+        variants = _variants(options, STEP_VARIANTS)
+    else:
+        variants = _variants(options, TENSOR_PARALLEL_VARIANTS, " with tensor-parallel")
     if min(contexts[0], options.nproc, options.tokens) < 1:
         got = f"{options.contexts}, {options.nproc} and {options.tokens}"
         raise InputError(f"contexts, nproc and tokens must be at least 1, got {got}")
@@ -30,15 +32,14 @@ def bench_steps(options: BenchStepsOptions) -> int:
 
 def bench_prefill(options: BenchPrefillOptions) -> int:
     """Measure the prefill of prompts, print tables and one JSON document. Returns the exit code."""
-    contexts, variants = sorted(parse_numbers("contexts", options.contexts)), _variants(options, prefill.VARIANTS)
+    contexts, variants = sorted(parse_numbers("contexts", options.contexts)), _variants(options, PREFILL_VARIANTS)
     if min(contexts[0], options.nproc, options.chunk_tokens, options.rounds) < 1:
         raise InputError("contexts, nproc, chunk-tokens and rounds must be at least 1")
     environment.disable_multicast()
     return run_on_ranks(_on_rank, options.nproc, options.device, options, contexts, variants)
 
 
-def _variants(options: BenchStepsOptions | BenchPrefillOptions, known: Sequence[str], where: str = "") -> list[str]:
-    """Check the config and return the chosen variants."""
+def _variants(options: BenchModelOptions, known: Sequence[str], where: str = "") -> list[str]:
     if not options.config.is_file():
         raise InputError(f"config must be a model's config.json, got {options.config}")
     chosen = list(known) if options.variants == "all" else options.variants.split(",")
@@ -48,31 +49,25 @@ def _variants(options: BenchStepsOptions | BenchPrefillOptions, known: Sequence[
     return chosen
 
 
-def _on_rank(
-    options: BenchStepsOptions | BenchPrefillOptions, contexts: list[int], variants: list[str], device: torch.device
-) -> None:
-    """Load the model with random weights; measure and publish each context."""
-    is_steps = isinstance(options, BenchStepsOptions)
-    split = {"tensor_parallel": options.tensor_parallel} if is_steps else {}
+def _on_rank(options: BenchModelOptions, contexts: list[int], variants: list[str], device: torch.device) -> None:
+    split = {"tensor_parallel": options.tensor_parallel} if isinstance(options, BenchStepsOptions) else {}
     model = load_model(str(options.config), "auto", device, random=True, **split)
     about: Record = {"date": environment.date(), "model": options.config.stem}
     about |= {"dtype": str(model.dtype).removeprefix("torch.")}
     about |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
     about |= environment.package_versions("torch", "transformers")
-    about |= {"tokens": options.tokens, **split} if is_steps else {}
+    about |= {"tokens": options.tokens, **split} if isinstance(options, BenchStepsOptions) else {}
+    batches = (_measure(options, model, context, variants) for context in contexts)
+    publish(batches, _show_steps if split else _show_prefill, about, options.output)
 
-    def batches() -> Iterator[list[Record]]:
-        for context in contexts:
-            if isinstance(options, BenchStepsOptions):
-                yield steps.measure_steps(model, context, variants, tokens=options.tokens)
-                continue
-            how = {"chunk_tokens": options.chunk_tokens, "rounds": options.rounds}
-            with reading_bar(context, shown=dist.get_rank() == 0) as on_progress:
-                records = prefill.measure_prefill(model, context, variants, **how, on_progress=on_progress)
-            yield records
 
-    records = publish(batches(), _show_steps if is_steps else _show_prefill, about, options.output)
-    print_document(about | {"records": records})
+def _measure(options: BenchModelOptions, model: Any, context: int, variants: list[str]) -> list[Record]:
+    if isinstance(options, BenchStepsOptions):
+        return measure_steps(model, context, variants, tokens=options.tokens)
+    assert isinstance(options, BenchPrefillOptions)
+    how = {"chunk_tokens": options.chunk_tokens, "rounds": options.rounds}
+    with reading_bar(context, shown=dist.get_rank() == 0) as on_progress:
+        return measure_prefill(model, context, variants, **how, on_progress=on_progress)
 
 
 def _show_steps(records: list[Record]) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..bench.calibration import measure_machine
-from ..cost.calibration import Calibration, save_calibration
+from ..cost.machine import Calibration, save_calibration
 from ..errors import InputError
 from . import environment
 from .launch import run_on_ranks

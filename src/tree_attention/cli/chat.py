@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import TreeAttentionError
-from .checks import check_options, read_document
-from .launch import run_on_ranks
-from .options import ChatOptions
+from ..group import broadcast_from_first
+from .launch import MODELS, run_on_ranks
+from .options import ChatOptions, check_options, read_document
 from .terminal import read_lines, reading_bar, say, under_torchrun
 
 CONVERSATION_TOKENS = 8192  # default capacity after the document, for a static cache
@@ -31,12 +31,11 @@ def chat_on_ranks(options: ChatOptions) -> int:
     # Ranks that we start do not inherit stdin.
     lines = None if under_torchrun() else multiprocessing.get_context("spawn").SimpleQueue()
     reader = threading.Thread(target=_send_lines, args=(lines,), daemon=True)
-    start: dict[str, Any] = {"preload": (f"{__package__}.models",), "on_start": reader.start}
+    start: dict[str, Any] = {"preload": MODELS, "on_start": reader.start}
     return run_on_ranks(_chat, options.nproc, options.device, options, document, lines, **start)
 
 
 def _send_lines(lines: Any) -> None:
-    """Put each line of stdin into the queue, then None."""
     try:
         for line in read_lines():
             lines.put(line)
@@ -88,14 +87,10 @@ def _questions(lines: Any, group: Any) -> Iterator[str]:
     """Yield the first rank's lines on every rank, without the blank ones."""
     source = read_lines() if lines is None else iter(lines.get, None)
     while True:
-        line: list[str | None] = [None]
-        if group.rank() == 0:
-            if sys.stderr.isatty():
-                sys.stderr.write("> ")
-                sys.stderr.flush()
-            line = [next(source, None)]
-        dist.broadcast_object_list(line, group=group, group_src=0)
-        [text] = line
+        if group.rank() == 0 and sys.stderr.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        text = broadcast_from_first(next(source, None) if group.rank() == 0 else None, group)
         if text is None:
             return
         if text.strip():

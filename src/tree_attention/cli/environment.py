@@ -55,14 +55,10 @@ def peer_access(count: int) -> dict[tuple[int, int], bool]:
 
 def gpu_environment(count: int) -> dict[str, Any]:
     """Names, links, driver and libraries of the first `count` GPUs."""
-    return {
-        "gpus": [torch.cuda.get_device_name(i) for i in range(count)],
-        "links": _link_names(count),
-        "driver": ", ".join(sorted(set(_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").split()))),
-        "cuda": torch.version.cuda,
-        "nccl": nccl_version(),
-        "cudnn": torch.backends.cudnn.version(),
-    }
+    drivers = set(_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").split())
+    gpus = {"gpus": [torch.cuda.get_device_name(i) for i in range(count)], "links": _link_names(count)}
+    versions = {"driver": ", ".join(sorted(drivers)), "cuda": torch.version.cuda}
+    return gpus | versions | {"nccl": nccl_version(), "cudnn": torch.backends.cudnn.version()}
 
 
 def _link_names(count: int) -> str:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..group import gather_objects
-from .checks import check_options, read_document
-from .launch import run_on_ranks
-from .options import GenerateOptions
+from .launch import MODELS, run_on_ranks
+from .options import GenerateOptions, check_options, read_document
 from .terminal import reading_bar, say
 
 
@@ -38,12 +37,10 @@ def generate_on_ranks(options: GenerateOptions) -> int:
     if not options.sample and options.temperature != 1:
         raise InputError("temperature is for sampling: add --sample, or leave it out")
     check_options(options)
-    preload = (f"{__package__}.models",)
-    return run_on_ranks(_generate, options.nproc, options.device, options, document, preload=preload)
+    return run_on_ranks(_generate, options.nproc, options.device, options, document, preload=MODELS)
 
 
 def _generate(options: GenerateOptions, document: str, device: torch.device) -> int:
-    """Load, read and answer on each rank; only the first prints. Returns the exit code."""
     from .models import check_positions, check_step_mode, load_model, open_session, random_prompt, text_prompt
 
     check_step_mode(options.compiled, device)
@@ -98,20 +95,13 @@ def _answer(options: GenerateOptions, session: Any, prompt: Any) -> dict[str, An
     slowest = torch.tensor([times_s[0] - start_s, (times_s[-1] - times_s[0]) / max(steps, 1)])
     slowest = slowest.to(session.tokens.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return {
-        "model": options.model or str(options.config),
-        "random_weights": options.random_weights,
-        "ranks": dist.get_world_size(),
-        "tensor_parallel": options.tensor_parallel,
-        "device": slowest.device.type,
-        "prompt_tokens": prompt.tokens,
-        "new_tokens": len(tokens),
-        "ttft_s": float(slowest[0]),
-        "tpot_s": float(slowest[1]) if steps else None,
-        "kv_bytes_per_rank": gather_objects(cache.kv_bytes, dist.group.WORLD),
-        "received_bytes_per_token": (received[-1] - received[0]) / steps if steps else None,
-        "tokens": list(tokens),
-    }
+    figures = {"model": options.model or str(options.config), "random_weights": options.random_weights}
+    figures |= {"ranks": dist.get_world_size(), "tensor_parallel": options.tensor_parallel}
+    figures |= {"device": slowest.device.type, "prompt_tokens": prompt.tokens, "new_tokens": len(tokens)}
+    figures |= {"ttft_s": float(slowest[0]), "tpot_s": float(slowest[1]) if steps else None}
+    figures |= {"kv_bytes_per_rank": gather_objects(cache.kv_bytes, dist.group.WORLD)}
+    figures |= {"received_bytes_per_token": (received[-1] - received[0]) / steps if steps else None}
+    return figures | {"tokens": list(tokens)}
 
 
 def _verify(options: GenerateOptions, model: Any, input_ids: Tensor, tokens: list[int]) -> dict[str, Any]:
@@ -123,13 +113,9 @@ def _verify(options: GenerateOptions, model: Any, input_ids: Tensor, tokens: lis
 
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # Gemma 2 and GPT-OSS have no sdpa
     torch.manual_seed(options.seed)
-    out = model.generate(
-        input_ids,
-        past_key_values=DynamicCache(config=model.config.get_text_config(decoder=True)),
-        attention_mask=torch.ones_like(input_ids),
-        prefill_chunk_size=options.chunk_tokens or CHUNK_TOKENS["cpu"],
-        **generate_kwargs(options),
-    )
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    how = generate_kwargs(options) | {"prefill_chunk_size": options.chunk_tokens or CHUNK_TOKENS["cpu"]}
+    out = model.generate(input_ids, past_key_values=cache, attention_mask=torch.ones_like(input_ids), **how)
     expected = out[0, input_ids.shape[1] :].tolist()
     pairs = enumerate(zip_longest(tokens, expected))
     first = next((i for i, (ours, theirs) in pairs if ours != theirs), None)

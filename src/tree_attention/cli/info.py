@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..local import BACKENDS
 from ..reduce import ALGORITHMS, AssumedRanks, SharedMemoryLink, SymmetricLink, TwoLevel, link_obstacle, received_bytes
-from ..route import Route, explain
+from ..route import explain
 from . import environment
 from .options import InfoOptions
 
@@ -43,21 +43,27 @@ def describe(options: InfoOptions) -> dict[str, dict[str, Any]]:
     nodes = (ranks - ranks // 2, ranks // 2) if ranks > 1 else ()
     if nodes:
         groups["TwoLevel, two nodes"] = AssumedRanks(ranks, TwoLevel, nodes)
+    fields = ("backend", "algorithm", "is_fused", "received_bytes", "backend_obstacles", "algorithm_obstacles")
     routes: dict[str, Any] = {}
     for name, group in groups.items():
-        routes[name] = _unavailable(name, options, device) or _described(explain(q, k, k, mask=mask, group=group))
+        routes[name] = _unavailable(name, options, device)
+        if routes[name] is None:
+            route = explain(q, k, k, mask=mask, group=group)
+            routes[name] = {field: getattr(route, field) for field in fields}
     sizes: dict[str, Any] = {"rows": options.batch * options.tokens * options.heads, "head_dim": options.head_dim}
-    received = {
-        name: f"{received_bytes(name, **sizes, world_size=ranks, node_sizes=nodes) / 1e3:.1f} kB per rank and layer"
-        for name in ALGORITHMS
-    }
+    sizes |= {"world_size": ranks, "node_sizes": nodes}
+    received = {name: f"{received_bytes(name, **sizes) / 1e3:.1f} kB per rank and layer" for name in ALGORITHMS}
     obstacles = routes["process group"]["backend_obstacles"]
     backends = {name: obstacles.get(name, "available") for name in BACKENDS}
     step = (
         f"B {options.batch}, T {options.tokens}, {options.heads} / {options.kv_heads} heads x {options.head_dim}, "
         f"{options.keys} keys per rank, {options.dtype}, {ranks} ranks" + (", masked" if options.masked else "")
     )
-    about = {"versions": _versions(), "devices": _devices(), "links": _links(), "shape": {"step": step}}
+    versions = {"python": platform.python_version()}
+    versions |= environment.package_versions("tree-attention", "torch", "transformers", "triton")
+    if torch.cuda.is_available():
+        versions |= {"cuda": str(torch.version.cuda), "nccl": environment.nccl_version()}
+    about = {"versions": versions, "devices": _devices(), "links": _links(), "shape": {"step": step}}
     return about | {"backends": backends, "algorithms": received, "routes": routes}
 
 
@@ -68,10 +74,9 @@ def _example(options: InfoOptions, device: str) -> tuple[Tensor, Tensor, Tensor 
         raise InputError(f"dtype must be a torch dtype such as bfloat16, got {options.dtype!r}")
     sizes = (options.nproc, options.batch, options.tokens, options.heads, options.kv_heads, options.head_dim)
     if min(sizes) < 1 or options.keys < 0 or options.heads % options.kv_heads:
-        raise InputError(
-            "nproc, batch, tokens, heads, kv-heads and head-dim must be at least 1, keys at least 0, heads a multiple "
-            f"of kv-heads, got {', '.join(map(str, sizes))} and {options.keys} keys"
-        )
+        needs = "nproc, batch, tokens, heads, kv-heads and head-dim must be at least 1, keys at least 0"
+        got = f"{', '.join(map(str, sizes))} and {options.keys} keys"
+        raise InputError(f"{needs}, heads a multiple of kv-heads, got {got}")
     one = torch.empty(1, dtype=dtype, device=device)
     q = one.expand(options.batch, options.tokens, options.heads, options.head_dim)
     k = one.expand(options.batch, options.keys, options.kv_heads, options.head_dim)
@@ -80,7 +85,6 @@ def _example(options: InfoOptions, device: str) -> tuple[Tensor, Tensor, Tensor 
 
 
 def _unavailable(group: str, options: InfoOptions, device: str) -> str | None:
-    """Why this machine cannot make such a link, or None."""
     obstacle = None
     if group == "SharedMemoryLink" and device == "cuda":
         obstacle = "links CPU ranks, and this machine has CUDA devices"
@@ -91,26 +95,12 @@ def _unavailable(group: str, options: InfoOptions, device: str) -> str | None:
     return obstacle and f"unavailable: {obstacle}"
 
 
-def _described(route: Route) -> dict[str, Any]:
-    """The fields of a route that JSON can hold."""
-    names = ("backend", "algorithm", "is_fused", "received_bytes", "backend_obstacles", "algorithm_obstacles")
-    return {name: getattr(route, name) for name in names}
-
-
 def _route_text(group: str, route: dict[str, Any]) -> str:
     launches = "one launch" if route["is_fused"] else "exchange after the backend"
     kilobytes = route["received_bytes"] / 1e3
     text = f"{route['backend']}, {route['algorithm']}: {launches}, {kilobytes:.1f} kB per rank and layer"
     obstacle = route["algorithm_obstacles"].get("fused") if group == "SymmetricLink" else None
     return text if obstacle is None else f"{text}\nnot fused: {obstacle}"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    found |= environment.package_versions("tree-attention", "torch", "transformers", "triton")
-    if torch.cuda.is_available():
-        found |= {"cuda": str(torch.version.cuda), "nccl": environment.nccl_version()}
-    return found
 
 
 def _devices() -> dict[str, str]:
@@ -122,7 +112,6 @@ def _devices() -> dict[str, str]:
 
 
 def _links() -> dict[str, str]:
-    """The available process-group backends, and peer access for each pair of GPUs."""
     backends = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(), "mpi": dist.is_mpi_available()}
     found = {"process groups": ", ".join(name for name, is_available in backends.items() if is_available)}
     for (a, b), has_access in environment.peer_access(torch.cuda.device_count()).items():

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from ..errors import InputError, TreeAttentionError
 from .terminal import RankDied, exit_rank, under_torchrun
 
+MODELS = f"{__package__}.models"  # what the ranks of `generate` and `chat` preload
 GRACE_S = 2.0  # from a rank's death until the others are killed
 PEER_TIMEOUT = timedelta(minutes=10)  # for a slow peer; the process that started the ranks notices a dead one
 
@@ -26,30 +27,31 @@ def run_on_ranks(
     nproc: int | None,
     device: str,
     *args: Any,
-    preload: Sequence[str] = (),
+    preload: str = __name__,
     on_start: Callable[[], None] = lambda: None,
 ) -> int:
     """Call `function(*args, device)` on `nproc` ranks of one process group. Under torchrun, be one of its ranks.
 
     `function` must be importable by name; it returns an exit code, None for 0. Returns the code of the first rank that
-    ended with one, else 0. On CPUs the ranks are forks of this process, which first loads the modules in `preload`:
-    transformers takes seconds. A fork does not copy threads, so start them in `on_start`. Raises InputError for an
+    ended with one, else 0. On CPUs the ranks are forks of this process, which first loads the module `preload`, since
+    transformers takes seconds. A fork does not copy threads: start them in `on_start`. Raises InputError for an
     impossible `nproc` or `device`, RankDied if an unexpected error or a signal ended a rank; the others are terminated.
     """
-    size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else (1 if nproc is None else nproc)
-    if size < 1:
-        raise InputError(f"nproc must be at least 1, got {size}")
     if under_torchrun():
+        size = int(os.environ["WORLD_SIZE"])
         if nproc not in (None, size):
             raise InputError(f"nproc must be torchrun's {size} or left out, got {nproc}")
         local_device = _device(device, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
         return _run_rank(int(os.environ["RANK"]), size, None, local_device, function, args)
+    size = 1 if nproc is None else nproc
+    if size < 1:
+        raise InputError(f"nproc must be at least 1, got {size}")
     devices = [_device(device, rank, size) for rank in range(size)]
     with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
         arguments = (size, f"file://{folder}/rendezvous", devices, function, args)
         method = "spawn" if any(each.type == "cuda" for each in devices) else "fork"  # CUDA does not survive a fork
-        for module in preload if method == "fork" else ():
-            import_module(module)
+        if method == "fork":
+            import_module(preload)
         context: Any = start_processes(_start, arguments, nprocs=size, join=False, start_method=method)
         try:
             on_start()
@@ -64,7 +66,6 @@ def run_on_ranks(
 
 
 def _device(device: str, local_rank: int, local_size: int) -> torch.device:
-    """Return the device of a rank."""
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
@@ -74,7 +75,6 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
 
 
 def _start(rank: int, size: int, rendezvous: str, devices: list[torch.device], function: Any, args: tuple) -> None:
-    """Run one rank in a new process, and exit with its code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C end at once, without a traceback
     try:
         code = _run_rank(rank, size, rendezvous, devices[rank], function, args)
@@ -87,15 +87,12 @@ def _start(rank: int, size: int, rendezvous: str, devices: list[torch.device], f
 
 
 def _run_rank(rank: int, size: int, rendezvous: str | None, device: torch.device, function: Any, args: tuple) -> int:
-    """Call the function within the process group. Returns its exit code."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif size > 1:
         torch.set_num_threads(max((os.cpu_count() or 1) // size, 1))
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(
-        backend, init_method=rendezvous, rank=rank, world_size=size, timeout=PEER_TIMEOUT, device_id=device_id
-    )
+    dist.init_process_group(backend, rendezvous, PEER_TIMEOUT, world_size=size, rank=rank, device_id=device_id)
     try:
         return function(*args, device) or 0
     finally:

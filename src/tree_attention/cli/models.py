@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import InputError, TreeAttentionError
@@ -34,7 +34,13 @@ def load_model(model: str, dtype: str, device: torch.device, *, random: bool = F
     try:
         config: Any = AutoConfig.from_pretrained(model)
         if tensor_parallel != 1:
-            mesh = _mesh(config, tensor_parallel, device)
+            check_tensor_parallel(config, tensor_parallel)
+            ranks = dist.get_world_size()
+            if ranks % tensor_parallel:
+                got = f"got {ranks} and {tensor_parallel}: start a multiple of {tensor_parallel} ranks"
+                raise InputError(f"nproc must be a multiple of tensor-parallel, {got}")
+            shape = (ranks // tensor_parallel, tensor_parallel)
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
             return load_tensor_parallel(config if random else model, mesh, **model_kwargs)
         if random:
             torch.manual_seed(0)
@@ -48,16 +54,6 @@ def load_model(model: str, dtype: str, device: torch.device, *, random: bool = F
     return loaded.to(device).eval()
 
 
-def _mesh(config: Any, tensor_parallel: int, device: torch.device) -> DeviceMesh:
-    """Return a mesh of all ranks: the sequence axis, then the tensor axis."""
-    check_tensor_parallel(config, tensor_parallel)
-    ranks = dist.get_world_size()
-    if ranks % tensor_parallel:
-        got = f"got {ranks} and {tensor_parallel}: start a multiple of {tensor_parallel} ranks"
-        raise InputError(f"nproc must be a multiple of tensor-parallel, {got}")
-    return init_device_mesh(device.type, (ranks // tensor_parallel, tensor_parallel), mesh_dim_names=AXES)
-
-
 def check_step_mode(compiled: bool, device: torch.device) -> str:
     """Return the `step` argument of TreeCache. Raises InputError for --compile on a CPU."""
     if compiled and device.type != "cuda":
@@ -66,8 +62,6 @@ def check_step_mode(compiled: bool, device: torch.device) -> str:
 
 
 class Prompt(NamedTuple):
-    """What a session reads and is asked."""
-
     tokenizer: Any
     template: ChatTemplate
     text: Tensor  # token ids [n]
@@ -81,10 +75,8 @@ def text_prompt(options: GenerateOptions, document: str) -> Prompt:
     has_template = tokenizer.chat_template is not None and not options.plain
     template = ChatTemplate.from_tokenizer(tokenizer) if has_template else ChatTemplate.plain(tokenizer)
     text, question = (document, options.prompt) if document else (options.prompt, "")
-    ids, before, after = (
-        tokenizer(piece, add_special_tokens=False).input_ids
-        for piece in (text, template.opening, template.question(question, started=True, in_question=True))
-    )
+    pieces = (text, template.opening, template.question(question, started=True, in_question=True))
+    ids, before, after = (tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces)
     others, limit = len(before) + len(after), options.max_prompt_tokens
     least = others + (1 if document else len(ids))
     if limit is not None and limit < least:
@@ -120,8 +112,7 @@ def check_positions(options: DecodingOptions, config: Any, tokens: int, new_toke
     if not options.extrapolate and positions is not None and tokens + new_tokens > positions:
         raise InputError(
             f"the model has {positions} positions, and {tokens} prompt tokens with {new_tokens} new ones do not fit: "
-            "give it less text (generate truncates it with --max-prompt-tokens), or --extrapolate to go beyond its "
-            "training"
+            "give it less text (generate truncates it with --max-prompt-tokens), or --extrapolate beyond its training"
         )
 
 

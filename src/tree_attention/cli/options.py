@@ -1,7 +1,8 @@
-"""The options of every command, each written once: one frozen dataclass per command, whose fields are the flags.
+"""The options of every command, each written once, and their checks that need no model.
 
-The docstring of a class is the help of its command. A field is annotated with its type, the names of its flag if they
-differ from the field's, and the help. Nothing here imports torch or transformers: `--help` must be fast.
+The fields of a frozen dataclass are the flags of a command, its docstring is the help. A field is annotated with its
+type, the names of its flag if they differ from the field's, and the help. Nothing here imports torch or transformers:
+`--help` must be fast.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,8 @@ from typing import Annotated
 from ..errors import InputError
 
 ModelName = Annotated[str, "Folder of a Hugging Face model, or its name on the hub."]
-Config = Annotated[Path, "A model's config.json. The weights are drawn at random."]
 Device = Annotated[str, "cpu, cuda or auto. auto: cuda if each rank gets a GPU, else cpu."]
-Ranks = Annotated[int, "Number of ranks to start."]
-TensorParallel = Annotated[
-    int, "Ranks that split the weights and heads. The sequence is sharded over NPROC / TENSOR_PARALLEL ranks."
-]
+TensorParallel = Annotated[int, "Ranks that split weights and heads. NPROC / TENSOR_PARALLEL ranks shard the sequence."]
 Output = Annotated[Path | None, "Append the records to this file, one JSON document per line."]
 Json = Annotated[bool, "--json", "Print one JSON document as the last line of stdout."]
 
@@ -32,15 +29,9 @@ class DecodingOptions:
     device: Device = "auto"
     tensor_parallel: TensorParallel = 1
     block_tokens: Annotated[int, "Number of consecutive tokens stored on the same rank."] = 16
-    chunk_tokens: Annotated[
-        int | None, "Prompt tokens per forward pass, over all ranks. Default: chosen for the device."
-    ] = None
-    compiled: Annotated[
-        bool, "--compile", "GPUs only: torch.compile the decode step. Costs a minute at the first token, then faster."
-    ] = False
-    extrapolate: Annotated[bool, "Go beyond the positions the model was trained on. The output may be nonsense."] = (
-        False
-    )
+    chunk_tokens: Annotated[int | None, "Prompt tokens per forward pass, over all ranks. Default: by device."] = None
+    compiled: Annotated[bool, "--compile", "GPUs only: torch.compile the step. A minute at first, then faster."] = False
+    extrapolate: Annotated[bool, "Go beyond the positions the model was trained on. Output may be nonsense."] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +46,11 @@ class GenerateOptions(DecodingOptions):
     prompt: Annotated[str, "The question, or the text to continue."] = ""
     file: Annotated[Path | None, "A UTF-8 document to put before the prompt."] = None
     max_new_tokens: Annotated[int, "Maximum number of tokens to generate."] = 128
-    max_prompt_tokens: Annotated[
-        int | None, "Truncate the end of the document so that the prompt has at most this many tokens."
-    ] = None
+    max_prompt_tokens: Annotated[int | None, "Maximum number of prompt tokens: the document is truncated."] = None
     plain: Annotated[bool, "Pass the text to the model as it is, without the chat template."] = False
     temperature: Annotated[float, "Sampling temperature. Requires --sample."] = 1.0
     random_weights: Annotated[bool, "Time a model without its weights: random weights and random tokens."] = False
-    config: Annotated[
-        Path | None, "config.json of the model to time with --random-weights. --max-prompt-tokens sets its prompt."
-    ] = None
+    config: Annotated[Path | None, "config.json for --random-weights; --max-prompt-tokens sets the prompt."] = None
     verify: Annotated[bool, "Repeat the run on one process and report whether the tokens are identical."] = False
     as_json: Json = False
 
@@ -76,11 +63,9 @@ class ChatOptions(DecodingOptions):
     file: Annotated[Path | None, "A UTF-8 document to ask about."] = None
     load: Annotated[Path | None, "Folder of a saved session to continue."] = None
     save: Annotated[Path | None, "Folder to save the session in, after the document is read and at the end."] = None
-    max_tokens: Annotated[
-        int | None,
-        "Capacity of the cache in tokens, over all ranks. "
-        "Default: on GPUs 8192 more than the document has, on the CPU unlimited.",
-    ] = None
+    max_tokens: Annotated[int | None, "Capacity over all ranks. Default: document + 8192 on GPUs, else unlimited."] = (
+        None
+    )
     max_new_tokens: Annotated[int, "Maximum number of tokens per answer."] = 512
 
 
@@ -106,16 +91,12 @@ class BenchDecodeOptions:
     nproc: Annotated[int, "Number of ranks, one GPU each."] = 2
     keys: Annotated[str, "Keys per rank, separated by commas."] = "16384,65536,262144,1048576"
     batch: Annotated[str, "Batch sizes, separated by commas."] = "1"
-    pairs: Annotated[
-        bool, "Pair the lists: the first batch size with the first KEYS, and so on. Default: all pairs."
-    ] = False
+    pairs: Annotated[bool, "Pair the lists: first batch size with first KEYS, and so on. Default: all pairs."] = False
     heads: Annotated[int, "Query heads."] = 32
     kv_heads: Annotated[int, "KV heads."] = 8
     head_dim: Annotated[int, "Head dimension of queries, keys and values."] = 128
     layout: Annotated[str, "Memory layout of K and V: NHD (tokens first) or HND (heads first)."] = "HND"
-    ragged: Annotated[bool, "Draw each sequence's length between 1 and KEYS. Runs without peers: none supports it."] = (
-        False
-    )
+    ragged: Annotated[bool, "Draw each sequence's length from 1 to KEYS. Without peers: none supports it."] = False
     peers: Annotated[str, "Peers to compare with: all, none, or names separated by commas."] = "all"
     rounds: Annotated[int, "Rounds per contestant."] = 15
     eager: Annotated[bool, "Also time the steps launched one by one, without a CUDA graph."] = True
@@ -123,35 +104,32 @@ class BenchDecodeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchStepsOptions:
-    """Time the decode step of a whole model as `generate` runs it, on caches filled with random numbers."""
+class BenchModelOptions:
+    """Options shared by `bench steps` and `bench prefill`."""
 
-    config: Config
-    nproc: Ranks = 2
-    contexts: Annotated[str, "Context lengths in tokens, separated by commas."] = "1024,131072,524288"
-    variants: Annotated[
-        str, "--variants", "--ways", "all, or names separated by commas. An unknown name lists the known ones."
-    ] = "all"
-    tokens: Annotated[int, "Tokens to time, after a warm-up."] = 32
-    tensor_parallel: TensorParallel = 1
+    config: Annotated[Path, "A model's config.json. The weights are drawn at random."]
+    variants: Annotated[str, "--variants", "--ways", "all, or names: an unknown name lists the known ones."] = "all"
+    nproc: Annotated[int, "Number of ranks to start."] = 2
     device: Device = "auto"
     output: Output = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchPrefillOptions:
-    """Time the prefill of a long prompt through a whole model, and measure its memory."""
+class BenchStepsOptions(BenchModelOptions):
+    """Time the decode step of a whole model as `generate` runs it, on caches filled with random numbers."""
 
-    config: Config
-    nproc: Ranks = 2
+    contexts: Annotated[str, "Context lengths in tokens, separated by commas."] = "1024,131072,524288"
+    tokens: Annotated[int, "Tokens to time, after a warm-up."] = 32
+    tensor_parallel: TensorParallel = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPrefillOptions(BenchModelOptions):
+    """Time a whole model's prefill of a long prompt, ours or stock (sdpa on the first rank only), and its memory."""
+
     contexts: Annotated[str, "Prompt lengths in tokens, separated by commas."] = "32768,131072"
-    variants: Annotated[
-        str, "--variants", "--ways", "all, ours or stock. stock: transformers with sdpa on the first rank only."
-    ] = "all"
     chunk_tokens: Annotated[int, "Prompt tokens per forward pass of ours, over all ranks."] = 32768
     rounds: Annotated[int, "Rounds. The first, which compiles kernels, is reported separately."] = 3
-    device: Device = "auto"
-    output: Output = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,3 +183,42 @@ def parse_numbers(name: str, text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise InputError(f"{name} must be integers separated by commas, got {text!r}") from None
+
+
+def check_options(options: GenerateOptions | ChatOptions) -> None:
+    """Raise InputError for a model folder, a dtype or a number of tokens that cannot be right."""
+    if options.model is not None:
+        check_model_folder(options.model)
+    if options.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"dtype must be auto, float32, bfloat16 or float16, got {options.dtype!r}")
+    for name, value in vars(options).items():
+        if name.endswith("_tokens") and value is not None and value < 1:
+            raise InputError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def check_model_folder(model: str) -> None:
+    """Raise InputError unless `model` is a folder with a model and a tokenizer, or could be a name on the hub."""
+    folder = Path(model)
+    if not folder.exists():
+        if model.count("/") != 1 or model.startswith((".", "/", "~")):
+            raise InputError(f"model must be a folder or a name on the hub (owner/name), and {model!r} does not exist")
+        return
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model folder {model} must hold a config.json: is it a transformers model?")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise InputError(f"model folder {model} has no tokenizer (tokenizer.json): save it there with save_pretrained")
+
+
+def read_document(file: Path | None) -> str:
+    """Return the text of the file; "" without a file."""
+    if file is None:
+        return ""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"file {file} must be UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise InputError(f"file {file} cannot be read: {error.strerror}") from None
+    if not text.strip():
+        raise InputError(f"file {file} must hold text, and is empty")
+    return text

@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..cost.calibration import load_calibration
-from ..cost.machine import MACHINES, Machine, override, preset_machine
+from ..cost.machine import MACHINES, Machine, load_calibration, override, preset_machine
 from ..cost.model import ModelSpec, load_model_spec
 from ..cost.plan import MeshPlan, make_plan, over_contexts
 from ..errors import InputError, Unavailable
@@ -53,7 +52,6 @@ def parse_tokens(text: str) -> int:
 
 
 def _machine(options: PlanOptions) -> tuple[Machine, str]:
-    """Return the preset or the calibrated machine, and a note about it."""
     if (options.gpu is None) == (options.machine is None):
         raise ValueError(f"name one of --gpu ({', '.join(MACHINES)}) and --machine FILE")
     how: Any = {"per_node": options.per_node, "inside": options.inside, "across": options.across}
@@ -98,7 +96,6 @@ def _print(made: MeshPlan, title: str) -> None:
 
 
 def _plot(rows: list[tuple[int, float | None, float | None]], title: str, out: Path) -> None:
-    """Plot the time per token over the context, with tensor parallelism only and with the sequence sharded."""
     import matplotlib as mpl
 
     mpl.use("Agg")

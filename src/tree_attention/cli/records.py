@@ -14,11 +14,12 @@ Record = dict[str, Any]
 
 
 def publish(
-    batches: Iterable[list[Record]], show: Callable[[list[Record]], None], environment: Record, output: Path | None
+    batches: Iterable[list[Record]], show: Callable[[Any], None], about: Record, output: Path | None, key: str = ""
 ) -> list[Record]:
     """Show each batch and append it to `output` as soon as it is measured; return all records.
 
-    Every rank calls this, since measuring takes all of them. Only the first rank shows and writes.
+    The last line of stdout is one JSON document: the records with `about`, or with `about` under `key` if given. Every
+    rank calls this, since measuring takes all of them. Only the first rank shows and writes.
     """
     records, is_first = [], dist.get_rank() == 0
     for batch in batches:
@@ -28,15 +29,11 @@ def publish(
             sys.stdout.flush()
         if is_first and output is not None:
             with output.open("a") as file:
-                file.writelines(json.dumps(environment | record) + "\n" for record in batch)
-    return records
-
-
-def print_document(document: Record) -> None:
-    """Print the document as the last line of stdout, on the first rank only."""
-    if dist.get_rank() == 0:
-        sys.stdout.write(json.dumps(document) + "\n")
+                file.writelines(json.dumps(about | record) + "\n" for record in batch)
+    if is_first:
+        sys.stdout.write(json.dumps(({key: about} if key else about) | {"records": records}) + "\n")
         sys.stdout.flush()
+    return records
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:

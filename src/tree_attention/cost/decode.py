@@ -211,7 +211,5 @@ def _check(shape: AttentionShape, machine: Machine, group: RankGroup, algorithm:
     if algorithm in ("symmetric", "fused", "two_level") and group.inside > 1 and not machine.inside.peer_access:
         raise ValueError(f"{algorithm} needs peer access, which {machine.inside.name} lacks: use all_gather or tree")
     if algorithm in ("symmetric", "fused") and group.nodes > 1:
-        raise ValueError(
-            f"{algorithm} writes into peer memory and needs all ranks on one node, got {group.size} ranks on "
-            f"{group.nodes} nodes: use two_level, all_gather or tree"
-        )
+        got = f"{group.size} ranks on {group.nodes} nodes: use two_level, all_gather or tree"
+        raise ValueError(f"{algorithm} writes into peer memory and needs all ranks on one node, got {got}")

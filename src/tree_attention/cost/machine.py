@@ -1,10 +1,16 @@
-"""The constants of a machine that the time of a decode step depends on, with the source of each."""
+"""The constants of a machine that the time of a decode step depends on: presets with their sources, or measured ones.
 
+`tree-attention calibrate` writes a file of measured constants, and `plan --machine` reads it.
+"""
+
+import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
-Preset = TypeVar("Preset")
+Spec = TypeVar("Spec")
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,15 @@ class Machine:
     per_node: int
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Measured constants. hardware: the machine they were measured on. date: ISO 8601."""
+
+    machine: Machine
+    hardware: str
+    date: str
+
+
 def preset_machine(name: str, **changes: Any) -> Machine:
     """Return the preset machine `name` with the changes that `override` takes. Raises ValueError if it is unknown."""
     return override(_preset(MACHINES, name, "GPU"), **changes)
@@ -72,7 +87,7 @@ def override(
     return replace(machine, per_node=machine.per_node if per_node is None else per_node, **changes)
 
 
-def _preset(presets: Mapping[str, Preset], name: str, kind: str) -> Preset:
+def _preset(presets: Mapping[str, Spec], name: str, kind: str) -> Spec:
     key = name.lower().replace(" ", "-")
     if key not in presets:
         raise ValueError(f"{kind} must be one of {', '.join(presets)}, got {name!r}")
@@ -126,14 +141,60 @@ LINKS = {link.name: link for link in (
         "one adapter per GPU: 12.5 GB/s x 0.9 assumed; latency, collective: over TCP, assumed"),
 )}  # fmt: skip
 
-MACHINES = {
-    name: Machine(name, GPUS[name], LINKS[inside], LINKS[across], per_node)
-    for name, inside, across, per_node in (
-        ("h100", "nvlink4", "infiniband-400g", 8),
-        ("h200", "nvlink4", "infiniband-400g", 8),
-        ("b200", "nvlink5", "infiniband-400g", 8),
-        ("mi300x", "infinity-fabric", "infiniband-400g", 8),
-        ("a100", "nvlink3", "infiniband-200g", 8),
-        ("rtx4090", "pcie4", "ethernet-100g", 2),
-    )
-}
+INSIDE = {"h100": "nvlink4", "h200": "nvlink4", "b200": "nvlink5", "mi300x": "infinity-fabric"}
+MACHINES = {name: Machine(name, GPUS[name], LINKS[link], LINKS["infiniband-400g"], 8) for name, link in INSIDE.items()}
+MACHINES["a100"] = Machine("a100", GPUS["a100"], LINKS["nvlink3"], LINKS["infiniband-200g"], 8)
+MACHINES["rtx4090"] = Machine("rtx4090", GPUS["rtx4090"], LINKS["pcie4"], LINKS["ethernet-100g"], 2)
+
+
+def save_calibration(calibration: Calibration, file: Path) -> None:
+    """Write `calibration` to `file` as JSON."""
+    file.write_text(json.dumps(asdict(calibration), indent=2) + "\n", encoding="utf-8")
+
+
+def load_calibration(file: Path) -> Calibration:
+    """Read a file that `save_calibration` wrote.
+
+    Raises ValueError if the file cannot be read, a field is missing or unknown, or a number is not positive.
+    """
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"machine {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"machine {file} must be a JSON document: {error}") from None
+    try:
+        about = _fields(Calibration, document)
+        parts = _fields(Machine, about["machine"])
+        per_node = parts["per_node"]
+        if not isinstance(per_node, int) or per_node < 1:
+            raise ValueError(f"per_node must be at least 1, got {per_node!r}")
+        inside, across = (_part(LinkSpec, parts[name]) for name in ("inside", "across"))
+        machine = Machine(str(parts["name"]), _part(GpuSpec, parts["gpu"]), inside, across, per_node)
+    except ValueError as error:
+        raise ValueError(
+            f"machine {file} is not a calibration: {error}. Create one with: tree-attention calibrate"
+        ) from None
+    return Calibration(machine, str(about["hardware"]), str(about["date"]))
+
+
+def _part(kind: type[Spec], document: Any) -> Spec:
+    """Return a GpuSpec or LinkSpec after checking that its numbers are positive."""
+    parts = _fields(kind, document)
+    for name, value in parts.items():
+        if name == "peer_access":
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}")
+        elif name not in ("name", "source"):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value <= 0:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return kind(**parts)
+
+
+def _fields(kind: type, document: Any) -> dict[str, Any]:
+    wanted = [field.name for field in fields(kind)]
+    if not isinstance(document, dict) or sorted(document) != sorted(wanted):
+        there = sorted(document) if isinstance(document, dict) else type(document).__name__
+        raise ValueError(f"{kind.__name__} must have {', '.join(wanted)}, got {there}")
+    return document

@@ -70,10 +70,8 @@ def estimate_mesh(
     workspace_bytes = RESERVED_BYTES + _activation_bytes(model, context, batch, tensor, sequence)
     if algorithm == "fused":
         workspace_bytes += 2 * sequence * shape.rows * shape.value_dim * 17 / 16 * 8 + 33.6e6  # SymmetricLink
-    tokens = sum(
-        math.ceil(held / sequence) if window is None else held
-        for held, window in zip(model.held_tokens(context), model.windows, strict=True)
-    )
+    held_by_layer = zip(model.held_tokens(context), model.windows, strict=True)
+    tokens = sum(math.ceil(held / sequence) if window is None else held for held, window in held_by_layer)
     sizes = (model.weights_bytes / tensor, batch * tokens * _key_bytes(model, tensor), workspace_bytes)
     fits = sum(sizes) <= machine.gpu.memory_bytes
     parts_s = _parts_s(model, machine, context, batch, tensor, group, algorithm)

@@ -97,9 +97,8 @@ def load_model_spec(name: str) -> ModelSpec:
     elif file.is_dir():
         file /= "config.json"
     if not file.is_file():
-        raise ValueError(
-            f"model must be one of {', '.join(preset_names())}, a config.json or a folder that holds one, got {name!r}"
-        )
+        known = ", ".join(preset_names())
+        raise ValueError(f"model must be one of {known}, a config.json or a folder that holds one, got {name!r}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -41,14 +41,11 @@ def make_plan(model: ModelSpec, machine: Machine, *, context: int, batch: int, g
     """
     if min(context, batch, gpus) < 1:
         raise ValueError(f"context, batch and gpus must be at least 1, got {context}, {batch} and {gpus}")
-    if gpus > machine.per_node and gpus % machine.per_node:
-        raise ValueError(
-            f"gpus must fit one node of {machine.per_node} or fill whole nodes, got {gpus}: see --per-node"
-        )
-    meshes = [
-        replace(mesh, first_token_s=estimate_first_token_s(model, machine, context, batch, mesh))
-        for mesh in _estimates(model, machine, context, batch, gpus)
-    ]
+    per_node = machine.per_node
+    if gpus > per_node and gpus % per_node:
+        raise ValueError(f"gpus must fit one node of {per_node} or fill whole nodes, got {gpus}: see --per-node")
+    work = (model, machine, context, batch)
+    meshes = [replace(mesh, first_token_s=estimate_first_token_s(*work, mesh)) for mesh in _estimates(*work, gpus)]
     fewest, pays_from = _smallest(_choices(meshes)), _pays_from(model, machine, batch, gpus)
     notes = list(model.notes)
     if any(mesh.tensor > model.kv_heads for mesh in meshes):

@@ -22,8 +22,6 @@ __all__ = ["BACKENDS", "AttentionCall", "KeySelection", "attend", "check_call", 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of `attend`."""
-
     attend: Callable[[AttentionCall], Partial]
     obstacle: Callable[[AttentionCall], str | None]  # why it cannot run a call, or None
     reads_pages: bool = False  # takes lengths and page tables itself, instead of keys and values in order

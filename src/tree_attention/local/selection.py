@@ -159,10 +159,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, *, paged: bool) -> None:
 def _check_page_table(page_table: Tensor, q: Tensor, local_seqlens: Tensor | None) -> None:
     shape_fits = page_table.ndim == 2 and page_table.shape[0] == q.shape[0]
     if not shape_fits or page_table.dtype not in INTEGERS or page_table.device != q.device:
-        raise InputError(
-            f"page_table must be int32 or int64 [{q.shape[0]}, max_pages] on {q.device}, "
-            f"got {page_table.dtype} {list(page_table.shape)} on {page_table.device}"
-        )
+        got = f"{page_table.dtype} {list(page_table.shape)} on {page_table.device}"
+        raise InputError(f"page_table must be int32 or int64 [{q.shape[0]}, max_pages] on {q.device}, got {got}")
     if local_seqlens is None:
         raise InputError("page_table needs local_seqlens: how many keys of each row there are")
 

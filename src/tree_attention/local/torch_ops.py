@@ -44,16 +44,14 @@ def cpu_flash_obstacle(call: AttentionCall) -> str | None:
 
 def cuda_flash(call: AttentionCall) -> Partial:
     """`aten._scaled_dot_product_flash_attention` (FlashAttention-2, split-KV for few queries)."""
-    heads = _heads_first(call.q, call.k, call.v)
-    how = {"is_causal": call.selection.causal, "scale": call.scale}
+    heads, how = _heads_first(call.q, call.k, call.v), {"is_causal": call.selection.causal, "scale": call.scale}
     out, lse, *_ = aten._scaled_dot_product_flash_attention(*heads, **how)
     return _partial(out, lse, None)
 
 
 def cudnn(call: AttentionCall) -> Partial:
     """`aten._scaled_dot_product_cudnn_attention`: the fastest of PyTorch's operators on Hopper (docs/log.md)."""
-    heads = _heads_first(call.q, call.k, call.v)
-    how = {"is_causal": call.selection.causal, "scale": call.scale}
+    heads, how = _heads_first(call.q, call.k, call.v), {"is_causal": call.selection.causal, "scale": call.scale}
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*heads, None, True, **how)
     return _partial(out, lse.reshape(out.shape[:-1]), None)
 

@@ -80,7 +80,9 @@ def plan_launch(
     G, groups = H // H_kv, B * H_kv
     M, D_PAD, DV_PAD = T * G, max(_power_of_2(D), 16), max(_power_of_2(DV), 16)
     BM, widest = max(_power_of_2(M), 16), max(D_PAD, DV_PAD)
-    BN, stages = _tile(BM, widest, paged=selection.page_table is not None, large=_has_large_shared_memory(q.device))
+    has_gpu = q.device.type == "cuda" and torch.cuda.is_available()  # else interpreted, or compiled for another machine
+    large = not has_gpu or torch.cuda.get_device_capability(q.device) in LARGE_SHARED_MEMORY
+    BN, stages = _tile(BM, widest, paged=selection.page_table is not None, large=large)
     keys = key_count(k, selection.page_table)
     warps = 4 if groups * _ceil(keys, BN) <= 16 * programs else 8
     parts = min(_power_of_2(max(programs // groups, 2)), 64)
@@ -110,12 +112,6 @@ def _tile(BM: int, widest: int, *, paged: bool, large: bool) -> tuple[int, int]:
     else:
         BN, stages = (64, 3) if BM < 64 else (32, 2)
     return (BN if large else max(BN // 2, 16)), stages + 2 * paged  # the entry of a page is loaded before the page
-
-
-def _has_large_shared_memory(device: torch.device) -> bool:
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return True  # interpreted, or compiled for another machine
-    return torch.cuda.get_device_capability(device) in LARGE_SHARED_MEMORY
 
 
 def split_arguments(call: AttentionCall) -> tuple[tuple, tuple, tuple, tuple]:

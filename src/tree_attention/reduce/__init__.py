@@ -14,11 +14,10 @@ from torch.distributed import ProcessGroup
 from ..errors import InputError, Unsupported
 from ..group import Group
 from ..partial import Partial, PartialSpec, spec_of
-from .collectives import all_gather, all_reduce, reduce_scatter
+from .collectives import all_gather, all_reduce, recursive_doubling, reduce_scatter
 from .link import AssumedRanks, Link, Target, process_group_of, ranks_of
 from .shared_memory import SharedMemoryLink
 from .symmetric import SymmetricLink, link_obstacle
-from .tree import recursive_doubling
 from .two_level import TwoLevel, level_bytes
 
 __all__ = ["AssumedRanks", "SharedMemoryLink", "TwoLevel", "link_obstacle", "process_group_of", "tree_reduce"]
@@ -26,8 +25,6 @@ __all__ = ["AssumedRanks", "SharedMemoryLink", "TwoLevel", "link_obstacle", "pro
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One way to merge partials over ranks."""
-
     # (P, n = bytes of a packed partial, D_v) -> bytes that the busiest rank receives; None: see `level_bytes`
     received: Callable[[int, int, int], float] | None
     run: Callable[[Partial, ProcessGroup], Partial] | None = None  # None if it runs over a link

@@ -1,4 +1,4 @@
-"""Reductions by collectives: one packed exchange, or the paper's three all-reduces."""
+"""Reductions without a link: one packed exchange, the paper's three all-reduces, or recursive doubling in pairs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,6 +40,35 @@ def reduce_scatter(partial: Partial, group: ProcessGroup, dim: int = 2) -> Parti
     return merge(unpack(received))
 
 
+def recursive_doubling(partial: Partial, group: ProcessGroup) -> Partial:
+    """In round i each rank swaps its partial with the rank at distance 2^i, and both merge, in rank order.
+
+    So both partners hold the same bits, and after the last round all ranks do. If P is not a power of two, the ranks
+    past the largest power Q <= P first send their partial to rank - Q, sit out the rounds, and receive the result at
+    the end.
+    """
+    rank, size = group.rank(), group.size()
+    power = 1 << (size.bit_length() - 1)
+    mine = pack(partial).contiguous()
+    theirs = torch.empty_like(mine)
+    if rank >= power:
+        swap({rank - power: mine}, {}, group)
+        swap({}, {rank - power: theirs}, group)
+        return unpack(theirs)
+    if rank + power < size:
+        swap({}, {rank + power: theirs}, group)
+        mine = _merge_packed(mine, theirs)
+    distance = 1
+    while distance < power:
+        partner = rank ^ distance
+        swap({partner: mine}, {partner: theirs}, group)
+        mine = _merge_packed(mine, theirs) if rank < partner else _merge_packed(theirs, mine)
+        distance *= 2
+    if rank + power < size:
+        swap({rank + power: mine}, {}, group)
+    return unpack(mine)
+
+
 def gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """Gather `[...]` of each rank to `[P, ...]` on every rank, in rank order."""
     gathered, wait = start_gather(tensor, group)
@@ -74,3 +103,7 @@ def pack(partial: Partial) -> Tensor:
 def unpack(packed: Tensor) -> Partial:
     """Return the Partial packed as `[..., D_v + 1]`; views, no copy."""
     return Partial(packed[..., :-1], packed[..., -1])
+
+
+def _merge_packed(low: Tensor, high: Tensor) -> Tensor:
+    return pack(merge(unpack(torch.stack([low, high]))))

@@ -22,8 +22,7 @@ from .collectives import pack, unpack
 from .link import NodeLink
 
 CAPACITY_BYTES = 1 << 20
-SPIN_S, NAP_S, TIMEOUT_S = 0.02, 0.0002, 600.0
-SHORT_NAP_S = 0.00005  # in place of spinning, if ranks outnumber cores: a rank that spins delays the one it waits for
+SPIN_S, NAP_S, TIMEOUT_S = 0.002, 0.0001, 600.0
 
 
 class SharedMemoryLink(NodeLink):
@@ -47,8 +46,13 @@ class SharedMemoryLink(NodeLink):
         self.group, self.capacity_bytes = group, capacity_bytes
         self.rank, self.world_size = group.rank(), group.size()
         self._epoch = 0
-        self._may_spin = self.world_size <= (os.cpu_count() or 1)
-        name = broadcast_from_first(_new_file() if self.rank == 0 else "", group)
+        # A rank that spins keeps the one that it waits for from running, if ranks outnumber cores.
+        self._spin_s = SPIN_S if self.world_size <= (os.cpu_count() or 1) else 0.0
+        name, memory = "", Path("/dev/shm")
+        if self.rank == 0:
+            descriptor, name = tempfile.mkstemp(prefix="tree-attention-", dir=memory if memory.is_dir() else None)
+            os.close(descriptor)
+        name = broadcast_from_first(name, group)
         seen = gather_objects(Path(name).exists(), group)
         try:
             if not all(seen):
@@ -102,16 +106,7 @@ class SharedMemoryLink(NodeLink):
             if waited_s > TIMEOUT_S:
                 missing = np.flatnonzero(~arrived.all(1)).tolist()
                 raise TreeAttentionError(f"ranks {missing} did not arrive within {TIMEOUT_S:.0f} s")
-            if waited_s > SPIN_S:
+            if waited_s > self._spin_s:
                 time.sleep(NAP_S)
-            elif self._may_spin:
-                os.sched_yield()
             else:
-                time.sleep(SHORT_NAP_S)
-
-
-def _new_file() -> str:
-    memory = Path("/dev/shm")
-    descriptor, name = tempfile.mkstemp(prefix="tree-attention-", dir=memory if memory.is_dir() else None)
-    os.close(descriptor)
-    return name
+                os.sched_yield()

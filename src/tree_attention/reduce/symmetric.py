@@ -84,7 +84,7 @@ class SymmetricLink(NodeLink):
         self.rows, self.head_dim, self.timeout_s = rows, head_dim, timeout_s
         self.programs = _agree_on_programs(self.group, programs)
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self._state = self._allocate(is_alone=programs is None)
+        self.kernel_state = self._allocate(is_alone=programs is None)
         torch.cuda.synchronize()
         if self.group is not None:
             dist.barrier(self.group)  # all buffers are zero before a rank pushes
@@ -92,12 +92,8 @@ class SymmetricLink(NodeLink):
     @property
     def workspace_bytes(self) -> int:
         """Device memory of this link on this rank."""
-        state = self._state
+        state = self.kernel_state
         return sum(tensor.nbytes for tensor in (state.buffers[self.rank], state.epochs, state.parts))
-
-    def kernel_state(self) -> KernelState:
-        """Return the kernels' arguments. Internal: for the launchers of this package."""
-        return self._state
 
     def obstacle(self, spec: PartialSpec) -> str | None:
         if spec.dtype != torch.float32 or spec.device != self.device:
@@ -111,14 +107,14 @@ class SymmetricLink(NodeLink):
         self.check()
         if partial.out.numel() == 0:
             return Partial(*_merged(partial.out, self.world_size, scatter))
-        state = self._state
+        state = self.kernel_state
         return Partial(*_exchange(*partial, state.buffers, state.epochs, state.fault, state.numbers, scatter))
 
     def check(self) -> None:
         """Raise TreeAttentionError naming the ranks that did not arrive in time. No device synchronization."""
         if torch.compiler.is_compiling():
             return
-        absent = [rank for rank, flag in enumerate(self._state.fault.tolist()) if flag]
+        absent = [rank for rank, flag in enumerate(self.kernel_state.fault.tolist()) if flag]
         if absent:
             after = f"{self.timeout_s:g} s; CUDA has ended in this process: start it anew"
             raise TreeAttentionError(f"ranks {absent} did not arrive within {after}")
@@ -166,14 +162,16 @@ def _agree_on_programs(group: ProcessGroup | None, requested: int | None) -> int
     mine = (link_obstacle(), socket.gethostname(), device, str(getattr(properties, "uuid", device)), programs)
     ranks = gather_objects(mine, group)
     found = [f"rank {rank} {obstacle}" for rank, (obstacle, *_) in enumerate(ranks) if obstacle]
-    hosts, devices = {host for _, host, *_ in ranks}, [device for _, _, device, *_ in ranks]
+    hosts = {host for _, host, *_ in ranks}
+    devices: list[Any] = [device for _, _, device, *_ in ranks]
     uuids = {uuid for *_, uuid, _ in ranks}  # where each rank sees only its own device, every index is 0
     if not found and len(hosts) > 1:
         found = [f"its ranks are on several hosts: {', '.join(sorted(hosts))}"]
     elif not found and len(uuids) < len(devices):
         found = [f"two ranks share a device: {devices}"]
-    elif not found:
-        found = _without_peer_access(devices)
+    elif not found and max(devices) < torch.cuda.device_count():  # else only the rendezvous sees the other devices
+        pairs = [(a, b) for a in devices for b in devices if a < b and not torch.cuda.can_device_access_peer(a, b)]
+        found = [f"no peer access between devices {a} and {b}" for a, b in pairs]
     if found:
         raise Unavailable(f"a SymmetricLink is unavailable: {'; '.join(found)}")
     return min(programs for *_, programs in ranks)
@@ -189,14 +187,6 @@ def link_obstacle() -> str | None:
     if multicast != "1":
         return f"needs NVLink multicast off: {MULTICAST_OFF} is {multicast!r}, must be '1'"
     return None
-
-
-def _without_peer_access(devices: list[Any]) -> list[str]:
-    """Return the pairs of devices of one host without peer access, the same on every rank that sees all devices."""
-    if max(devices) >= torch.cuda.device_count():
-        return []  # this process sees its own device only; the rendezvous decides
-    pairs = [(a, b) for a in devices for b in devices if a < b and not torch.cuda.can_device_access_peer(a, b)]
-    return [f"no peer access between devices {a} and {b}" for a, b in pairs]
 
 
 @torch.library.custom_op("tree_attention::exchange", mutates_args=("epochs",))
@@ -228,7 +218,6 @@ def _(out: Tensor, lse: Tensor, buffers: list[Tensor], *others: Any) -> tuple[Te
 
 
 def _merged(out: Tensor, world_size: int, scatter: bool) -> tuple[Tensor, Tensor]:
-    """Allocate the merged out and lse."""
     B, T, H, DV = out.shape
     shape = (B, T, H // world_size if scatter else H, DV)
     return out.new_empty(shape), out.new_empty(shape[:-1])

@@ -7,17 +7,23 @@ The rows are split into slices, the last one padded, and the i-th rank of each n
 3. inside: every holder sends its slice to all ranks of the node
 """
 
+import socket
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
+from ..errors import InputError
 from ..group import Group, check_agreement, gather_objects, rank_and_size, resolve_group
 from ..partial import Partial, merge, spec_of
 from .collectives import pack, swap, unpack
 from .link import Link, NodeLink, rows_of
-from .topology import Nodes, check_links, found_nodes, given_nodes, own_seat
+
+Nodes = tuple[tuple[int, ...], ...]
 
 
 class TwoLevel(Link):
@@ -74,7 +80,8 @@ class TwoLevel(Link):
         rows, place, slices = partial.lse.numel(), self.place, self.slices
         if rows == 0 or self.group is None:
             return partial
-        pieces = _sliced(pack(partial), slices)
+        flat = pack(partial).flatten(0, 2)  # padded below with rows that are never read
+        pieces = pad(flat, (0, 0, 0, -rows % slices)).view(slices, -1, flat.shape[-1])
         link = self.link
         if link is not None and link.obstacle(spec_of(rows_of(pieces))) is not None:
             link = None
@@ -95,12 +102,6 @@ def level_bytes(*, rows: int, head_dim: int, node_sizes: Sequence[int], itemsize
     piece = -(-rows // slices) * (head_dim + 1) * itemsize
     largest = max(node_sizes)
     return (largest - 1 + slices - 1) * piece, (len(node_sizes) - 1) * piece
-
-
-def _sliced(packed: Tensor, slices: int) -> Tensor:
-    """`[B, T, H, D_v + 1]` -> `[slices, rows, D_v + 1]`, padded with rows that are never read."""
-    flat = packed.flatten(0, 2)
-    return pad(flat, (0, 0, 0, -len(flat) % slices)).view(slices, -1, packed.shape[-1])
 
 
 def _merge_slices(pieces: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
@@ -135,3 +136,66 @@ def _across(mine: Tensor, topology: TwoLevel, group: ProcessGroup) -> Tensor:
     parts[holders.index(group.rank())] = mine
     swap({holders[i]: mine for i in others}, {holders[i]: parts[i] for i in others}, group)
     return pack(merge(unpack(parts)))
+
+
+class Seat(NamedTuple):
+    rank: int  # global
+    host: str
+    device: str  # its GPU, "" if it has none
+    reach: tuple[str, ...] | None  # the GPUs whose memory its GPU can access; None if this process sees only one GPU
+    linked: tuple[int, ...] | None  # the global ranks of its link, None without a link
+
+
+def own_seat(link: Link | None) -> Seat:
+    """Return where this process runs."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    linked = None
+    if link is not None:
+        linked = (rank,) if link.group is None else tuple(dist.get_process_group_ranks(link.group))
+    device, reach = "", None
+    if torch.cuda.is_available():
+        names = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+        here = torch.cuda.current_device()
+        device = names[here]
+        if len(names) > 1:  # with one visible GPU, peer access is unknown
+            reach = tuple(n for i, n in enumerate(names) if i == here or torch.cuda.can_device_access_peer(here, i))
+    return Seat(rank, socket.gethostname(), device, reach, linked)
+
+
+def found_nodes(seats: Sequence[Seat]) -> Nodes:
+    """Group the ranks by node: a rank joins the first node whose first rank is on its host and in its GPU's reach."""
+    nodes: list[list[int]] = []
+    for rank, seat in enumerate(seats):
+        for node in nodes:
+            first = seats[node[0]]
+            if first.host == seat.host and (seat.reach is None or first.reach is None or first.device in seat.reach):
+                node.append(rank)
+                break
+        else:
+            nodes.append([rank])
+    return tuple(map(tuple, nodes))
+
+
+def given_nodes(nodes: int | Sequence[Sequence[int]], size: int) -> Nodes:
+    """Return the nodes that a caller specified, checked against the number of ranks."""
+    if isinstance(nodes, int):
+        if nodes < 1 or size % nodes:
+            raise InputError(f"nodes of {nodes} ranks need a number of ranks that divides by it, got {size}")
+        return tuple(tuple(range(first, first + nodes)) for first in range(0, size, nodes))
+    listed = sorted(rank for node in nodes for rank in node)
+    if listed != list(range(size)) or not all(nodes):
+        raise InputError(f"nodes must hold each of the ranks 0 to {size - 1} once, none may be empty, got {nodes}")
+    return tuple(sorted(tuple(sorted(node)) for node in nodes))
+
+
+def check_links(nodes: Nodes, seats: Sequence[Seat]) -> None:
+    """Raise InputError, on every rank, unless each link is over exactly the ranks of its node."""
+    for node in nodes:
+        ranks = tuple(seats[rank].rank for rank in node)
+        for rank in node:
+            linked = seats[rank].linked
+            if linked is not None and linked != ranks:
+                raise InputError(
+                    f"a link must be over the ranks of its node, got one over {list(linked)} on rank {rank} "
+                    f"of the node {list(ranks)}: make it over a group of those, or give nodes"
+                )
