@@ -40,8 +40,10 @@ def cases_of(options: BenchDecodeOptions) -> list[Case]:
     keys, batch = parse_numbers("keys", options.keys), parse_numbers("batch", options.batch)
     heads, kv_heads, head_dim = options.heads, options.kv_heads, options.head_dim
     if min(*keys, *batch, heads, kv_heads, head_dim) < 1 or heads % kv_heads:
-        needs = "keys, batch, heads, kv-heads and head-dim must be at least 1, heads a multiple of kv-heads"
-        raise InputError(f"{needs}, got {options.keys}, {options.batch}, {heads}, {kv_heads} and {head_dim}")
+        raise InputError(
+            "keys, batch, heads, kv-heads and head-dim must be at least 1, heads a multiple of kv-heads, "
+            f"got {options.keys}, {options.batch}, {heads}, {kv_heads} and {head_dim}"
+        )
     if options.layout not in ("NHD", "HND"):
         raise InputError(f"layout must be NHD or HND, got {options.layout!r}")
     if options.pairs and len(batch) != len(keys):

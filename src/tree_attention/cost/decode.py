@@ -211,5 +211,5 @@ def _check(shape: AttentionShape, machine: Machine, group: RankGroup, algorithm:
     if algorithm in ("symmetric", "fused", "two_level") and group.inside > 1 and not machine.inside.peer_access:
         raise ValueError(f"{algorithm} needs peer access, which {machine.inside.name} lacks: use all_gather or tree")
     if algorithm in ("symmetric", "fused") and group.nodes > 1:
-        got = f"{group.size} ranks on {group.nodes} nodes: use two_level, all_gather or tree"
-        raise ValueError(f"{algorithm} writes into peer memory and needs all ranks on one node, got {got}")
+        here = f"{group.size} ranks on {group.nodes} nodes"
+        raise ValueError(f"{algorithm} needs all ranks on one node, got {here}: use two_level, all_gather or tree")

@@ -29,9 +29,7 @@ class KeyLayer(DynamicLayer):
     def __init__(self, ranks: CacheRanks, exchange: CacheExchange, step_state: StepState, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.ranks, self.exchange, self.step_state = ranks, exchange, step_state
-        self.chunk: tuple[int, int] | None = (
-            None  # slots (start, stop) of which each rank is fed its own; set by TreeCache
-        )
+        self.chunk: tuple[int, int] | None = None  # slots (start, stop) of which each rank is fed its own
         self.length = self.last_update_tokens = 0  # in slots over all ranks
         self.reserved = 0  # slots over all ranks to allocate when the buffers next grow; set by `TreeCache.reserve`
 
