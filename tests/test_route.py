@@ -219,7 +219,7 @@ def test_a_fused_step_compiles_whole(monkeypatch):
     link.group, link.rank, link.world_size, link.rows, link.head_dim = None, 0, 1, 64, 64
     link.device = torch.device("cpu")
     packets, counters = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
-    link.kernel_state = KernelState([packets], counters, packets.clone(), counters.clone(), [4, 0, 3, 1, 10**9])
+    link._kernel_state = KernelState([packets], counters, packets.clone(), counters.clone(), [4, 0, 3, 1, 10**9])
     monkeypatch.setattr(fused_kernels, "fused_kernel", WritesOnes(10))
     q, k, v = peaked_inputs(S=20, H=4, H_kv=2, D=16, dtype=torch.float16)
     how = {"mask": torch.ones(1, 1, 1, 20) > 0, "sinks": torch.zeros(4), "softcap": 3.0}

@@ -13,7 +13,7 @@ from .reduce import SymmetricLink
 def fused_decode(call: AttentionCall, link: SymmetricLink, sinks: Tensor | None, *, scatter: bool) -> Tensor:
     """Run a resolved `tree_decode`: `[B, T, H, D_v]` in q's dtype, with scatter `[B, T, H / P, D_v]`."""
     q, k, v, selection, scale, softcap = call
-    state = link.kernel_state
+    state = link._kernel_state
     workspace, optional = [state.parts, state.fault], [*selection.tensors, sinks]
     how = (scale, softcap, selection.window, scatter)
     return _fused_decode(q, k, v, optional, state.buffers, state.epochs, workspace, state.numbers, *how)

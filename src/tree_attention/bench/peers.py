@@ -226,5 +226,5 @@ def _flashinfer_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 LOCAL_PEERS = {"cudnn": Peer(_cudnn_obstacle, _cudnn), "flash2": Peer(_obstacle, _flash2)}
 LOCAL_PEERS |= {"flash3": Peer(_flash3_obstacle, _flash3), "flashinfer": Peer(_flashinfer_obstacle, _flashinfer)}
-exchanges = {"three_all_reduce": _three_all_reduce, "all_gather": _all_gather, "ring": _ring}
-SPREAD_PEERS = {name: Peer(_cudnn_obstacle, prepare) for name, prepare in exchanges.items()}
+_EXCHANGES = {"three_all_reduce": _three_all_reduce, "all_gather": _all_gather, "ring": _ring}
+SPREAD_PEERS = {name: Peer(_cudnn_obstacle, prepare) for name, prepare in _EXCHANGES.items()}

@@ -18,17 +18,13 @@ from ..errors import InputError, TreeAttentionError
 from .terminal import RankDied, exit_rank, under_torchrun
 
 MODELS = f"{__package__}.models"  # what the ranks of `generate` and `chat` preload
+RankFunction = Callable[..., int | None]  # returns an exit code, None for 0
 GRACE_S = 2.0  # from a rank's death until the others are killed
 PEER_TIMEOUT = timedelta(minutes=10)  # for a slow peer; the process that started the ranks notices a dead one
 
 
 def run_on_ranks(
-    function: Callable[..., int | None],
-    nproc: int | None,
-    device: str,
-    *args: Any,
-    preload: str = __name__,
-    on_start: Callable[[], None] = lambda: None,
+    function: RankFunction, nproc: int | None, device: str, *args: Any, preload: str = __name__, on_start: Any = None
 ) -> int:
     """Call `function(*args, device)` on `nproc` ranks of one process group. Under torchrun, be one of its ranks.
 
@@ -54,7 +50,8 @@ def run_on_ranks(
             import_module(preload)
         context: Any = start_processes(_start, arguments, nprocs=size, join=False, start_method=method)
         try:
-            on_start()
+            if on_start is not None:
+                on_start()
             while not context.join(grace_period=GRACE_S):
                 pass
         except (ProcessExitedException, ProcessRaisedException) as end:

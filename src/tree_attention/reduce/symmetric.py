@@ -84,7 +84,7 @@ class SymmetricLink(NodeLink):
         self.rows, self.head_dim, self.timeout_s = rows, head_dim, timeout_s
         self.programs = _agree_on_programs(self.group, programs)
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.kernel_state = self._allocate(is_alone=programs is None)
+        self._kernel_state = self._allocate(is_alone=programs is None)
         torch.cuda.synchronize()
         if self.group is not None:
             dist.barrier(self.group)  # all buffers are zero before a rank pushes
@@ -92,7 +92,7 @@ class SymmetricLink(NodeLink):
     @property
     def workspace_bytes(self) -> int:
         """Device memory of this link on this rank."""
-        state = self.kernel_state
+        state = self._kernel_state
         return sum(tensor.nbytes for tensor in (state.buffers[self.rank], state.epochs, state.parts))
 
     def obstacle(self, spec: PartialSpec) -> str | None:
@@ -107,14 +107,14 @@ class SymmetricLink(NodeLink):
         self.check()
         if partial.out.numel() == 0:
             return Partial(*_merged(partial.out, self.world_size, scatter))
-        state = self.kernel_state
+        state = self._kernel_state
         return Partial(*_exchange(*partial, state.buffers, state.epochs, state.fault, state.numbers, scatter))
 
     def check(self) -> None:
         """Raise TreeAttentionError naming the ranks that did not arrive in time. No device synchronization."""
         if torch.compiler.is_compiling():
             return
-        absent = [rank for rank, flag in enumerate(self.kernel_state.fault.tolist()) if flag]
+        absent = [rank for rank, flag in enumerate(self._kernel_state.fault.tolist()) if flag]
         if absent:
             after = f"{self.timeout_s:g} s; CUDA has ended in this process: start it anew"
             raise TreeAttentionError(f"ranks {absent} did not arrive within {after}")
