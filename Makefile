@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := $(VENV)/oldest-transformers
 EMPTY := $(VENV)/empty
-TWO := --numprocesses 2 --dist loadfile  # for tests whose ranks mostly wait; slow ones need both cores
+TWO := --numprocesses 2 --dist loadfile  # one process per core of the CI machine
 
 .PHONY: demo test check docs dist install lint clean
 
@@ -14,7 +14,7 @@ demo: install  ## answer a question on a long text, the cache over 2 processes, 
 		--max-prompt-tokens 4000 --prompt "What is this text about? Answer in one sentence." --nproc 2 --verify
 
 test: check $(OLDEST)/installed  ## everything: what `check` does, the slow tests, and the oldest transformers we support
-	$(BIN)/python -m pytest -m "slow or model"
+	$(BIN)/python -m pytest $(TWO) -m "slow or model"
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(TWO) tests/test_hf_*.py tests/test_session.py tests/test_tensor_parallel.py \
 		-m "not model" -k "not slow or (every_architecture and 3-)"
 	$(MAKE) docs dist

@@ -3,11 +3,9 @@
 import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -706,21 +704,19 @@ def save_for_ever(folder):
 @pytest.mark.slow
 def test_kill_9_in_the_middle_leaves_a_save(tmp_path):
     """Killed at 12 moments; whatever was being written, the folder holds a whole save."""
-    expected = None
+    expected, forked = None, multiprocessing.get_context("forkserver")
     for moment in range(12):
-        with subprocess.Popen([sys.executable, "-W", "ignore", __file__, one_folder(tmp_path)]) as process:
-            deadline = time.monotonic() + 60
-            while not (tmp_path / "save" / "current.json").exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(0.003 + 0.007 * moment)
-            process.send_signal(signal.SIGKILL)
+        process = forked.Process(target=save_for_ever, args=(one_folder(tmp_path),))
+        process.start()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "save" / "current.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.003 + 0.007 * moment)
+        process.kill()
+        process.join()
         found = loads(None, one_folder(tmp_path))
         expected = expected or found
         assert found == expected
         assert isinstance(found, list)
         if moment % 3 == 2:
             shutil.rmtree(tmp_path / "save")
-
-
-if __name__ == "__main__":
-    save_for_ever(sys.argv[1])
