@@ -8,8 +8,20 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
+from ..errors import Unsupported
 
-@dataclass(frozen=True)
+
+class MaskIsRead(Unsupported, AttributeError):
+    """A model looks at its mask. Also an AttributeError: `hasattr` is False, for libraries that look for tensors."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the model looks at its attention mask ({what}), which is not supported: load this model with another "
+            "attn_implementation, and use transformers' own cache"
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class LazyMask:
     """The mask that transformers passes from its mask function to the attention function."""
 
@@ -37,10 +49,40 @@ class LazyMask:
 
     def __getitem__(self, index: Any) -> "LazyMask":
         """Support `mask[:, :, -n:, :]`, which Gemma 4 uses: the same rule for fewer queries."""
+        whole = slice(None)
+        if self.rows is not None or not isinstance(index, tuple) or len(index) != 4 or not isinstance(index[2], slice):
+            raise MaskIsRead("an index")
+        if (index[0], index[1], index[3]) != (whole, whole, whole):
+            raise MaskIsRead("an index")
         return replace(self, rows=index[2])
 
     def contiguous(self) -> "LazyMask":
         return self
+
+    def to(self, *_: Any, **__: Any) -> "LazyMask":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse whatever else a tensor can do; only the lookups of Python itself (copy, pickle) fail as usual."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise MaskIsRead(f"mask.{name}")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any, **__: Any) -> Any:
+        """torch calls this instead of any function that is given a LazyMask, tensor operators included."""
+        raise MaskIsRead(getattr(function, "__name__", "a torch function"))
+
+    def __eq__(self, other: object) -> bool:
+        return self is other if other is None or isinstance(other, LazyMask) else self._refuse()
+
+    __hash__ = object.__hash__
+
+    def _refuse(self, *_: Any) -> Any:
+        raise MaskIsRead("an operator")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = __neg__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __len__ = __iter__ = __setitem__ = __bool__ = __float__ = __int__ = _refuse
 
 
 def lazy_mask(
