@@ -27,7 +27,8 @@ from .cursor import Cursor, StepState
 from .exchange import CacheExchange, CacheRanks
 from .hybrid_layer import HybridLayer, HybridWindowLayer
 from .layers import KeyLayer, ShardedLayer, mark
-from .models import OTHERWISE, check_config
+from .models import INSTEAD, OTHERWISE, check_config
+from .refusing import Refusing
 from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
 
@@ -165,12 +166,7 @@ class TreeCache(Cache):
         return [layer for layer in self.key_layers if layer.length]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        if self.in_chunk:
-            raise Unsupported(
-                "the model asks for the cache's length, but in context-parallel prefill each rank is fed its own "
-                "positions: use model.generate(..., prefill_chunk_size=n), which reads the prompt on every rank alike"
-            )
-        return super().get_seq_length(layer_idx)
+        return LengthInChunk() if self.in_chunk else super().get_seq_length(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """For masks, which are rules over slots."""
@@ -269,6 +265,17 @@ class TreeCache(Cache):
     def received_bytes(self) -> float:
         """Bytes that this rank received for attention so far."""
         return self.exchange.received_bytes
+
+
+class LengthInChunk(Refusing):
+    """The cache's length in `parallel_chunk`. Models may ask for it, and not use it because they have position ids."""
+
+    @classmethod
+    def error(cls, what: str) -> Unsupported:
+        return Unsupported(
+            f"the model computes with the cache's length ({what}), but in context-parallel prefill each rank is fed "
+            f"positions of its own: {INSTEAD}"
+        )
 
 
 def _is_all_true(mask: Tensor | None) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from ..errors import Unsupported
+from .refusing import Refusing
 
 
 class MaskIsRead(Unsupported, AttributeError):
@@ -22,7 +23,7 @@ class MaskIsRead(Unsupported, AttributeError):
 
 
 @dataclass(frozen=True, eq=False)
-class LazyMask:
+class LazyMask(Refusing):
     """The mask that transformers passes from its mask function to the attention function."""
 
     rule: Callable[..., Any]  # transformers' function (batch, head, query slot, key slot) -> bool, over index tensors
@@ -62,27 +63,9 @@ class LazyMask:
     def to(self, *_: Any, **__: Any) -> "LazyMask":
         return self
 
-    def __getattr__(self, name: str) -> Any:
-        """Refuse whatever else a tensor can do; only the lookups of Python itself (copy, pickle) fail as usual."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise MaskIsRead(f"mask.{name}")
-
     @classmethod
-    def __torch_function__(cls, function: Any, *_: Any, **__: Any) -> Any:
-        """torch calls this instead of any function that is given a LazyMask, tensor operators included."""
-        raise MaskIsRead(getattr(function, "__name__", "a torch function"))
-
-    def __eq__(self, other: object) -> bool:
-        return self is other if other is None or isinstance(other, LazyMask) else self._refuse()
-
-    __hash__ = object.__hash__
-
-    def _refuse(self, *_: Any) -> Any:
-        raise MaskIsRead("an operator")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = __neg__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __len__ = __iter__ = __setitem__ = __bool__ = __float__ = __int__ = _refuse
+    def error(cls, what: str) -> MaskIsRead:
+        return MaskIsRead(what)
 
 
 def lazy_mask(

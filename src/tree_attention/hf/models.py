@@ -13,6 +13,7 @@ from .rotary import check_switch
 INSTEAD = "use model.generate(..., prefill_chunk_size=n), which reads the prompt on every rank alike"
 REFUSED = {
     **dict.fromkeys(["doge", "mvp"], "looks at its attention mask"),
+    "recurrent_gemma": "keeps its state in its layers, not in the cache",
     "git": "computes attention itself",
     **dict.fromkeys(["inkling_text", "inkling2_text"], "adds a bias to its scores"),
 }
