@@ -12,13 +12,14 @@ For a long prompt, `prefill` also divides the computation over the ranks:
     model.generate(**inputs, past_key_values=cache)
 """
 
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
 
 from .attention import tree_attention_forward
 from .cache import TreeCache
 from .chat_template import ChatTemplate
 from .generation import prepare
 from .mask import lazy_mask
+from .models import check_loading
 from .parallel_prefill import can_prefill, prefill
 from .session import Session
 from .step import call_before
@@ -28,4 +29,5 @@ __all__ = ["ChatTemplate", "Session", "TreeCache", "can_prefill", "load_tensor_p
 
 AttentionInterface.register("tree_attention", tree_attention_forward)
 AttentionMaskInterface.register("tree_attention", lazy_mask)
+call_before(PreTrainedModel, "_check_and_adjust_attn_implementation", check_loading)
 call_before(GenerationMixin, "_prepare_cache_for_generation", prepare)  # there is no registry of caches

@@ -8,21 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
-from ..errors import InputError
+from ..errors import InputError, Unsupported
 from ..group import Group, check_agreement, rank_and_size, resolve_group
 from ..layout import Layout
 from ..reduce import TwoLevel
 from .cursor import Cursor, StepState
 from .exchange import CacheExchange, CacheRanks
+from .hybrid_layer import HybridLayer, HybridWindowLayer
 from .layers import KeyLayer, ShardedLayer, mark
+from .models import INSTEAD, OTHERWISE, check_config
+from .refusing import Refusing
 from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
 
 BLOCK_TOKENS = 16
 STEP_MODES = ("captured", "compiled", "eager")
-STEP_LAYERS = {"DummyLayer", "LinearAttentionLayer"}  # transformers' layers that need no cursor in a step
+INTERRUPTED = (
+    "a forward pass was interrupted, so layers of this TreeCache hold different tokens: create a new one on every "
+    "rank, and pass the whole text again"
+)
 
 
 class TreeCache(Cache):
@@ -47,6 +62,7 @@ class TreeCache(Cache):
     Raises:
         InputError: `block_tokens` or `max_tokens` is below 1, `step` is unknown, this rank is not in the group, or a
             split model has no group. Later: more than `max_tokens` tokens.
+        Unsupported: the model computes attention itself, or has layers of a kind that is not known to be exact.
         RanksDisagree: on every rank, if config, block_tokens, max_tokens or step differ between ranks.
     """
 
@@ -68,6 +84,7 @@ class TreeCache(Cache):
             )
         if step not in STEP_MODES:
             raise InputError(f"step must be captured, compiled or eager, got {step!r}")
+        check_config(config.get_text_config(decoder=True))
         process_group = group.group if isinstance(group, TwoLevel) else resolve_group(group)
         rank, size = rank_and_size(process_group)
         self.ranks = CacheRanks(process_group, rank, Layout(size, block_tokens), max_tokens)
@@ -82,16 +99,31 @@ class TreeCache(Cache):
         check_agreement(described, process_group)
         super().__init__(layers=[self._our_layer(layer) for layer in DynamicCache(config=self.config).layers])
         self.key_layers: list[Any] = [layer for layer in self.layers if isinstance(layer, KeyLayer)]
-        self.other_kinds = {type(layer).__name__ for layer in self.layers if not isinstance(layer, KeyLayer)}
+        self.state_layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        self.pass_start = 0  # slots before the forward pass that is running, or ran last
+        self.first_fed: int | None = None  # the layer that each pass feeds first
+        # Chunks begin at a row's first real token, so the rule of a padded row is only known from the padding.
+        self.rule_needs_padding = getattr(self.config, "attention_chunk_size", None) is not None
 
     def _our_layer(self, layer: Any) -> Any:
-        """Our layer for the kinds that hold keys; other kinds (linear, conv, shared) stay as transformers made them."""
+        """Our layer for the kinds that hold keys; linear attention and unused layers stay as transformers made them."""
         shared = self.ranks, self.exchange, self.step_state
         if type(layer) is DynamicLayer:
             return ShardedLayer(*shared)
         if type(layer) is DynamicSlidingWindowLayer:
             return ReplicatedWindowLayer(*shared, sliding_window=layer.sliding_window)
-        return layer
+        if type(layer) is LinearAttentionAndFullAttentionLayer:
+            return HybridLayer(*shared, number_of_states=layer.number_of_states)
+        if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+            return HybridWindowLayer(
+                *shared, sliding_window=layer.sliding_window, number_of_states=layer.number_of_states
+            )
+        if type(layer) in (LinearAttentionLayer, DummyLayer):
+            return layer
+        raise Unsupported(
+            f"{self.config.model_type} has layers of the kind {type(layer).__name__}, which is not supported: "
+            + OTHERWISE
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if self.config._attn_implementation != "tree_attention":
@@ -100,35 +132,84 @@ class TreeCache(Cache):
                 f"got {self.config._attn_implementation!r}"
             )
         layer: Any = self.layers[layer_idx]
-        if not self.step_state.is_stepping and self.key_layers and layer is self.key_layers[0]:
-            self.check_ready(layer.length + layer.tokens_in(key_states))
+        if isinstance(layer, KeyLayer) and not self.step_state.is_stepping:
+            self._begin_update(layer, layer_idx, layer.tokens_in(key_states))
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, KeyLayer):
             mark(keys, layer_idx, layer)
         return keys, values
 
+    def _begin_update(self, layer: KeyLayer, layer_idx: int, tokens: int) -> None:
+        """Check that the layer holds what the others held when this forward pass began."""
+        if self.first_fed is None or layer_idx == self.first_fed:
+            self.first_fed = layer_idx
+            self.check_ready(layer.length + tokens)
+            self.pass_start = layer.length
+        elif layer.length != self.pass_start:
+            raise InputError(INTERRUPTED)
+
     def check_ready(self, length: int) -> None:
         """Raise InputError if a static cache is too small for `length` tokens, or layers hold different tokens."""
-        lengths = {layer.length for layer in self.key_layers}
+        lengths = {layer.length for layer in self.fed_layers}
         # A repeated step overwrites its keys, but a linear-attention state has already advanced.
-        if len(lengths) > 1 or (self.is_unfinished and "LinearAttentionLayer" in self.other_kinds):
-            raise InputError(
-                "a forward pass was interrupted, so layers of this TreeCache hold different tokens: create a new one "
-                "on every rank, and pass the whole text again"
-            )
+        if len(lengths) > 1 or (self.is_unfinished and self.state_layers):
+            raise InputError(INTERRUPTED)
         self.ranks.check_capacity(length)
 
+    def __bool__(self) -> bool:
+        """False if it is empty. Phi-3's code drops a cache with few tokens before a long text, but not an empty one."""
+        return bool(self.fed_layers) or any(any(layer.has_previous_state.values()) for layer in self.state_layers)
+
+    @property
+    def fed_layers(self) -> list[Any]:
+        """The layers that hold keys. A model may never feed some: those of the encoder that its configuration has."""
+        return [layer for layer in self.key_layers if layer.length]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return LengthInChunk() if self.in_chunk else super().get_seq_length(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """For masks, which are rules over slots."""
+        return super().get_seq_length(layer_idx)
+
     def crop(self, tokens_to_remove: int) -> None:
+        for layer in self.state_layers:
+            if not layer.record_past:
+                raise Unsupported(f"{type(layer).__name__} cannot forget tokens: load a save, or read again")
         super().crop(int(tokens_to_remove))  # transformers 5.17 passes a tensor, and lengths are the host's
 
     def reset(self) -> None:
         super().reset()
-        self.is_unfinished = False
+        self.is_unfinished, self.first_fed = False, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the rows `indices`, in this order."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if type(layer) is LinearAttentionLayer:  # it has only this method
+                layer.reorder_cache(indices)
+            else:
+                layer.batch_select_indices(indices)
+        if self.state_layers:
+            self.step_state.buffers_changed()  # a captured step reads the memory of states
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        rows = next((layer.rows for layer in self.fed_layers), 0)
+        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def reserve(self, tokens: int) -> None:
         """Make the next growth allocate at least `tokens` tokens over all ranks, so that buffers grow once."""
         for layer in self.key_layers:
             layer.reserved = max(layer.reserved, tokens)
+
+    @property
+    def in_chunk(self) -> bool:
+        """True inside `parallel_chunk`."""
+        return bool(self.key_layers) and self.key_layers[0].chunk is not None
 
     @contextlib.contextmanager
     def parallel_chunk(self, start: int, stop: int) -> Iterator[Tensor]:
@@ -141,11 +222,13 @@ class TreeCache(Cache):
             for layer in self.key_layers:
                 layer.chunk = None
 
-    def can_step(self) -> bool:
+    def can_step(self, attention_mask: Tensor | None = None) -> bool:
         """True if the next token can be fed without the host: the cache is static, holds tokens, and all layers can."""
-        if self.ranks.max_tokens is None or self.get_seq_length() == 0 or not self.other_kinds <= STEP_LAYERS:
+        if self.ranks.max_tokens is None or not self.fed_layers:
             return False
-        return all(layer.is_initialized and not getattr(layer, "record_past", False) for layer in self.key_layers)
+        if self.rule_needs_padding and self.step_state.cursor_is_stale and not _is_all_true(attention_mask):
+            return False
+        return not any(getattr(layer, "record_past", False) for layer in self.layers)
 
     def begin_step(self, batch: int, device: torch.device, attention_mask: Tensor | None) -> Cursor:
         """Prepare a step of one token in each of `batch` rows, and return the cursor. All ranks call it together.
@@ -157,10 +240,10 @@ class TreeCache(Cache):
         if self.is_unfinished or state.needs_cursor(batch):  # an unfinished step may have advanced the cursor
             self.check_ready(length + 1)
             if attention_mask is not None:
-                attention_mask = None if bool(attention_mask.all()) else attention_mask.bool()
+                attention_mask = None if _is_all_true(attention_mask) else attention_mask.bool()
             if self.exchange.link_for_steps(batch, device):
                 state.buffers_changed()
-            for layer in self.key_layers:
+            for layer in self.fed_layers:
                 layer.begin_steps()
             state.set_cursor(length, batch, device, attention_mask)
         self.is_unfinished = True
@@ -168,7 +251,7 @@ class TreeCache(Cache):
 
     def end_step(self) -> None:
         """Count the step's token on the host."""
-        for layer in self.key_layers:
+        for layer in self.fed_layers:
             layer.count(1)
         self.is_unfinished = False
 
@@ -182,3 +265,18 @@ class TreeCache(Cache):
     def received_bytes(self) -> float:
         """Bytes that this rank received for attention so far."""
         return self.exchange.received_bytes
+
+
+class LengthInChunk(Refusing):
+    """The cache's length in `parallel_chunk`. Models may ask for it, and not use it because they have position ids."""
+
+    @classmethod
+    def error(cls, what: str) -> Unsupported:
+        return Unsupported(
+            f"the model computes with the cache's length ({what}), but in context-parallel prefill each rank is fed "
+            f"positions of its own: {INSTEAD}"
+        )
+
+
+def _is_all_true(mask: Tensor | None) -> bool:
+    return mask is None or bool(mask.all())

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from ..errors import Unsupported
 from ..group import resolve_group
 from .cache import TreeCache
+from .models import check_generation, takes_cache
 from .step import install_step
 from .tensor_parallel import check_axes, sequence_axis, tensor_group
 
@@ -23,10 +24,11 @@ def prepare(model: Any, generation_config: Any, model_kwargs: Any, generation_mo
         return
     cache, is_assisted = model_kwargs.get("past_key_values"), generation_mode == "assisted_generation"
     _check_supported(generation_config, cache, is_assisted)
-    if cache is None and generation_config.use_cache is not False:
+    if cache is None and generation_config.use_cache is not False and takes_cache(model):
         cache = model_kwargs["past_key_values"] = TreeCache(model.config, sequence_axis(model))
     if isinstance(cache, TreeCache):
         check_axes(model, cache.ranks.group)
+        check_generation(model, cache, generation_config, model_kwargs)
         lookup = generation_config.prompt_lookup_num_tokens if is_assisted else None
         # The last token is not fed. The token before it may be fed together with `lookup` guesses.
         cache.check_ready((generation_config.max_length or 0) - 2 + (lookup or 1))

@@ -47,6 +47,11 @@ class KeyLayer(DynamicLayer):
         """Add `tokens` slots to the length."""
         self.last_update_tokens, self.length = tokens, self.length + tokens
 
+    @property
+    def rows(self) -> int:
+        """Number of batch rows, 0 before the first update."""
+        return self.keys.shape[0] if self.is_initialized else 0
+
     def _set_length(self, length: int) -> None:
         self.length = length
         self.step_state.invalidate_cursor()
@@ -54,6 +59,10 @@ class KeyLayer(DynamicLayer):
     def get_seq_length(self) -> Any:
         """Number of slots; during a step the newest token's slot as a tensor, for models that compute with it."""
         return self.step_state.cursor.slot[0] if self.step_state.is_stepping else self.length
+
+    def sizes_in_step(self) -> tuple[int, int]:
+        """A bound on the slots: our mask is a rule, but some models prepare a number for each slot."""
+        return (self.step_state.cursor.key_slots.shape[0] + self.ranks.layout.block) * self.ranks.layout.world_size, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -136,8 +145,8 @@ class ShardedLayer(KeyLayer):
         return functools.partial(self._set_length, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.step_state.is_stepping:  # unused: the mask is a rule
-            return self.keys.shape[2], 0
+        if self.step_state.is_stepping:
+            return self.sizes_in_step()
         return (self.length + query_length if self.chunk is None else self.chunk[1]), 0
 
     def crop(self, tokens_to_remove: int) -> None:

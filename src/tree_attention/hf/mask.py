@@ -8,9 +8,22 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
+from ..errors import Unsupported
+from .refusing import Refusing
 
-@dataclass(frozen=True)
-class LazyMask:
+
+class MaskIsRead(Unsupported, AttributeError):
+    """A model looks at its mask. Also an AttributeError: `hasattr` is False, for libraries that look for tensors."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the model looks at its attention mask ({what}), which is not supported: load this model with another "
+            "attn_implementation, and use transformers' own cache"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LazyMask(Refusing):
     """The mask that transformers passes from its mask function to the attention function."""
 
     rule: Callable[..., Any]  # transformers' function (batch, head, query slot, key slot) -> bool, over index tensors
@@ -37,10 +50,22 @@ class LazyMask:
 
     def __getitem__(self, index: Any) -> "LazyMask":
         """Support `mask[:, :, -n:, :]`, which Gemma 4 uses: the same rule for fewer queries."""
+        whole = slice(None)
+        if self.rows is not None or not isinstance(index, tuple) or len(index) != 4 or not isinstance(index[2], slice):
+            raise MaskIsRead("an index")
+        if (index[0], index[1], index[3]) != (whole, whole, whole):
+            raise MaskIsRead("an index")
         return replace(self, rows=index[2])
 
     def contiguous(self) -> "LazyMask":
         return self
+
+    def to(self, *_: Any, **__: Any) -> "LazyMask":
+        return self
+
+    @classmethod
+    def error(cls, what: str) -> MaskIsRead:
+        return MaskIsRead(what)
 
 
 def lazy_mask(

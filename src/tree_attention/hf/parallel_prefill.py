@@ -10,6 +10,8 @@ from transformers.cache_utils import Cache
 from ..errors import InputError, Unsupported
 from .cache import TreeCache
 from .layer_state import restore_on_error
+from .models import INSTEAD, check_prefill, check_supported
+from .rotary import check_switch, frequencies_of, switch_length
 from .tensor_parallel import check_axes
 from .window_layer import ReplicatedWindowLayer
 
@@ -43,16 +45,19 @@ def prefill(
         on_progress: called after each chunk with the number of tokens in the cache.
 
     Raises:
-        Unsupported: the model has layers with a state along the sequence (linear attention, convolution).
+        Unsupported: the model has layers with a state along the sequence (linear attention, convolution), or takes
+            positions from elsewhere than `position_ids`; it was adapted by virtual tokens (PEFT); or `input_ids` stand
+            for images, audio or video.
         InputError: `input_ids` has no more tokens than the cache, or more than a static cache can hold; or
             `chunk_tokens` is below 1.
     """
+    model = _without_adapters(model)
     _check(model, input_ids, cache, chunk_tokens)
     chunk_tokens = chunk_tokens or _default_chunk_tokens(input_ids, cache, attention_mask)
     cycle, done = cache.ranks.layout.cycle, cache.get_seq_length()
     cache.reserve(input_ids.shape[1])
     last = (input_ids.shape[1] - 1) // cycle * cycle
-    if last <= done:
+    if last <= done or last <= (switch_length(model) or 0) < input_ids.shape[1]:  # the model would drop such a cache
         return
 
     def read(columns: Tensor | slice, stop: int) -> None:
@@ -65,7 +70,7 @@ def prefill(
     positions = _positions(input_ids, attention_mask)
     aligned = -(-done // cycle) * cycle
     step = max(chunk_tokens // cycle, 1) * cycle
-    with restore_on_error(cache):
+    with restore_on_error(cache), frequencies_of(model.base_model, positions):
         if aligned > done:  # an earlier turn ended within a cycle: every rank reads the rest of that cycle
             read(slice(done, aligned), aligned)
         for start in range(aligned, last, step):
@@ -75,8 +80,27 @@ def prefill(
 
 
 def can_prefill(cache: TreeCache) -> bool:
-    """Return whether `prefill` supports the model: no layer carries a state along the sequence."""
-    return cache.other_kinds <= {"DummyLayer"}
+    """Return whether `prefill` supports the model: each token's computation depends on others by attention alone."""
+    return _obstacle(cache) is None
+
+
+def _obstacle(cache: TreeCache) -> str | None:
+    """What keeps a rank from being fed its own tokens only."""
+    if kinds := {type(layer).__name__ for layer in cache.state_layers}:
+        return f"{', '.join(sorted(kinds))}, which carries a state along the sequence"
+    if getattr(cache.config, "attn_temperature_tuning", False):  # Llama 4
+        return "attn_temperature_tuning, which counts positions from the cache's length"
+    return None
+
+
+def _without_adapters(model: Any) -> Any:
+    """The transformers model inside of a PEFT model, with the adapters that PEFT put into its layers."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise Unsupported(
+            "context-parallel prefill would leave out the virtual tokens of this adapter (prompt learning): "
+            "use model.generate(..., prefill_chunk_size=n)"
+        )
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check(model: Any, input_ids: Tensor, cache: Cache, chunk_tokens: int | None) -> None:
@@ -92,12 +116,11 @@ def _check(model: Any, input_ids: Tensor, cache: Cache, chunk_tokens: int | None
         raise InputError(f"input_ids must be [B, tokens] with more tokens than the {held} in the cache, got {shape}")
     check_axes(model, cache.ranks.group)
     cache.check_ready(input_ids.shape[1])
-    if not can_prefill(cache):
-        kinds = ", ".join(sorted(cache.other_kinds - {"DummyLayer"}))
-        raise Unsupported(
-            f"context-parallel prefill cannot feed {kinds}, which carries a state along the sequence: "
-            "use model.generate(..., prefill_chunk_size=n), which reads the prompt on every rank alike"
-        )
+    if obstacle := _obstacle(cache):
+        raise Unsupported(f"context-parallel prefill cannot feed {obstacle}: {INSTEAD}")
+    check_supported(model)
+    check_prefill(model, input_ids)
+    check_switch(model, held, shape[1], shape[1])
 
 
 def _default_chunk_tokens(input_ids: Tensor, cache: TreeCache, attention_mask: Tensor | None) -> int:

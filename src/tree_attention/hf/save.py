@@ -31,6 +31,7 @@ from ..errors import InputError, TreeAttentionError
 from ..group import broadcast_from_first, first_fault, gather_objects, rank_and_size
 from ..layout import Layout
 from .cache import TreeCache
+from .hybrid_layer import HybridLayer
 from .layer_state import export_state, import_state
 from .layers import ShardedLayer
 from .tensor_parallel import tensor_group, tensor_ranks
@@ -184,7 +185,8 @@ def _fill(layer: Any, index: int, source: Path, manifest: dict[str, Any], model:
         import_state(layer, {key: each.to(device) for key, each in tensors.items()}, state)
         return
     saved, layout, rank = Layout(manifest["world_size"], manifest["block"]), layer.ranks.layout, layer.ranks.rank
-    layer.count(length)
+    state = manifest["states"][str(index)]
+    layer.count(length if state["length"] else 0)  # a layer that the model never feeds stays empty
     for other in [rank] if saved == layout else range(saved.world_size):
         file = _file_name(index, other, tensor)
         tensors = _read(source / file, files[file])
@@ -198,6 +200,8 @@ def _fill(layer: Any, index: int, source: Path, manifest: dict[str, Any], model:
         places = layout.local_index(slots[kept]).to(device)
         for key, buffer in (("keys", layer.keys), ("values", layer.values)):
             buffer.index_copy_(2, places, tensors[key][:, :, kept].to(device))
+        if isinstance(layer, HybridLayer):  # its states are whole in each rank's file
+            layer.import_states({key: each.to(device) for key, each in tensors.items()}, state)
 
 
 def _file_name(index: int, rank: int | None, tensor: ProcessGroup | None) -> str:

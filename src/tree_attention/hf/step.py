@@ -138,7 +138,7 @@ class SteppingForward:
 def is_step(arguments: dict[str, Any]) -> bool:
     """Return whether a call of `forward` feeds one token per row to a static TreeCache, and asks only for logits."""
     cache, ids, mask = (arguments.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
-    if not isinstance(cache, TreeCache) or not cache.can_step() or torch.is_grad_enabled():
+    if not isinstance(cache, TreeCache) or not cache.can_step(mask) or torch.is_grad_enabled():
         return False
     is_token = isinstance(ids, Tensor) and ids.shape[1] == 1
     is_2d = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)

@@ -15,8 +15,8 @@ from .layers import KeyLayer
 class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
     """Sliding-window or chunked attention. Between steps the window is a ring: slot s lies at `s % sliding_window`."""
 
-    def __init__(self, *shared: Any, sliding_window: int) -> None:
-        super().__init__(*shared, sliding_window=sliding_window)
+    def __init__(self, *shared: Any, sliding_window: int, **kwargs: Any) -> None:
+        super().__init__(*shared, sliding_window=sliding_window, **kwargs)
         self.ring: list[Tensor] = []
         self.is_ring = False
 
@@ -45,7 +45,10 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
         self.cumulative_length = self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.sliding_window, 0) if self.step_state.is_stepping else super().get_mask_sizes(query_length)
+        if self.step_state.is_stepping:
+            return self.sizes_in_step()
+        tokens = query_length if self.chunk is None else self.chunk[1] - self.chunk[0]
+        return super().get_mask_sizes(tokens)
 
     def begin_steps(self) -> None:
         """Turn the window into a ring."""
