@@ -109,6 +109,7 @@ class TreeCache(Cache):
 
     def check_ready(self, length: int) -> None:
         """Raise InputError if a static cache is too small for `length` tokens, or layers hold different tokens."""
+        self.exchange.check_usable()
         lengths = {layer.length for layer in self.key_layers}
         # A repeated step overwrites its keys, but a linear-attention state has already advanced.
         if len(lengths) > 1 or (self.is_unfinished and "LinearAttentionLayer" in self.other_kinds):
@@ -124,6 +125,7 @@ class TreeCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.is_unfinished = False
+        self.exchange.recover()
 
     def reserve(self, tokens: int) -> None:
         """Make the next growth allocate at least `tokens` tokens over all ranks, so that buffers grow once."""
