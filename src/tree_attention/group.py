@@ -4,7 +4,7 @@ Functions with `*groups` work over the product of several groups, such as the se
 of a mesh; None stands for an axis of one rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -75,11 +75,18 @@ def check_agreement(described: Mapping[str, object], group: ProcessGroup | None,
     found by itself; if it raised alone, it would leave the others waiting.
     """
     votes = gather_objects(({name: str(value) for name, value in described.items()}, error), group)
+    if text := disagreement(votes):
+        raise RanksDisagree(text)
+
+
+def disagreement(votes: Sequence[tuple[Mapping[str, str], str | None]]) -> str | None:
+    """Return how the (described, error) of the ranks differ, or which ranks have an error; None if they agree."""
     failed = {rank: error for rank, (_, error) in enumerate(votes) if error}
     if failed:
-        raise RanksDisagree("; ".join(f"rank {rank}: {text}" for rank, text in failed.items()))
+        return "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
     for name in sorted({name for values, _ in votes for name in values}):
         values = {rank: values.get(name) for rank, (values, _) in enumerate(votes)}
         if len(set(values.values())) > 1:
             listed = ", ".join(f"rank {rank}: {value}" for rank, value in values.items())
-            raise RanksDisagree(f"{name} must be the same on every rank, got {listed}")
+            return f"{name} must be the same on every rank, got {listed}"
+    return None

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationM
 from .attention import tree_attention_forward
 from .cache import TreeCache
 from .chat_template import ChatTemplate
-from .generation import prepare
+from .generation import prepare, wrap_generate
 from .mask import lazy_mask
 from .models import check_loading
 from .parallel_prefill import can_prefill, prefill
@@ -31,3 +31,5 @@ AttentionInterface.register("tree_attention", tree_attention_forward)
 AttentionMaskInterface.register("tree_attention", lazy_mask)
 call_before(PreTrainedModel, "_check_and_adjust_attn_implementation", check_loading)
 call_before(GenerationMixin, "_prepare_cache_for_generation", prepare)  # there is no registry of caches
+if not hasattr(GenerationMixin.generate, "_tree_attention"):
+    GenerationMixin.generate = wrap_generate(GenerationMixin.generate)

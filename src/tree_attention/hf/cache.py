@@ -150,6 +150,7 @@ class TreeCache(Cache):
 
     def check_ready(self, length: int) -> None:
         """Raise InputError if a static cache is too small for `length` tokens, or layers hold different tokens."""
+        self.exchange.check_usable()
         lengths = {layer.length for layer in self.fed_layers}
         # A repeated step overwrites its keys, but a linear-attention state has already advanced.
         if len(lengths) > 1 or (self.is_unfinished and self.state_layers):
@@ -181,6 +182,7 @@ class TreeCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.is_unfinished, self.first_fed = False, None
+        self.exchange.recover()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -1,6 +1,15 @@
-"""`CacheRanks`: the ranks of one cache, and the tokens that each holds. `CacheExchange`: how they reach each other."""
+"""`CacheRanks`: the ranks of one cache, and the tokens that each holds. `CacheExchange`: how they reach each other.
 
-from dataclasses import dataclass
+`Channel`: the group that caches over the same ranks use. With gloo it is a group of their own, which is replaced after
+a failed call: a collective that is half done would meet the next one.
+"""
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,17 +26,68 @@ from ..reduce import SharedMemoryLink, SymmetricLink, TwoLevel, check_no_gradien
 from ..reduce.link import Link
 from .tensor_parallel import tensor_ranks
 
+_channels: weakref.WeakKeyDictionary[Any, dict[Any, "Channel"]] = weakref.WeakKeyDictionary()  # by default group, ranks
+HANG_UP_TAG = 7315  # of no other message
 TIMEOUT_S = 300.0  # a rank may compile for longer than the others; a dead one is noticed by the process that started it
+
+
+class Channel:
+    """The group over which the caches of some ranks exchange. All ranks create it together; see `channel_of`."""
+
+    def __init__(self, given: ProcessGroup) -> None:
+        self.ranks = dist.get_process_group_ranks(given)
+        # Not for GPUs: there a second group costs memory, and NCCL cannot end exchanges that are half done.
+        self.renewable = dist.get_backend(given) == "gloo" and sorted(self.ranks) == self.ranks
+        self._timeout = given._get_backend(torch.device("cpu")).options._timeout if self.renewable else None
+        self.group = self._new_group() if self.renewable else given
+        self.caches = self.renewals = 0  # created so far, in the same order on every rank
+
+    def _new_group(self) -> Any:
+        return dist.new_group(self.ranks, timeout=self._timeout, backend="gloo", use_local_synchronization=True)
+
+    def renew(self) -> None:
+        """Replace the group. All ranks call it together. The old one stays registered, else its name would return."""
+        self.group, self.renewals = self._new_group(), self.renewals + 1
+
+
+def channel_of(given: ProcessGroup | None) -> Channel | None:
+    """Return the channel of the ranks of a group; None for one process. All ranks call it together."""
+    if given is None or given.size() == 1:
+        return None
+    if dist.get_backend(given) != "gloo":
+        return Channel(given)
+    known, ranks = _channels.setdefault(dist.group.WORLD, {}), tuple(dist.get_process_group_ranks(given))
+    if ranks not in known:
+        known[ranks] = Channel(given)
+    return known[ranks]
+
+
+def hang_up(group: ProcessGroup) -> None:
+    """Close this rank's gloo connections, so that peers which wait for it raise. gloo's own `abort` does not."""
+    for peer in range(group.size()):
+        if peer != group.rank():
+            with contextlib.suppress(RuntimeError):  # a receive that runs out of time closes its connection
+                group.recv([torch.empty(1)], peer, HANG_UP_TAG).wait(timedelta(milliseconds=1))
 
 
 @dataclass(frozen=True)
 class CacheRanks:
     """Where the tokens of a cache lie; fixed when the cache is made."""
 
-    group: ProcessGroup | None  # None for a single process
+    given: ProcessGroup | None  # as the caller passed it; None for a single process
     rank: int
     layout: Layout
     max_tokens: int | None  # over all ranks; None for a cache that grows
+
+    channel: Channel | None = field(init=False)  # None for a single process
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channel", channel_of(self.given))
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The group to communicate over."""
+        return self.given if self.channel is None else self.channel.group
 
     @property
     def static_capacity(self) -> int:
@@ -56,15 +116,58 @@ class CacheExchange:
 
     def __init__(self, group: Group | TwoLevel, ranks: CacheRanks, config: PreTrainedConfig) -> None:
         topology = group if isinstance(group, TwoLevel) and len(group.nodes) > 1 else None  # one node: like its group
-        self.ranks = ranks
-        self.link: Link | None = topology or _shared_memory_link(ranks.group)  # None if the process group is used
+        self.ranks, self._topology = ranks, topology
+        self.link: Link | None = None  # None if the process group is used
         self.link_pending = topology is None and ranks.layout.world_size > 1  # a SymmetricLink, made at the first step
+        self.watch: Callable[[], Exception | None] = lambda: None  # asked while a link waits: why it waits in vain
+        self.failure: str | None = None  # what broke off a call that used the cache, until `recover`
+        self.number = 0  # among the caches over these ranks
+        if ranks.channel is not None:
+            ranks.channel.caches += 1
+            self.number = ranks.channel.caches
+        self._connect()
         text: Any = config.get_text_config(decoder=True)
         heads, names = getattr(text, "num_attention_heads", None) or 1, ("head_dim", "v_head_dim", "global_head_dim")
         head_dim = max(getattr(text, name, None) or 0 for name in names) or getattr(text, "hidden_size", 0) // heads
         # Query heads per rank, and an upper bound on D_v: a link for too few would not be used.
         self.heads, self.head_dim = heads // tensor_ranks(config), max(head_dim, 1)
         self.received_bytes = 0.0
+
+    def _connect(self) -> None:
+        """Make the link over the channel's present group."""
+        self._renewals = 0 if self.ranks.channel is None else self.ranks.channel.renewals
+        if self._topology is None:
+            self.link = _shared_memory_link(self.ranks.group)
+            inner = self.link
+        else:
+            self.link = copy.copy(self._topology)
+            self.link.group, inner = self.ranks.group, self.link.link
+        if isinstance(inner, SharedMemoryLink):
+            inner.watch = lambda: self.watch()
+
+    def reconnect(self) -> None:
+        """Use the channel's present group, after a failed call replaced it. All ranks call it together."""
+        if self.ranks.channel is not None and self.ranks.channel.renewals != self._renewals:
+            self._connect()
+
+    def fail(self, reason: str) -> None:
+        """Note that ranks hold different tokens, or wait for each other's."""
+        self.failure = reason
+
+    def recover(self) -> None:
+        """Forget the failure; the cache is empty, or holds the same tokens on every rank again."""
+        self.failure = None
+
+    def check_usable(self) -> None:
+        if self.failure is not None:
+            raise InputError(
+                f"this TreeCache is unusable, because {self.failure}: call its reset() on every rank, or create a new "
+                "one, and pass the whole text again"
+            )
+
+    def progress(self) -> str:
+        """A text that is equal on ranks that have made the same exchanges."""
+        return f"{self.received_bytes} {getattr(self.link, 'epoch', 0)}"
 
     @property
     def target(self) -> Any:

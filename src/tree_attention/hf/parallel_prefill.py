@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import InputError, Unsupported
 from .cache import TreeCache
+from .calls import as_one_call
 from .layer_state import restore_on_error
 from .models import INSTEAD, check_prefill, check_supported
 from .rotary import check_switch, frequencies_of, switch_length
@@ -19,6 +20,7 @@ CHUNK_TOKENS = {"cpu": 1024, "cuda": 32768}  # larger chunks are faster only bec
 MASKED_CHUNK_TOKENS = 4096  # on a GPU, where a mask of the chunk's size is built
 
 
+@as_one_call
 @torch.no_grad()
 def prefill(
     model: Any,

@@ -1,5 +1,7 @@
 """`Session`: read a long text once, ask questions about it, save it, and load it on another number of ranks."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ..group import Group
 from ..reduce import TwoLevel
 from .answer import Answer, Listener
 from .cache import TreeCache
+from .calls import Call, check_ids
 from .chat_template import ChatTemplate
 from .layer_state import copy_cache, restore_on_error
 from .layers import ShardedLayer
@@ -64,10 +67,10 @@ class Session:
         along the sequence (linear attention) are run in full on every rank.
         """
         self._finish()
-        prefix = self.template.prefix(started=self.tokens.shape[1] > 0, in_question=self.in_question)
-        tokens = torch.cat([self.tokens, self._encode(prefix), self._encode(text)], 1)
-        self.cache.ranks.check_capacity(tokens.shape[1])
-        with restore_on_error(self.cache):
+        with self._restored_on_error(), Call("read", self.model, self.cache) as call:
+            prefix = self.template.prefix(started=self.tokens.shape[1] > 0, in_question=self.in_question)
+            tokens = torch.cat([self.tokens, self._encode(prefix), self._encode(text)], 1)
+            self._start(call, tokens, tokens.shape[1], chunk_tokens=chunk_tokens)
             self._feed(tokens, chunk_tokens, on_progress)
         self.tokens, self.in_question = tokens, True
 
@@ -91,21 +94,25 @@ class Session:
             InputError: a static cache is too small for the question and `max_new_tokens`, or that is below 1.
         """
         self._finish()
-        configured: int | None = getattr(generate_kwargs.get("generation_config"), "max_new_tokens", None)
-        if max_new_tokens is None:
-            max_new_tokens = configured or MAX_NEW_TOKENS
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if max_new_tokens != configured:
-            generate_kwargs["max_new_tokens"] = max_new_tokens
-        tokens = torch.cat([self.tokens, self._question(prompt)], 1)
-        self.cache.ranks.check_capacity(tokens.shape[1] + max_new_tokens - 1)
+        with Call("ask", self.model, self.cache) as call:
+            configured: int | None = getattr(generate_kwargs.get("generation_config"), "max_new_tokens", None)
+            if max_new_tokens is None:
+                max_new_tokens = configured or MAX_NEW_TOKENS
+            if max_new_tokens < 1:
+                raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+            if max_new_tokens != configured:
+                generate_kwargs["max_new_tokens"] = max_new_tokens
+            tokens = torch.cat([self.tokens, self._question(prompt)], 1)
+            self._start(call, tokens, tokens.shape[1] + max_new_tokens - 1, options=generate_kwargs)
+            call.keep_open()  # the thread ends it
 
         def keep(written: Tensor) -> None:
             self.tokens, self.in_question = written, False
 
         def generate(streamer: TextIteratorStreamer) -> Tensor:
-            return self._generate(tokens, streamer, generate_kwargs)
+            with self._restored_on_error(), call:
+                call.result = self._generate(tokens, streamer, generate_kwargs)
+            return call.result
 
         self.answer = Answer(generate, self.tokenizer, keep, on_token)
         return self.answer
@@ -165,6 +172,25 @@ class Session:
         session.in_question = about["in_question"]
         return session
 
+    def _start(self, call: Call, tokens: Tensor, length: int, **options: Any) -> None:
+        """Start a call of all ranks that feeds `tokens`, and needs room for `length` of them."""
+        self.cache.ranks.check_capacity(length)
+        check_ids(self.model, tokens)
+        call.described |= {"tokens": tokens, **options}
+        call.start()
+
+    @contextlib.contextmanager
+    def _restored_on_error(self) -> Iterator[None]:
+        """If a call raises, which it then does on every rank, give the cache back what it held before."""
+        was_usable = self.cache.exchange.failure is None
+        try:
+            with restore_on_error(self.cache):
+                yield
+        except BaseException:
+            if was_usable:
+                self.cache.exchange.recover()
+            raise
+
     def _finish(self) -> None:
         """Wait for the answer that is being written, if any. Raise the error that ended it."""
         if self.answer is not None:
@@ -196,12 +222,11 @@ class Session:
         """Return `tokens` followed by the answer, without the token that ends it: the template ends an answer."""
         if tokens.is_cuda:
             torch.cuda.set_device(tokens.device)  # every thread has its own current device
-        with restore_on_error(self.cache):
-            self._feed(tokens)
-            mask = torch.ones_like(tokens)
-            written = self.model.generate(
-                tokens, attention_mask=mask, past_key_values=self.cache, streamer=streamer, **generate_kwargs
-            )
+        self._feed(tokens)
+        mask = torch.ones_like(tokens)
+        written = self.model.generate(
+            tokens, attention_mask=mask, past_key_values=self.cache, streamer=streamer, **generate_kwargs
+        )
         written = getattr(written, "sequences", written)  # with return_dict_in_generate
         configured = getattr(generate_kwargs.get("generation_config"), "eos_token_id", None)
         ends = self.model.generation_config.eos_token_id if configured is None else configured

@@ -7,6 +7,7 @@ suffice: a rank writes epoch e + 2 only after every rank has written e + 1, and 
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from .link import NodeLink
 
 CAPACITY_BYTES = 1 << 20
 SPIN_S, NAP_S, TIMEOUT_S = 0.002, 0.0001, 600.0
+WATCH_S = 0.2  # from the start of a wait until it first asks `watch`, and between two such questions
 
 
 class SharedMemoryLink(NodeLink):
@@ -33,6 +35,9 @@ class SharedMemoryLink(NodeLink):
     Args:
         group: ranks on one host, with CPU tensors.
         capacity_bytes: size of the largest partial. Memory: 4 x ranks x capacity, allocated on first use.
+
+    Attributes:
+        watch: called every 0.2 s while this rank waits. A wait that is in vain raises the error that it returns.
 
     Raises:
         RanksDisagree: on every rank, if capacity_bytes differs between ranks.
@@ -45,7 +50,8 @@ class SharedMemoryLink(NodeLink):
         check_agreement({"capacity_bytes": capacity_bytes}, group)
         self.group, self.capacity_bytes = group, capacity_bytes
         self.rank, self.world_size = group.rank(), group.size()
-        self._epoch = 0
+        self.epoch = 0
+        self.watch: Callable[[], Exception | None] = lambda: None
         # A rank that spins keeps the one that it waits for from running, if ranks outnumber cores.
         self._spin_s = SPIN_S if self.world_size <= (os.cpu_count() or 1) else 0.0
         name, memory = "", Path("/dev/shm")
@@ -85,28 +91,32 @@ class SharedMemoryLink(NodeLink):
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Gather `[...]` of each rank, at most `capacity_bytes`, to `[P, ...]` on every rank, in rank order."""
-        self._epoch = self._epoch % 0x7FFFFFFE + 1  # never 0 (fresh memory); an even maximum keeps slots alternating
+        self.epoch = self.epoch % 0x7FFFFFFE + 1  # never 0 (fresh memory); an even maximum keeps slots alternating
         words = tensor.detach().contiguous().view(-1).view(torch.int32).numpy()
-        slot = self._slots[self._epoch % 2, :, : len(words)]
+        slot = self._slots[self.epoch % 2, :, : len(words)]
         packets = self._packets[: len(words)]
-        packets[:, 0], packets[:, 1] = words, self._epoch
+        packets[:, 0], packets[:, 1] = words, self.epoch
         slot[self.rank] = packets.view(np.int64)[:, 0]
         received = np.ascontiguousarray(self._wait(slot)[:, 0::2])
         return torch.from_numpy(received).view(tensor.dtype).view(self.world_size, *tensor.shape)
 
     def _wait(self, slot: np.ndarray) -> np.ndarray:
         """Wait until every packet of `slot` `[P, n]` carries this epoch; return a copy as int32 `[P, 2 n]`."""
-        start = time.monotonic()
+        start, looks, trouble = time.monotonic(), 0, None
         while True:
             copy = slot.copy().view(np.int32)
-            arrived = copy[:, 1::2] == self._epoch
+            arrived = copy[:, 1::2] == self.epoch
             if arrived.all():
                 return copy
+            if trouble is not None:  # and the packets are still missing
+                raise trouble
             waited_s = time.monotonic() - start
             if waited_s > TIMEOUT_S:
                 missing = np.flatnonzero(~arrived.all(1)).tolist()
                 raise TreeAttentionError(f"ranks {missing} did not arrive within {TIMEOUT_S:.0f} s")
-            if waited_s > self._spin_s:
+            if waited_s > WATCH_S * (looks + 1):
+                looks, trouble = looks + 1, self.watch()
+            elif waited_s > self._spin_s:
                 time.sleep(NAP_S)
             else:
                 os.sched_yield()

@@ -1,0 +1,131 @@
+"""`Peers`: the ranks that call together. They leave each other records in torch's store, which no failure can block."""
+
+import hashlib
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ..errors import TreeAttentionError
+
+LOOK_S = 0.2  # between two looks for ranks that have ended
+LONGEST_WAIT_S = 1800.0  # for a rank that makes the call late, as torch's own groups wait
+KEPT_RECORDS = 64  # a call has two, and peers read them while the next calls are made
+_known: weakref.WeakKeyDictionary[Any, dict[Any, "Peers"]] = weakref.WeakKeyDictionary()  # by default group, ranks
+
+
+class Peers:
+    """The ranks `ranks` (global numbers, this one among them). All create it together; see `peers_of`."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        self.ranks, self.rank = ranks, ranks.index(dist.get_rank())
+        self.calls = 0  # made so far, in the same order on every rank
+        self.must_renew = False  # a call failed: exchanges may be half done, on another rank if not here
+        self._posted: list[str] = []
+        name = "tree_attention/" + hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+        lives = _default_store().add(f"{name}/{self.rank}", 1)  # the store may outlive a default group
+        self._prefix = f"{name}/{lives}/"
+        self._processes: dict[int, str] = {}
+        self._store.set(f"process/{self.rank}", _process(os.getpid()))
+
+    @property
+    def _store(self) -> Any:
+        return dist.PrefixStore(self._prefix, _default_store())  # not kept: rank 0's would keep its port
+
+    def post(self, name: str, text: str) -> None:
+        """Leave this rank's record `name` for each peer to see. Those of long ago are removed."""
+        store = self._store
+        self._posted.append(f"{name}/{self.rank}")
+        store.set(self._posted[-1], text)
+        if len(self._posted) > KEPT_RECORDS:
+            store.delete_key(self._posted.pop(0))
+
+    def gather(self, name: str) -> list[str]:
+        """Return the records `name` of all ranks, in rank order. Waits for them, but not for a process that ended."""
+        store, keys, start = self._store, [f"{name}/{rank}" for rank in range(len(self.ranks))], time.monotonic()
+        try:
+            while not _arrived(store, keys):
+                self.check_alive()
+                if time.monotonic() - start > LONGEST_WAIT_S:
+                    late = [rank for rank in range(len(keys)) if not store.check([keys[rank]])]
+                    raise TreeAttentionError(f"ranks {late} did not make the call within {LONGEST_WAIT_S:.0f} s")
+            return [value.decode() for value in store.multi_get(keys)]
+        except dist.DistError as error:
+            self.check_alive()
+            raise TreeAttentionError("lost the store of the process group: the process that holds it ended") from error
+
+    def left(self, name: str) -> dict[int, str]:
+        """Return the records `name` that are there now, by rank."""
+        store = self._store
+        keys = {rank: f"{name}/{rank}" for rank in range(len(self.ranks))}
+        try:
+            return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+        except dist.DistError:
+            return {}
+
+    def check_alive(self) -> None:
+        """Raise TreeAttentionError if the process of a peer on this host has ended."""
+        for rank in range(len(self.ranks)):
+            if rank not in self._processes and rank != self.rank:
+                try:
+                    store = self._store
+                    if not store.check([f"process/{rank}"]):
+                        continue
+                    self._processes[rank] = store.get(f"process/{rank}").decode()
+                except dist.DistError:
+                    continue
+            if _has_ended(self._processes.get(rank, "")):
+                raise TreeAttentionError(
+                    f"rank {rank} has ended without an error, it may have been killed: start all ranks again"
+                )
+
+
+def peers_of(ranks: Sequence[int]) -> Peers:
+    """Return the Peers of these global ranks, the same object until the default group ends."""
+    known, ranks = _known.setdefault(dist.group.WORLD, {}), tuple(ranks)
+    if ranks not in known:
+        known[ranks] = Peers(ranks)
+    return known[ranks]
+
+
+def _default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _arrived(store: Any, keys: list[str]) -> bool:
+    """Wait for the keys, at most `LOOK_S`; return whether all are there."""
+    if store.has_extended_api():  # a TCPStore, whose server answers when they are
+        try:
+            store.wait(keys, timedelta(seconds=LOOK_S))
+            return True
+        except dist.DistStoreError:
+            return False
+    stop, pause = time.monotonic() + LOOK_S, 2e-5
+    while not store.check(keys):  # a FileStore's own wait looks every 10 ms
+        if time.monotonic() > stop:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.005)
+    return True
+
+
+def _process(pid: int) -> str:
+    """Identify a running process of this host as "host pid start"; "" where there is no /proc."""
+    try:
+        host = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else f"{host} {pid} {fields[18]}"
+
+
+def _has_ended(process: str) -> bool:
+    """Whether a process of this host, as identified by `_process`, runs no more."""
+    own = _process(os.getpid()).split()
+    there = process.split()
+    return bool(own and there) and own[0] == there[0] and _process(int(there[1])) != process
