@@ -1,5 +1,6 @@
 """Calls that ranks do not make alike, ranks that fail alone, and other rows: every rank raises, and can go on."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -221,7 +222,9 @@ def killed(rank, queue, meeting):
         in_turn = [lambda: None, lambda: None, act] if way else [lambda: None] * 3
         calls = iter(in_turn * 100)
         found = attempt(
-            lambda: in_a_layer(its_model, lambda calls=calls: next(calls)(), lambda: its_model.generate(ids, **HOW))
+            functools.partial(
+                in_a_layer, its_model, lambda calls=calls: next(calls)(), lambda: its_model.generate(ids, **HOW)
+            )
         )
         queue.put((rank, way, found if way else None))
     dist.destroy_process_group()
