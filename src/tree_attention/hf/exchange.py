@@ -119,7 +119,6 @@ class CacheExchange:
         self.ranks, self._topology = ranks, topology
         self.link: Link | None = None  # None if the process group is used
         self.link_pending = topology is None and ranks.layout.world_size > 1  # a SymmetricLink, made at the first step
-        self.watch: Callable[[], Exception | None] = lambda: None  # asked while a link waits: why it waits in vain
         self.failure: str | None = None  # what broke off a call that used the cache, until `recover`
         self.number = 0  # among the caches over these ranks
         if ranks.channel is not None:
@@ -138,12 +137,15 @@ class CacheExchange:
         self._renewals = 0 if self.ranks.channel is None else self.ranks.channel.renewals
         if self._topology is None:
             self.link = _shared_memory_link(self.ranks.group)
-            inner = self.link
         else:
             self.link = copy.copy(self._topology)
-            self.link.group, inner = self.ranks.group, self.link.link
-        if isinstance(inner, SharedMemoryLink):
-            inner.watch = lambda: self.watch()
+            self.link.group = self.ranks.group
+
+    def watch_by(self, question: Callable[[], Exception | None]) -> None:
+        """Let a link that waits ask whether it waits in vain; see `SharedMemoryLink.watch`."""
+        for link in (self.link, getattr(self.link, "link", None)):
+            if isinstance(link, SharedMemoryLink):
+                link.watch = question
 
     def reconnect(self) -> None:
         """Use the channel's present group, after a failed call replaced it. All ranks call it together."""
@@ -151,8 +153,8 @@ class CacheExchange:
             self._connect()
 
     def fail(self, reason: str) -> None:
-        """Note that ranks hold different tokens, or wait for each other's."""
-        self.failure = reason
+        """Note that ranks hold different tokens. The link may hold messages that nobody has read."""
+        self.failure, self.link = reason, None
 
     def recover(self) -> None:
         """Forget the failure; the cache is empty, or holds the same tokens on every rank again."""
