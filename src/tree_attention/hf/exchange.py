@@ -49,9 +49,8 @@ class Channel:
         # `new_group` would name it by the number of groups that this rank has, which may differ between ranks.
         name, store = f"{peers_of(self.ranks).name}{self.renewals}", c10d._get_default_store()
         rank, size = self.ranks.index(dist.get_rank()), len(self.ranks)
-        group: Any = c10d._new_process_group_helper(size, rank, self.ranks, "gloo", store, name, timeout=self._timeout)[
-            0
-        ]
+        create: Any = c10d._new_process_group_helper
+        group, _ = create(size, rank, self.ranks, "gloo", store, name, timeout=self._timeout)
         c10d._world.pg_group_ranks[group] = {other: index for index, other in enumerate(self.ranks)}
         c10d._world.pg_names.pop(group, None)  # it does not count when torch names the caller's groups
         return group
