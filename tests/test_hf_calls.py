@@ -92,7 +92,7 @@ def differently(group, way):
     "way", [pytest.param(way, marks=[pytest.mark.slow] * (i % 4 > 0)) for i, way in enumerate(DIFFERENT)]
 )
 def test_ranks_that_do_not_do_the_same_all_raise(pool, way):
-    ranks = 4 if "without" in way else 2  # the automatic cache spans all ranks
+    ranks = 4 if "cache" in way else 2  # the automatic cache spans all ranks
     for (name, said), in_time, held, after in pool.run(differently, way, ranks=ranks):
         assert (name, in_time, held) == ("RanksDisagree", True, 0), said
         assert DIFFERENT[way][1] in said
