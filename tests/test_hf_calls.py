@@ -13,8 +13,9 @@ import torch.distributed as dist
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from architectures import tiny
+from test_session import TEXT, tokenizer
 from tree_attention import hf
-from tree_attention.hf import TreeCache, prefill
+from tree_attention.hf import Session, TreeCache, prefill
 from tree_attention.testing import record_traffic
 
 LAYERS, MOST_S = 2, 30
@@ -240,6 +241,36 @@ def test_a_killed_rank_is_noticed(store, tmp_path):
     for _, (found, in_time) in ended:
         said = "rank 1 has ended without an error, it may have been killed: start all ranks again"
         assert (found, in_time) == (("TreeAttentionError", said), True)
+
+
+def session_of_a_failing_rank(group):
+    """Fail alone in `read`, in `ask` and before `ask`; return what was said, and the answer to a last question."""
+    session, rank = Session.open(model(), tokenizer(), group), group.rank()
+    fail = raise_at(2, rank == 1, ValueError("no room"))
+    found = [attempt(lambda: session.read(TEXT, chunk_tokens=64, on_progress=lambda _: fail()))]
+    session.read(TEXT)
+    fail_later = raise_at(3, rank == 0, BrokenPipeError("nobody reads"))
+    found.append(attempt(lambda: ask(session, "What?", on_token=lambda _: fail_later())))
+    found.append(attempt(lambda: ask(session, "What?"[rank:])))
+    found.append(attempt(lambda: session.read("x" * (rank + 1))))
+    return found, ask(session, "What?")
+
+
+def ask(session, prompt, **how):
+    return "".join(session.ask(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, **how))
+
+
+def test_a_session_goes_on_as_it_was_before(pool):
+    whole = Session.open(model(), tokenizer())
+    whole.read(TEXT)
+    answer = ask(whole, "What?")
+    for rank, (found, said) in enumerate(pool.run(session_of_a_failing_rank, ranks=2)):
+        own, told = ("BrokenPipeError", "nobody reads"), "rank 0 failed in ask: BrokenPipeError: nobody reads"
+        assert all(in_time for _, in_time in found)
+        assert found[0][0][1] == ("no room" if rank == 1 else "rank 1 failed in read: ValueError: no room")
+        assert found[1][0] == (("TreeAttentionError", told) if rank else own)
+        assert [error for (error, _), _ in found[2:]] == ["RanksDisagree"] * 2
+        assert said == answer
 
 
 def stopping(group):
