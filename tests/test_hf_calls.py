@@ -1,6 +1,5 @@
 """Calls that ranks do not make alike, ranks that fail alone, and other rows: every rank raises, and can go on."""
 
-import functools
 import json
 import multiprocessing
 import os
@@ -14,8 +13,9 @@ import torch.distributed as dist
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from architectures import tiny
+from test_session import TEXT, tokenizer
 from tree_attention import hf
-from tree_attention.hf import TreeCache, prefill
+from tree_attention.hf import Session, TreeCache, prefill
 from tree_attention.testing import record_traffic
 
 LAYERS, MOST_S = 2, 30
@@ -93,7 +93,7 @@ def differently(group, way):
     "way", [pytest.param(way, marks=[pytest.mark.slow] * (i % 4 > 0)) for i, way in enumerate(DIFFERENT)]
 )
 def test_ranks_that_do_not_do_the_same_all_raise(pool, way):
-    ranks = 4 if "without" in way else 2  # the automatic cache spans all ranks
+    ranks = 4 if "cache" in way else 2  # the automatic cache spans all ranks
     for (name, said), in_time, held, after in pool.run(differently, way, ranks=ranks):
         assert (name, in_time, held) == ("RanksDisagree", True, 0), said
         assert DIFFERENT[way][1] in said
@@ -217,16 +217,12 @@ def killed(rank, queue, meeting):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=3, timeout=timedelta(minutes=2))
     its_model, ids = model(), text(300)
-    for way in (0, 1):
-        act = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if rank == 1 else (lambda: None)
-        in_turn = [lambda: None, lambda: None, act] if way else [lambda: None] * 3
-        calls = iter(in_turn * 100)
-        found = attempt(
-            functools.partial(
-                in_a_layer, its_model, lambda calls=calls: next(calls)(), lambda: its_model.generate(ids, **HOW)
-            )
-        )
-        queue.put((rank, way, found if way else None))
+    its_model.generate(ids, **HOW)
+    die = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if rank == 1 else (lambda: None)
+    calls = iter([lambda: None, lambda: None, die] + [lambda: None] * 100)
+    queue.put(
+        (rank, attempt(lambda: in_a_layer(its_model, lambda: next(calls)(), lambda: its_model.generate(ids, **HOW))))
+    )
     dist.destroy_process_group()
 
 
@@ -238,17 +234,43 @@ def test_a_killed_rank_is_noticed(store, tmp_path):
     ranks = [context.Process(target=killed, args=(rank, queue, meeting)) for rank in range(3)]
     for rank in ranks:
         rank.start()
-    ended = [queue.get(timeout=100) for _ in range(5)]
+    ended = [queue.get(timeout=100) for _ in range(2)]
     for rank in ranks:
         rank.join(20)
         rank.kill()
-    for rank, way, found in ended:
-        if way:
-            assert found[0] == (
-                "TreeAttentionError",
-                "rank 1 has ended without an error, it may have been killed: start all ranks again",
-            ), rank
-            assert found[1]
+    for _, (found, in_time) in ended:
+        said = "rank 1 has ended without an error, it may have been killed: start all ranks again"
+        assert (found, in_time) == (("TreeAttentionError", said), True)
+
+
+def session_of_a_failing_rank(group):
+    """Fail alone in `read`, in `ask` and before `ask`; return what was said, and the answer to a last question."""
+    session, rank = Session.open(model(), tokenizer(), group), group.rank()
+    fail = raise_at(2, rank == 1, ValueError("no room"))
+    found = [attempt(lambda: session.read(TEXT, chunk_tokens=64, on_progress=lambda _: fail()))]
+    session.read(TEXT)
+    fail_later = raise_at(3, rank == 0, BrokenPipeError("nobody reads"))
+    found.append(attempt(lambda: ask(session, "What?", on_token=lambda _: fail_later())))
+    found.append(attempt(lambda: ask(session, "What?"[rank:])))
+    found.append(attempt(lambda: session.read("x" * (rank + 1))))
+    return found, ask(session, "What?")
+
+
+def ask(session, prompt, **how):
+    return "".join(session.ask(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, **how))
+
+
+def test_a_session_goes_on_as_it_was_before(pool):
+    whole = Session.open(model(), tokenizer())
+    whole.read(TEXT)
+    answer = ask(whole, "What?")
+    for rank, (found, said) in enumerate(pool.run(session_of_a_failing_rank, ranks=2)):
+        own, told = ("BrokenPipeError", "nobody reads"), "rank 0 failed in ask: BrokenPipeError: nobody reads"
+        assert all(in_time for _, in_time in found)
+        assert found[0][0][1] == ("no room" if rank == 1 else "rank 1 failed in read: ValueError: no room")
+        assert found[1][0] == (("TreeAttentionError", told) if rank else own)
+        assert [error for (error, _), _ in found[2:]] == ["RanksDisagree"] * 2
+        assert said == answer
 
 
 def stopping(group):

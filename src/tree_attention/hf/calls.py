@@ -22,11 +22,11 @@ from torch.distributed import ProcessGroup
 from ..errors import InputError, RanksDisagree, TreeAttentionError
 from ..group import disagreement, resolve_group
 from .cache import TreeCache
-from .exchange import Channel, channel_of, hang_up
+from .exchange import CacheExchange, Channel, channel_of, hang_up
 from .peers import Peers, peers_of
 from .tensor_parallel import sequence_axis, tensor_group
 
-GRACE_S = 1.0  # for the other ranks to fail alike, which leaves nothing half done
+GRACE_S = 3.0  # for the other ranks to fail alike, which leaves nothing half done
 SAMPLED = 1 << 16  # numbers of a float tensor that its digest reads
 current: ContextVar["Call | None"] = ContextVar("current", default=None)
 
@@ -48,12 +48,12 @@ class Call:
 
     def __init__(self, name: str, model: Any, cache: Any = None) -> None:
         self.name, self.outer = name, current.get()
-        self.exchange = cache.exchange if isinstance(cache, TreeCache) else None
+        self.exchanges = [cache.exchange] if isinstance(cache, TreeCache) else []  # of the caches that it uses
         self.given = cache.ranks.given if isinstance(cache, TreeCache) else resolve_group(sequence_axis(model))
         self.tensor, self.mesh = tensor_group(model), getattr(model, "tree_attention_mesh", None)
         self.described: dict[str, Any] = {"call": name, "adapters": _adapters(model)}
-        if self.exchange is not None:
-            self.described["cache"] = f"number {self.exchange.number}, {cache.get_seq_length()} tokens"
+        for exchange in self.exchanges:
+            self.described["cache"] = f"number {exchange.number}, {cache.get_seq_length()} tokens"
         self.result: Tensor | None = None
         self.peers: Peers | None = None
         self.channel: Channel | None = None
@@ -74,9 +74,11 @@ class Call:
 
     def start(self) -> None:
         """Raise on every rank unless all ranks make this call and none has a fault. All ranks call it together."""
-        if self.exchange is not None:
-            self.exchange.check_usable()
+        for exchange in self.exchanges:
+            exchange.check_usable()
         self._vote(None)
+        for exchange in self.exchanges:
+            (self.outer or self).use(exchange)
 
     def keep_open(self) -> None:
         """Leave the block without ending the call; another thread enters it again."""
@@ -97,7 +99,7 @@ class Call:
         if fault is not None or len({vote[:64] for vote in votes}) > 1:
             reports = [json.loads(vote) for vote in self._gather("why", json.dumps([described, text]))]
             self.is_open = False  # on every rank: nothing was computed
-            if fault is not None and {own for _, own in reports} == {text}:
+            if fault is not None and (not isinstance(fault, Exception) or {own for _, own in reports} == {text}):
                 return  # the fault itself is raised
             if len({values["call"] for values, _ in reports}) > 1:  # then all else differs, too
                 reports = [({"call": values["call"]}, own) for values, own in reports]
@@ -105,15 +107,14 @@ class Call:
         self.channel = channel_of(self.given)
         if any(vote.endswith("1") for vote in votes):
             self._renew()
-        if self.exchange is not None:
-            self.use(self.exchange)
 
-    def use(self, exchange: Any) -> None:
+    def use(self, exchange: CacheExchange) -> None:
         """Use the exchange of a cache. All ranks call it together."""
-        self.exchange = exchange
+        if exchange not in self.exchanges:
+            self.exchanges.append(exchange)
         exchange.reconnect()
         if self.peers is not None:
-            exchange.watch = self._why_wait
+            exchange.watch_by(self._why_wait)
 
     def _ranks(self) -> list[int]:
         """Global ranks that make the call."""
@@ -130,7 +131,7 @@ class Call:
     def _renew(self) -> None:
         """Replace what an earlier call that failed may have left half done."""
         assert self.peers is not None
-        if self.channel is not None and (not self.channel.renewable or self.tensor is not None):
+        if self.tensor is not None or (self.channel is not None and not self.channel.renewable):
             self.is_open = False
             raise TreeAttentionError(
                 "an earlier call failed, and its groups cannot be used again: start all ranks again"
@@ -170,14 +171,14 @@ class Call:
             try:
                 self._end(error)
             finally:
-                if self.exchange is not None:
-                    self.exchange.watch = lambda: None
+                for exchange in self.exchanges:
+                    exchange.watch_by(lambda: None)
 
     def _end(self, error: BaseException | None) -> None:
         """Leave how the call ended here. Unless all ranks ended it alike, raise, and let none of them go on."""
         assert self.peers is not None
         was_told = error is not None and (error is self._told or _lost_connection(error))
-        progress = "" if self.exchange is None else self.exchange.progress()
+        progress = " ".join(exchange.progress() for exchange in self.exchanges)
         result = _as_text(self.result)
         fault = None if error is None else str(error) if was_told else _text(error)
         own = {"fault": fault, "told": was_told, "progress": progress, "result": result}
@@ -221,8 +222,8 @@ class Call:
     def _give_up(self, reason: str) -> None:
         assert self.peers is not None
         self.peers.must_renew = True
-        if self.exchange is not None:
-            self.exchange.fail(reason)
+        for exchange in self.exchanges:
+            exchange.fail(reason)
         groups = [] if self.channel is None else [self.channel.group] * self.channel.renewable
         if self.tensor is not None:
             groups += [group for group in (self.given, self.tensor) if group is not None]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedConfig
@@ -24,6 +25,7 @@ from ..layout import Layout
 from ..partial import Partial, PartialSpec, spec_of
 from ..reduce import SharedMemoryLink, SymmetricLink, TwoLevel, check_no_gradient, resolve_reduction, run_reduction
 from ..reduce.link import Link
+from .peers import peers_of
 from .tensor_parallel import tensor_ranks
 
 _channels: weakref.WeakKeyDictionary[Any, dict[Any, "Channel"]] = weakref.WeakKeyDictionary()  # by default group, ranks
@@ -37,17 +39,26 @@ class Channel:
     def __init__(self, given: ProcessGroup) -> None:
         self.ranks = dist.get_process_group_ranks(given)
         # Not for GPUs: there a second group costs memory, and NCCL cannot end exchanges that are half done.
-        self.renewable = dist.get_backend(given) == "gloo" and sorted(self.ranks) == self.ranks
+        self.renewable = dist.get_backend(given) == "gloo"
         self._timeout = given._get_backend(torch.device("cpu")).options._timeout if self.renewable else None
+        self.caches = self.renewals = 0  # so far, in the same order on every rank
         self.group = self._new_group() if self.renewable else given
-        self.caches = self.renewals = 0  # created so far, in the same order on every rank
 
     def _new_group(self) -> Any:
-        return dist.new_group(self.ranks, timeout=self._timeout, backend="gloo", use_local_synchronization=True)
+        """Return a group over the channel's ranks, which all call this together."""
+        # `new_group` would name it by the number of groups that this rank has, which may differ between ranks.
+        name, store = f"{peers_of(self.ranks).name}{self.renewals}", c10d._get_default_store()
+        rank, size = self.ranks.index(dist.get_rank()), len(self.ranks)
+        create: Any = c10d._new_process_group_helper
+        group, _ = create(size, rank, self.ranks, "gloo", store, name, timeout=self._timeout)
+        c10d._world.pg_group_ranks[group] = {other: index for index, other in enumerate(self.ranks)}
+        c10d._world.pg_names.pop(group, None)  # it does not count when torch names the caller's groups
+        return group
 
     def renew(self) -> None:
-        """Replace the group. All ranks call it together. The old one stays registered, else its name would return."""
-        self.group, self.renewals = self._new_group(), self.renewals + 1
+        """Replace the group. All ranks call it together."""
+        self.renewals += 1
+        self.group = self._new_group()
 
 
 def channel_of(given: ProcessGroup | None) -> Channel | None:
@@ -119,7 +130,6 @@ class CacheExchange:
         self.ranks, self._topology = ranks, topology
         self.link: Link | None = None  # None if the process group is used
         self.link_pending = topology is None and ranks.layout.world_size > 1  # a SymmetricLink, made at the first step
-        self.watch: Callable[[], Exception | None] = lambda: None  # asked while a link waits: why it waits in vain
         self.failure: str | None = None  # what broke off a call that used the cache, until `recover`
         self.number = 0  # among the caches over these ranks
         if ranks.channel is not None:
@@ -138,12 +148,15 @@ class CacheExchange:
         self._renewals = 0 if self.ranks.channel is None else self.ranks.channel.renewals
         if self._topology is None:
             self.link = _shared_memory_link(self.ranks.group)
-            inner = self.link
         else:
             self.link = copy.copy(self._topology)
-            self.link.group, inner = self.ranks.group, self.link.link
-        if isinstance(inner, SharedMemoryLink):
-            inner.watch = lambda: self.watch()
+            self.link.group = self.ranks.group
+
+    def watch_by(self, question: Callable[[], Exception | None]) -> None:
+        """Let a link that waits ask whether it waits in vain; see `SharedMemoryLink.watch`."""
+        for link in (self.link, getattr(self.link, "link", None)):
+            if isinstance(link, SharedMemoryLink):
+                link.watch = question
 
     def reconnect(self) -> None:
         """Use the channel's present group, after a failed call replaced it. All ranks call it together."""
@@ -151,8 +164,8 @@ class CacheExchange:
             self._connect()
 
     def fail(self, reason: str) -> None:
-        """Note that ranks hold different tokens, or wait for each other's."""
-        self.failure = reason
+        """Note that ranks hold different tokens. The link may hold messages that nobody has read."""
+        self.failure, self.link = reason, None
 
     def recover(self) -> None:
         """Forget the failure; the cache is empty, or holds the same tokens on every rank again."""

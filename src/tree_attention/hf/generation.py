@@ -86,8 +86,13 @@ def prepare(
 
 def _involves_ranks(model: Any, generation_config: Any, options: dict[str, Any]) -> bool:
     """Whether ranks meet in a call of `generate`: in a cache, for random numbers, or within the model."""
-    config, cache = generation_config or model.generation_config, options.get("past_key_values")
-    samples, use_cache = (options.get(name, getattr(config, name)) for name in ("do_sample", "use_cache"))
+    cache = options.get("past_key_values")
+
+    def option(name: str) -> Any:
+        given = options.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name)
+        return next((value for value in given if value is not None), None)
+
+    samples, use_cache = option("do_sample"), option("use_cache")
     spreads = isinstance(cache, TreeCache) or (cache is None and use_cache is not False)
     return bool(samples or spreads or tensor_group(model))
 

@@ -29,13 +29,13 @@ class Peers:
         self._posted: list[str] = []
         name = "tree_attention/" + hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
         lives = _default_store().add(f"{name}/{self.rank}", 1)  # the store may outlive a default group
-        self._prefix = f"{name}/{lives}/"
+        self.name = f"{name}/{lives}/"
         self._processes: dict[int, str] = {}
         self._store.set(f"process/{self.rank}", _process(os.getpid()))
 
     @property
     def _store(self) -> Any:
-        return dist.PrefixStore(self._prefix, _default_store())  # not kept: rank 0's would keep its port
+        return dist.PrefixStore(self.name, _default_store())  # not kept: rank 0's would keep its port
 
     def post(self, name: str, text: str) -> None:
         """Leave this rank's record `name` for each peer to see. Those of long ago are removed."""
