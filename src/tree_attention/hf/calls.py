@@ -256,7 +256,8 @@ def as_one_call(function: Callable[..., None]) -> Callable[..., None]:
 
 def check_ids(model: Any, ids: Tensor) -> None:
     """Raise InputError if a token is outside the table of embeddings."""
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(embeddings, "num_embeddings", None)
     if rows and ids.numel():
         low, high = (int(end) for end in torch.aminmax(ids))
         if low < 0 or high >= rows:
