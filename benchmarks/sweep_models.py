@@ -50,7 +50,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "gemma3n_text": {
-        "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4, "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},

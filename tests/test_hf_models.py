@@ -293,3 +293,13 @@ def beams(group):
     cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
     how = GenerationConfig(num_beams=3, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     return model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=how).tolist()
+
+
+def test_a_model_type_that_was_never_compared_is_named_once(caplog):
+    config = copy.deepcopy(tiny("llama", "tree_attention", layers=2).config)
+    config.model_type = "unheard_of"
+    for _ in range(2):
+        TreeCache(config)
+    TreeCache(tiny("qwen3", "tree_attention", layers=2).config)
+    (message,) = [record.getMessage() for record in caplog.records if "compared" in record.getMessage()]
+    assert "models of type unheard_of: tree_attention.hf.check_model(model) compares them here" in message

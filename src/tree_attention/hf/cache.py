@@ -27,7 +27,7 @@ from .cursor import Cursor, StepState
 from .exchange import CacheExchange, CacheRanks
 from .hybrid_layer import HybridLayer, HybridWindowLayer
 from .layers import KeyLayer, ShardedLayer, mark
-from .models import INSTEAD, OTHERWISE, check_config
+from .models import INSTEAD, OTHERWISE, check_config, warn_of
 from .refusing import Refusing
 from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
@@ -87,6 +87,8 @@ class TreeCache(Cache):
         check_config(config.get_text_config(decoder=True))
         process_group = group.group if isinstance(group, TwoLevel) else resolve_group(group)
         rank, size = rank_and_size(process_group)
+        if rank == 0:
+            warn_of(config.get_text_config(decoder=True).model_type)
         self.ranks = CacheRanks(process_group, rank, Layout(size, block_tokens), max_tokens)
         self.exchange = CacheExchange(group, self.ranks, config)
         self.step_state = StepState(self.ranks)

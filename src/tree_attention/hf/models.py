@@ -1,6 +1,8 @@
 """Which models a TreeCache is right for, told before anything is computed from a configuration or a model."""
 
+import functools
 import inspect
+import logging
 import sys
 from typing import Any
 
@@ -8,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..errors import Unsupported
+from .model_types import KNOWN
 from .rotary import check_switch
 
 INSTEAD = "use model.generate(..., prefill_chunk_size=n), which reads the prompt on every rank alike"
@@ -25,6 +28,17 @@ def check_config(config: PreTrainedConfig) -> None:
     if config.model_type in REFUSED:
         raise Unsupported(f"{config.model_type} {REFUSED[config.model_type]}, which is not supported: {OTHERWISE}")
     _check_module(type(config).__module__.replace("configuration_", "modeling_"), config.model_type)
+
+
+@functools.cache
+def warn_of(model_type: str) -> None:
+    """Log a warning, once, if nobody has compared this type of model with stock attention."""
+    if model_type not in KNOWN:
+        logging.getLogger(__name__).warning(
+            "tree_attention has not been compared with stock attention for models of type %s: "
+            "tree_attention.hf.check_model(model) compares them here, in seconds",
+            model_type,
+        )
 
 
 def check_loading(model: Any, attn_implementation: Any, *_: Any, **__: Any) -> None:
