@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -34,6 +33,7 @@ from .window_layer import ReplicatedWindowLayer
 
 BLOCK_TOKENS = 16
 STEP_MODES = ("captured", "compiled", "eager")
+UNUSED_LAYER = getattr(cache_utils, "DummyLayer", None)  # not in transformers 5.17
 INTERRUPTED = (
     "a forward pass was interrupted, so layers of this TreeCache hold different tokens: create a new one on every "
     "rank, and pass the whole text again"
@@ -120,7 +120,7 @@ class TreeCache(Cache):
             return HybridWindowLayer(
                 *shared, sliding_window=layer.sliding_window, number_of_states=layer.number_of_states
             )
-        if type(layer) in (LinearAttentionLayer, DummyLayer):
+        if type(layer) in (LinearAttentionLayer, UNUSED_LAYER):
             return layer
         raise Unsupported(
             f"{self.config.model_type} has layers of the kind {type(layer).__name__}, which is not supported: "
