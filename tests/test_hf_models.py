@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, GenerationConfig
 
 from architectures import (
     BLOCK,
@@ -150,7 +150,14 @@ def stand_in(model, body):
     return SimpleNamespace(config=model.config, base_model=body)
 
 
-@pytest.mark.parametrize("name", ["image_token_id", "video_token_index", "audio_token_id"])
+def test_an_encoder_decoder_is_refused():
+    config = AutoConfig.for_model("bart", vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1)
+    model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="tree_attention").eval()
+    with pytest.raises(Unsupported, match=f"bart is an encoder-decoder model, which is not supported: {OTHERWISE}"):
+        model.generate(prompt(False)[0] % 64, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["image_token_id", "video_token_index", "audio_token_id", "image_pad_token_id"])
 def test_a_text_with_images_is_refused_in_prefill(llama, name):
     model, ids = copy.copy(llama), prompt(False)[0]
     model.config = copy.deepcopy(llama.config)

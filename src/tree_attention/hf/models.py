@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import re
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from .model_types import KNOWN
 from .rotary import check_switch
 
 INSTEAD = "use model.generate(..., prefill_chunk_size=n), which reads the prompt on every rank alike"
+PLACEHOLDER = re.compile(r"(image|img|video|audio|speech)\w*_token(_id|_index)?")  # a configuration's field
 REFUSED = {
     **dict.fromkeys(["doge", "mvp"], "looks at its attention mask"),
     "recurrent_gemma": "keeps its state in its layers, not in the cache",
@@ -83,8 +85,7 @@ def check_prefill(model: Any, input_ids: Tensor) -> None:
             f"context-parallel prefill needs position_ids, which {type(body).__name__} does not take: {INSTEAD}"
         )
     for name, token in vars(model.config).items():
-        is_placeholder = name.startswith(("image_token", "video_token", "audio_token")) and isinstance(token, int)
-        if is_placeholder and bool((input_ids == token).any()):
+        if PLACEHOLDER.fullmatch(name) and isinstance(token, int) and bool((input_ids == token).any()):
             raise Unsupported(f"context-parallel prefill reads text only, got {name} {token} in input_ids: {INSTEAD}")
 
 
