@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, GenerationConfig
 
 from architectures import (
     BLOCK,
@@ -150,7 +150,14 @@ def stand_in(model, body):
     return SimpleNamespace(config=model.config, base_model=body)
 
 
-@pytest.mark.parametrize("name", ["image_token_id", "video_token_index", "audio_token_id"])
+def test_an_encoder_decoder_is_refused():
+    config = AutoConfig.for_model("bart", vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1)
+    model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="tree_attention").eval()
+    with pytest.raises(Unsupported, match=f"bart is an encoder-decoder model, which is not supported: {OTHERWISE}"):
+        model.generate(prompt(False)[0] % 64, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["image_token_id", "video_token_index", "audio_token_id", "image_pad_token_id"])
 def test_a_text_with_images_is_refused_in_prefill(llama, name):
     model, ids = copy.copy(llama), prompt(False)[0]
     model.config = copy.deepcopy(llama.config)
@@ -293,3 +300,13 @@ def beams(group):
     cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
     how = GenerationConfig(num_beams=3, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     return model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=how).tolist()
+
+
+def test_a_model_type_that_was_never_compared_is_named_once(caplog):
+    config = copy.deepcopy(tiny("llama", "tree_attention", layers=2).config)
+    config.model_type = "unheard_of"
+    for _ in range(2):
+        TreeCache(config)
+    TreeCache(tiny("qwen3", "tree_attention", layers=2).config)
+    (message,) = [record.getMessage() for record in caplog.records if "compared" in record.getMessage()]
+    assert "models of type unheard_of: tree_attention.hf.check_model(model) compares them here" in message

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -27,13 +26,14 @@ from .cursor import Cursor, StepState
 from .exchange import CacheExchange, CacheRanks
 from .hybrid_layer import HybridLayer, HybridWindowLayer
 from .layers import KeyLayer, ShardedLayer, mark
-from .models import INSTEAD, OTHERWISE, check_config
+from .models import INSTEAD, OTHERWISE, check_config, warn_of
 from .refusing import Refusing
 from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
 
 BLOCK_TOKENS = 16
 STEP_MODES = ("captured", "compiled", "eager")
+UNUSED_LAYER = getattr(cache_utils, "DummyLayer", None)  # not in transformers 5.17
 INTERRUPTED = (
     "a forward pass was interrupted, so layers of this TreeCache hold different tokens: create a new one on every "
     "rank, and pass the whole text again"
@@ -87,6 +87,8 @@ class TreeCache(Cache):
         check_config(config.get_text_config(decoder=True))
         process_group = group.group if isinstance(group, TwoLevel) else resolve_group(group)
         rank, size = rank_and_size(process_group)
+        if rank == 0:
+            warn_of(config.get_text_config(decoder=True).model_type)
         self.ranks = CacheRanks(process_group, rank, Layout(size, block_tokens), max_tokens)
         self.exchange = CacheExchange(group, self.ranks, config)
         self.step_state = StepState(self.ranks)
@@ -118,7 +120,7 @@ class TreeCache(Cache):
             return HybridWindowLayer(
                 *shared, sliding_window=layer.sliding_window, number_of_states=layer.number_of_states
             )
-        if type(layer) in (LinearAttentionLayer, DummyLayer):
+        if type(layer) in (LinearAttentionLayer, UNUSED_LAYER):
             return layer
         raise Unsupported(
             f"{self.config.model_type} has layers of the kind {type(layer).__name__}, which is not supported: "

@@ -1,6 +1,9 @@
 """Which models a TreeCache is right for, told before anything is computed from a configuration or a model."""
 
+import functools
 import inspect
+import logging
+import re
 import sys
 from typing import Any
 
@@ -8,9 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..errors import Unsupported
+from .model_types import KNOWN
 from .rotary import check_switch
 
 INSTEAD = "use model.generate(..., prefill_chunk_size=n), which reads the prompt on every rank alike"
+PLACEHOLDER = re.compile(r"(image|img|video|audio|speech)\w*_token(_id|_index)?")  # a configuration's field
 REFUSED = {
     **dict.fromkeys(["doge", "mvp"], "looks at its attention mask"),
     "recurrent_gemma": "keeps its state in its layers, not in the cache",
@@ -25,6 +30,17 @@ def check_config(config: PreTrainedConfig) -> None:
     if config.model_type in REFUSED:
         raise Unsupported(f"{config.model_type} {REFUSED[config.model_type]}, which is not supported: {OTHERWISE}")
     _check_module(type(config).__module__.replace("configuration_", "modeling_"), config.model_type)
+
+
+@functools.cache
+def warn_of(model_type: str) -> None:
+    """Log a warning, once, if nobody has compared this type of model with stock attention."""
+    if model_type not in KNOWN:
+        logging.getLogger(__name__).warning(
+            "tree_attention has not been compared with stock attention for models of type %s: "
+            "tree_attention.hf.check_model(model) compares them here, in seconds",
+            model_type,
+        )
 
 
 def check_loading(model: Any, attn_implementation: Any, *_: Any, **__: Any) -> None:
@@ -69,8 +85,7 @@ def check_prefill(model: Any, input_ids: Tensor) -> None:
             f"context-parallel prefill needs position_ids, which {type(body).__name__} does not take: {INSTEAD}"
         )
     for name, token in vars(model.config).items():
-        is_placeholder = name.startswith(("image_token", "video_token", "audio_token")) and isinstance(token, int)
-        if is_placeholder and bool((input_ids == token).any()):
+        if PLACEHOLDER.fullmatch(name) and isinstance(token, int) and bool((input_ids == token).any()):
             raise Unsupported(f"context-parallel prefill reads text only, got {name} {token} in input_ids: {INSTEAD}")
 
 
