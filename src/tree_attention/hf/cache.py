@@ -16,7 +16,7 @@ from ..layout import Layout
 from ..reduce import TwoLevel
 from .cursor import Cursor, StepState
 from .exchange import CacheExchange, CacheRanks
-from .layers import KeyLayer, ShardedLayer, mark
+from .layers import KeyLayer, ShardedLayer, keep_writable, mark
 from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
 
@@ -91,7 +91,7 @@ class TreeCache(Cache):
             return ShardedLayer(*shared)
         if type(layer) is DynamicSlidingWindowLayer:
             return ReplicatedWindowLayer(*shared, sliding_window=layer.sliding_window)
-        return layer
+        return keep_writable(layer)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if self.config._attn_implementation != "tree_attention":

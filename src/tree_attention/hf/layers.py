@@ -158,7 +158,8 @@ class ShardedLayer(KeyLayer):
         """Write to the same memory if the batch size stays the same."""
         if not self.is_initialized:
             return
-        keys, values = change(self.keys), change(self.values)
+        with torch.inference_mode(False):  # as in `_resized`
+            keys, values = change(self.keys), change(self.values)
         if keys.shape == self.keys.shape:
             self.keys.copy_(keys)
             self.values.copy_(values)
@@ -168,9 +169,18 @@ class ShardedLayer(KeyLayer):
 
 
 def _resized(buffer: Tensor, capacity: int) -> Tensor:
-    resized = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
+    with torch.inference_mode(False):  # a tensor created in inference mode could not be written to outside it later
+        resized = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
     resized[:, :, : buffer.shape[2]] = buffer
     return resized
+
+
+def keep_writable(layer: Any) -> Any:
+    """Make a layer of transformers' create its states outside of inference mode, as `_resized` does. Return it."""
+    for name in ("lazy_initialization", "reorder_cache"):
+        if hasattr(layer, name):
+            setattr(layer, name, torch.inference_mode(False)(getattr(layer, name)))
+    return layer
 
 
 def mark(key: Tensor, layer_idx: int, layer: KeyLayer) -> None:

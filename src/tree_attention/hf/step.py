@@ -115,7 +115,8 @@ class SteppingForward:
         if step is None:
             cache.captured_steps.clear()
             _caches_with_steps.add(cache)
-            step = cache.captured_steps[key] = CapturedStep(ids.clone(), positions.clone())
+            with torch.inference_mode(False):  # later steps write to them, in inference mode or not
+                step = cache.captured_steps[key] = CapturedStep(ids.clone(), positions.clone())
         step.ids.copy_(ids)
         step.positions.copy_(positions)
         forward, before = forwards[min(step.runs, len(forwards) - 1)], exchange.received_bytes

@@ -54,7 +54,8 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
         windows: list[Any] = [self.keys, self.values]
         shapes = [(*t.shape[:2], self.sliding_window, t.shape[3]) for t in windows]
         if [tuple(t.shape) for t in self.ring] != shapes:
-            self.ring = [t.new_zeros(shape) for t, shape in zip(windows, shapes, strict=True)]
+            with torch.inference_mode(False):  # as in `layers._resized`
+                self.ring = [t.new_zeros(shape) for t, shape in zip(windows, shapes, strict=True)]
             self.step_state.buffers_changed()
         for buffer, window in zip(self.ring, windows, strict=True):
             buffer.index_copy_(2, self._places(window.shape[2]), window)
