@@ -8,6 +8,9 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton, which looks when a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other
+    torch.set_num_threads(1)
+
 from tree_attention.testing import RankPool
 
 pytest.register_assert_rewrite("architectures", "command")

@@ -79,6 +79,7 @@ def test_a_seed_draws_the_same_text_again_and_under_torchrun(folder, document):
     assert drawn["tokens"] == again["tokens"] != other["tokens"]
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_code_2():
     ended = run("generate", "--model", "/nowhere/at/all", "--prompt", QUESTION)
     assert ended.returncode == 2

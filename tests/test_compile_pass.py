@@ -76,6 +76,7 @@ def test_products_that_share_a_vector_are_one_launch():
     assert_close(found, layer(x, *weights))
 
 
+@pytest.mark.slow
 def test_what_is_not_one_vector_stays_with_the_library():
     x, *weights = drawn((2, 1, 24), (6, 24), (10, 24), (3, 24), (3,), (7, 19))
     found, watched = compiled(layer, x, *weights)

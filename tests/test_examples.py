@@ -22,6 +22,7 @@ def run(*command):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_energy():
     lines = run(sys.executable, EXAMPLES / "energy.py")
     assert len(lines) == 3

@@ -362,7 +362,7 @@ def hammer(group, steps):
     return wrong, left
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_shared_memory_over_many_steps(pool, ranks):
     assert pool.run(hammer, 1000, ranks=ranks) == [([], set())] * ranks
 

@@ -286,7 +286,8 @@ def step_of(name, size):
     return (q, ks, vs, lens, sinks, scatter), exact, plain.out.half()
 
 
-@pytest.mark.parametrize("size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_fused_steps_between_ranks(size):
     ranks = Ranks(size)
     first = {}
@@ -308,7 +309,7 @@ def test_a_sink_without_weight_where_no_rank_has_a_key():
     assert (Ranks(2).decode(q, *nothing, sinks=torch.full_like(sinks, -math.inf))[0] == 0).all()
 
 
-@pytest.mark.parametrize("programs", [1, 6])
+@pytest.mark.parametrize("programs", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_fused_steps_on_any_number_of_programs(programs):
     for name in ("even", "ragged scatter with sinks"):
         arguments, exact, plain = step_of(name, 2)
@@ -316,6 +317,7 @@ def test_fused_steps_on_any_number_of_programs(programs):
         assert_within_rounding(torch.cat(outs, 2) if arguments[-1] else outs[0], exact.out, plain)
 
 
+@pytest.mark.slow
 def test_epochs_start_again():
     ranks = Ranks(2)
     ranks.epoch = LAST_EPOCH - 1
@@ -351,7 +353,7 @@ EXCHANGES = {  # shape, scatter, which ranks are empty, which row is on all
 }
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_exchange_between_ranks(size):
     ranks = Ranks(size)
     ranks.epoch = LAST_EPOCH - 3  # and on past the end
@@ -375,7 +377,7 @@ def test_the_exchange_between_ranks(size):
     assert torch.equal(bits["plain"].out, bits["plain again"].out)
 
 
-@pytest.mark.parametrize("programs", [1, 2, 12])
+@pytest.mark.parametrize("programs", [1, 2, pytest.param(12, marks=pytest.mark.slow)])
 def test_attend_on_any_number_of_programs(monkeypatch, programs):
     """Other cuts of the keys, the same result to rounding; the same cut, the same bits."""
     monkeypatch.setattr(triton_decode, "multiprocessors", lambda device: programs)

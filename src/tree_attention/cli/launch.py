@@ -21,13 +21,15 @@ GRACE_S = 2.0  # from a rank's death until the others are killed
 PEER_TIMEOUT = timedelta(minutes=10)  # for a slow peer; the process that started the ranks notices a dead one
 
 
-def run_on_ranks(function: Callable[..., int | None], nproc: int | None, device: str, *args: Any, preload: Sequence[str] = ()) -> int:
+def run_on_ranks(
+    function: Callable[..., int | None], nproc: int | None, device: str, *args: Any, preload: Sequence[str] = ()
+) -> int:
     """Call `function(*args, device)` on `nproc` ranks of one process group. Under torchrun, be one of its ranks.
 
     `function` must be importable by name; it returns an exit code, None for 0. Returns the code of the first rank that
-    ended with one, else 0. On CPUs the ranks are forked from a process that has loaded `preload`, modules that take long
-    to load. Raises InputError for an impossible `nproc` or `device`, RankDied if an unexpected error or
-    a signal ended a rank; the others are terminated.
+    ended with one, else 0. On CPUs the ranks are forked from a process that has loaded the modules in `preload`, since
+    transformers takes seconds to load. Raises InputError for an impossible `nproc` or `device`, RankDied if an
+    unexpected error or a signal ended a rank; the others are terminated.
     """
     size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else (1 if nproc is None else nproc)
     if size < 1:
