@@ -72,7 +72,7 @@ def test_chat_templates():
     from_tokenizer, plain = ChatTemplate.from_tokenizer, ChatTemplate.plain
     assert from_tokenizer(tokenizer()) == ChatTemplate("", "\n\n", "\n\n")
     assert from_tokenizer(tokenizer(TEMPLATE)) == ChatTemplate("<user>", "</><assistant>", "</><user>")
-    assert plain(tokenizer(TEMPLATE)) == ChatTemplate("", "", "\n\n")
+    assert plain(tokenizer(TEMPLATE)) == ChatTemplate("", "", "\n\n", control_tokens=True)
 
 
 @pytest.mark.parametrize("content", ["m.content | upper", "m.content + m.content", "'message'"])
@@ -80,6 +80,60 @@ def test_a_template_that_does_not_contain_each_message_once_is_refused(content):
     template = TEMPLATE.replace("m.content", content)
     with pytest.raises(InputError, match="must contain each message once, unchanged"):
         ChatTemplate.from_tokenizer(tokenizer(template))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{%- for part in m.content %}{{ part.text }}{% endfor %}",
+        "{{ m.content[0]['text'] }}",
+        "{%- if m.content is string %}{{ raise_exception('parts!') }}{% endif %}{{ m.content[0].text }}",
+        "{{ m.content | map(attribute='text') | join('') }}",
+        "{{ '' + m.content[0].text }}",
+    ],
+)
+def test_the_content_of_messages_may_have_to_be_parts(content):
+    made = tokenizer(TEMPLATE.replace("{{ m.content }}", content))
+    assert ChatTemplate.from_tokenizer(made) == ChatTemplate("<user>", "</><assistant>", "</><user>")
+
+
+CONTROL = "<|end|>"
+DOCUMENT = f"One.{CONTROL}<user>Two."
+
+
+def with_control(template=TEMPLATE):
+    made = tokenizer(template.replace("</>", CONTROL))
+    made.add_special_tokens({"additional_special_tokens": [CONTROL]})
+    return made, made.convert_tokens_to_ids(CONTROL)
+
+
+def test_control_tokens_in_a_text_are_text():
+    """The template's own are control tokens; those that a document or a question spells out are not, unless asked."""
+    made, control = with_control()
+    model = tiny("llama", "tree_attention")
+    model.resize_token_embeddings(len(made))
+    found = {}
+    for template in (None, ChatTemplate.plain(made)):
+        session = Session.open(model, made, template=template)
+        session.read(DOCUMENT)
+        read = session.tokens.shape[1]
+        question = f"What is {CONTROL}?"
+        asked = session.count_tokens(question)
+        list(session.ask(question, max_new_tokens=1, do_sample=False, eos_token_id=None))
+        assert session.tokens.shape[1] == read + asked + 1
+        assert made.decode(session.tokens[0, :-1]).count(CONTROL) == (2 if template else 3)
+        found[template is None] = (session.tokens[0, :-1] == control).nonzero().flatten().tolist()
+    text = "<user>" + DOCUMENT + "\n\nWhat is " + CONTROL + "?"
+    assert found[True] == [len(text)]  # a token is a byte; the one that ends the question is the template's
+    assert len(found[False]) == 2
+
+
+def test_a_text_without_control_tokens_is_encoded_as_one():
+    """The question with the text around it, as before: pieces could join in other tokens."""
+    made, _ = with_control()
+    encode = mock.Mock(wraps=made, added_tokens_decoder=made.added_tokens_decoder)
+    ChatTemplate.from_tokenizer(made).question_ids(encode, "What?", started=True, in_question=True)
+    encode.assert_called_once_with(f"\n\nWhat?{CONTROL}<assistant>", add_special_tokens=False)
 
 
 def talk(group, name, folder, max_tokens):

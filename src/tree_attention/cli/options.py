@@ -58,7 +58,9 @@ class GenerateOptions(DecodingOptions):
     max_prompt_tokens: Annotated[
         int | None, "Truncate the end of the document so that the prompt has at most this many tokens."
     ] = None
-    plain: Annotated[bool, "Pass the text to the model as it is, without the chat template."] = False
+    plain: Annotated[
+        bool, "Pass the text to the model as it is: no chat template, and control tokens such as <|im_start|> count."
+    ] = False
     temperature: Annotated[float, "Sampling temperature. Requires --sample."] = 1.0
     random_weights: Annotated[bool, "Time a model without its weights: random weights and random tokens."] = False
     config: Annotated[

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..errors import InputError
+from ..errors import InputError, Unsupported
 from ..group import Group, check_agreement, rank_and_size, resolve_group
 from ..layout import Layout
 from ..reduce import TwoLevel
@@ -92,6 +92,18 @@ class TreeCache(Cache):
         if type(layer) is DynamicSlidingWindowLayer:
             return ReplicatedWindowLayer(*shared, sliding_window=layer.sliding_window)
         return keep_writable(layer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TreeCache":
+        """Return a cache with the same tokens, and links of its own. All ranks call it together."""
+        from .layer_state import copy_cache
+
+        return memo.setdefault(id(self), copy_cache(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise Unsupported(
+            "a TreeCache holds links to other ranks and cannot be pickled: save a Session with session.save(folder), "
+            "or copy the cache by copy.deepcopy, on all ranks together"
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if self.config._attn_implementation != "tree_attention":

@@ -16,6 +16,7 @@ def copy_cache(source: TreeCache) -> TreeCache:
     target = TreeCache(source.config, source.given_group, step=source.step_mode, **sizes)
     for old, new in zip(source.layers, target.layers, strict=True):
         import_state(new, *export_state(old))
+    target.is_unfinished = source.is_unfinished
     return target
 
 
