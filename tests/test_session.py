@@ -633,6 +633,105 @@ def test_a_save_of_another_model_is_refused(tmp_path, change, difference):
         Session.load(tmp_path, change(model), tokenizer())
 
 
+class Quantized(torch.nn.Module):
+    """A product whose weights lie in buffers, as GPTQ's and AWQ's do, with an adapter beside it, as PEFT's LoRA."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("qweight", weight.detach().clone())
+        self.register_buffer("inv_freq", torch.ones(4))
+        self.down, self.up = (torch.nn.ParameterDict({name: torch.ones(1) for name in ("a", "b")}) for _ in range(2))
+        self.scaling, self.active_adapters, self.disable_adapters = {"a": 0.5, "b": 0.5}, ["a"], False
+
+    def forward(self, x):
+        return x @ self.qweight.T
+
+
+def quantized(model):
+    other = copy.deepcopy(model)
+    for layer in other.model.layers:
+        layer.self_attn.k_proj = Quantized(layer.self_attn.k_proj.weight)
+    return other
+
+
+def change_each(**changes):
+    """A function that returns a changed copy of the model."""
+
+    def change(model):
+        other = copy.deepcopy(model)
+        for layer in other.model.layers:
+            for name, value in changes.items():
+                setattr(layer.self_attn.k_proj, name, value(getattr(layer.self_attn.k_proj, name)))
+        return other
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (change_each(qweight=lambda weight: weight * 1.5), r"buffers \w+, not \w+$"),
+        (change_each(active_adapters=lambda _: ["b"]), r"adapters \['a'\], not \['b'\]; adapter_layers \w+, not \w+$"),
+        (change_each(active_adapters=lambda _: ["a", "b"]), r"adapters \['a'\], not \['a', 'b'\]; adapter_layers"),
+        (change_each(disable_adapters=lambda _: True), r"adapters \['a'\], not \[\]; adapter_layers \w+, not \w+$"),
+        (change_each(scaling=lambda _: {"a": 2.0, "b": 0.5}), r"adapter_layers \w+, not \w+$"),
+        (change_each(inv_freq=lambda old: old * 2), None),
+        (change_each(scaling=lambda _: {"a": 0.5, "b": 7.0}), None),  # not active
+    ],
+)
+def test_a_save_under_other_buffers_or_adapters_is_refused(tmp_path, change, difference):
+    model = quantized(tiny("llama", "tree_attention"))
+    Session.open(model, tokenizer()).save(tmp_path)
+    refused = contextlib.nullcontext()
+    if difference is not None:
+        refused = pytest.raises(InputError, match=f"is of another model: {difference}")
+    with refused:
+        Session.load(tmp_path, change(model), tokenizer())
+
+
+class InParts(torch.Tensor):
+    """A weight as torchao keeps it: numbers and a scale, without `flatten`."""
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(arguments[0].numbers, arguments[0].scale)
+        raise NotImplementedError(function)
+
+
+def test_a_weight_in_parts_is_compared_by_all_of_them():
+    digests = []
+    for numbers, scale in ((1, 1.0), (2, 1.0), (1, 2.0), (1, 1.0)):
+        model = tiny("llama", "tree_attention")
+        weight = InParts(torch.full((32, 64), numbers, dtype=torch.int8), torch.full((32, 1), scale))
+        model.model.layers[1].self_attn.k_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+        digests.append(saving.describe(model)["weights"])
+    assert len(set(digests)) == 3
+    assert digests[0] == digests[3]
+
+
+def test_a_save_of_an_older_version_is_loaded(tmp_path):
+    """It does not say of buffers and adapters."""
+    model = tiny("llama", "tree_attention")
+    Session.open(model, tokenizer()).save(tmp_path)
+    document = json.loads((tmp_path / saving.CURRENT).read_text())
+    for name in ("buffers", "adapters", "adapter_layers"):
+        del document["manifest"]["about"]["model"][name]
+    document["sha256"] = saving._digest(saving._as_json(document["manifest"]))
+    (tmp_path / saving.CURRENT).write_text(json.dumps(document))
+    Session.load(tmp_path, model, tokenizer())
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "qwen3_next"])
 def test_a_model_from_a_folder_is_the_same_model(tmp_path, name):
     model = tiny(name, "tree_attention")
