@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ..errors import InputError
-from .options import ChatOptions, GenerateOptions
+from .options import ChatOptions, GenerateOptions, VerifyOptions
 
 
-def check_options(options: GenerateOptions | ChatOptions) -> None:
+def check_options(options: GenerateOptions | ChatOptions | VerifyOptions) -> None:
     """Raise InputError for a model folder, a dtype or a number of tokens that cannot be right."""
     if options.model is not None:
         check_model_folder(options.model)

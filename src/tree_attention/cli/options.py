@@ -47,8 +47,8 @@ class DecodingOptions:
 class GenerateOptions(DecodingOptions):
     """Read a document into a KV cache that is sharded across ranks, and generate an answer.
 
-    Starts its own ranks; under torchrun, this process is one of them. Exit code 1: a rank died, or --verify found
-    different tokens. Exit code 2: an invalid argument.
+    Starts its own ranks; under torchrun, this process is one of them. Exit code 1: a rank died, or --verify found a
+    difference that rounding does not explain. Exit code 2: an invalid argument.
     """
 
     model: Annotated[str | None, "Folder of a Hugging Face model, or its name on the hub."] = None
@@ -66,7 +66,9 @@ class GenerateOptions(DecodingOptions):
     config: Annotated[
         Path | None, "config.json of the model to time with --random-weights. --max-prompt-tokens sets its prompt."
     ] = None
-    verify: Annotated[bool, "Repeat the run on one process and report whether the tokens are identical."] = False
+    verify: Annotated[
+        bool, "Compare the logits of the text with those of one process, within the dtype's rounding."
+    ] = False
     as_json: Json = False
 
 
@@ -84,6 +86,23 @@ class ChatOptions(DecodingOptions):
         "Default: on GPUs 8192 more than the document has, on the CPU unlimited.",
     ] = None
     max_new_tokens: Annotated[int, "Maximum number of tokens per answer."] = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Check in seconds that a model computes over ranks what it computes in one process, each way to read and write.
+
+    Exit code 1: a way departs from one process by more than rounding. A way that is refused, with its reason, is no
+    failure. Exit code 2: an invalid argument.
+    """
+
+    model: ModelName
+    nproc: Annotated[int | None, "Ranks to start on this machine. Default: 2."] = None
+    dtype: Annotated[str, "float32, bfloat16, float16 or auto. auto: float32 on the CPU, bfloat16 on GPUs."] = "auto"
+    device: Device = "auto"
+    tensor_parallel: TensorParallel = 1
+    check_tokens: Annotated[int, "--tokens", "Tokens to read; more than a window of the model has checks it, too."] = 96
+    as_json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
