@@ -70,7 +70,7 @@ def test_chat_templates():
     from_tokenizer, plain = ChatTemplate.from_tokenizer, ChatTemplate.plain
     assert from_tokenizer(tokenizer()) == ChatTemplate("", "\n\n", "\n\n")
     assert from_tokenizer(tokenizer(TEMPLATE)) == ChatTemplate("<user>", "</><assistant>", "</><user>")
-    assert plain(tokenizer(TEMPLATE)) == ChatTemplate("", "", "\n\n")
+    assert plain(tokenizer(TEMPLATE)) == ChatTemplate("", "", "\n\n", control_tokens=True)
 
 
 @pytest.mark.parametrize("content", ["m.content | upper", "m.content + m.content", "'message'"])
@@ -78,6 +78,60 @@ def test_a_template_that_does_not_contain_each_message_once_is_refused(content):
     template = TEMPLATE.replace("m.content", content)
     with pytest.raises(InputError, match="must contain each message once, unchanged"):
         ChatTemplate.from_tokenizer(tokenizer(template))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{%- for part in m.content %}{{ part.text }}{% endfor %}",
+        "{{ m.content[0]['text'] }}",
+        "{%- if m.content is string %}{{ raise_exception('parts!') }}{% endif %}{{ m.content[0].text }}",
+        "{{ m.content | map(attribute='text') | join('') }}",
+        "{{ '' + m.content[0].text }}",
+    ],
+)
+def test_the_content_of_messages_may_have_to_be_parts(content):
+    made = tokenizer(TEMPLATE.replace("{{ m.content }}", content))
+    assert ChatTemplate.from_tokenizer(made) == ChatTemplate("<user>", "</><assistant>", "</><user>")
+
+
+CONTROL = "<|end|>"
+DOCUMENT = f"One.{CONTROL}<user>Two."
+
+
+def with_control(template=TEMPLATE):
+    made = tokenizer(template.replace("</>", CONTROL))
+    made.add_special_tokens({"additional_special_tokens": [CONTROL]})
+    return made, made.convert_tokens_to_ids(CONTROL)
+
+
+def test_control_tokens_in_a_text_are_text():
+    """The template's own are control tokens; those that a document or a question spells out are not, unless asked."""
+    made, control = with_control()
+    model = tiny("llama", "tree_attention")
+    model.resize_token_embeddings(len(made))
+    found = {}
+    for template in (None, ChatTemplate.plain(made)):
+        session = Session.open(model, made, template=template)
+        session.read(DOCUMENT)
+        read = session.tokens.shape[1]
+        question = f"What is {CONTROL}?"
+        asked = session.count_tokens(question)
+        list(session.ask(question, max_new_tokens=1, do_sample=False, eos_token_id=None))
+        assert session.tokens.shape[1] == read + asked + 1
+        assert made.decode(session.tokens[0, :-1]).count(CONTROL) == (2 if template else 3)
+        found[template is None] = (session.tokens[0, :-1] == control).nonzero().flatten().tolist()
+    text = "<user>" + DOCUMENT + "\n\nWhat is " + CONTROL + "?"
+    assert found[True] == [len(text)]  # a token is a byte; the one that ends the question is the template's
+    assert len(found[False]) == 2
+
+
+def test_a_text_without_control_tokens_is_encoded_as_one():
+    """The question with the text around it, as before: pieces could join in other tokens."""
+    made, _ = with_control()
+    encode = mock.Mock(wraps=made, added_tokens_decoder=made.added_tokens_decoder)
+    ChatTemplate.from_tokenizer(made).question_ids(encode, "What?", started=True, in_question=True)
+    encode.assert_called_once_with(f"\n\nWhat?{CONTROL}<assistant>", add_special_tokens=False)
 
 
 def talk(group, name, folder, max_tokens):
@@ -575,6 +629,105 @@ def test_a_save_of_another_model_is_refused(tmp_path, change, difference):
     Session.open(model, tokenizer()).save(tmp_path)
     with pytest.raises(InputError, match=f"is of another model: {difference}"):
         Session.load(tmp_path, change(model), tokenizer())
+
+
+class Quantized(torch.nn.Module):
+    """A product whose weights lie in buffers, as GPTQ's and AWQ's do, with an adapter beside it, as PEFT's LoRA."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("qweight", weight.detach().clone())
+        self.register_buffer("inv_freq", torch.ones(4))
+        self.down, self.up = (torch.nn.ParameterDict({name: torch.ones(1) for name in ("a", "b")}) for _ in range(2))
+        self.scaling, self.active_adapters, self.disable_adapters = {"a": 0.5, "b": 0.5}, ["a"], False
+
+    def forward(self, x):
+        return x @ self.qweight.T
+
+
+def quantized(model):
+    other = copy.deepcopy(model)
+    for layer in other.model.layers:
+        layer.self_attn.k_proj = Quantized(layer.self_attn.k_proj.weight)
+    return other
+
+
+def change_each(**changes):
+    """A function that returns a changed copy of the model."""
+
+    def change(model):
+        other = copy.deepcopy(model)
+        for layer in other.model.layers:
+            for name, value in changes.items():
+                setattr(layer.self_attn.k_proj, name, value(getattr(layer.self_attn.k_proj, name)))
+        return other
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (change_each(qweight=lambda weight: weight * 1.5), r"buffers \w+, not \w+$"),
+        (change_each(active_adapters=lambda _: ["b"]), r"adapters \['a'\], not \['b'\]; adapter_layers \w+, not \w+$"),
+        (change_each(active_adapters=lambda _: ["a", "b"]), r"adapters \['a'\], not \['a', 'b'\]; adapter_layers"),
+        (change_each(disable_adapters=lambda _: True), r"adapters \['a'\], not \[\]; adapter_layers \w+, not \w+$"),
+        (change_each(scaling=lambda _: {"a": 2.0, "b": 0.5}), r"adapter_layers \w+, not \w+$"),
+        (change_each(inv_freq=lambda old: old * 2), None),
+        (change_each(scaling=lambda _: {"a": 0.5, "b": 7.0}), None),  # not active
+    ],
+)
+def test_a_save_under_other_buffers_or_adapters_is_refused(tmp_path, change, difference):
+    model = quantized(tiny("llama", "tree_attention"))
+    Session.open(model, tokenizer()).save(tmp_path)
+    refused = contextlib.nullcontext()
+    if difference is not None:
+        refused = pytest.raises(InputError, match=f"is of another model: {difference}")
+    with refused:
+        Session.load(tmp_path, change(model), tokenizer())
+
+
+class InParts(torch.Tensor):
+    """A weight as torchao keeps it: numbers and a scale, without `flatten`."""
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(arguments[0].numbers, arguments[0].scale)
+        raise NotImplementedError(function)
+
+
+def test_a_weight_in_parts_is_compared_by_all_of_them():
+    digests = []
+    for numbers, scale in ((1, 1.0), (2, 1.0), (1, 2.0), (1, 1.0)):
+        model = tiny("llama", "tree_attention")
+        weight = InParts(torch.full((32, 64), numbers, dtype=torch.int8), torch.full((32, 1), scale))
+        model.model.layers[1].self_attn.k_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+        digests.append(saving.describe(model)["weights"])
+    assert len(set(digests)) == 3
+    assert digests[0] == digests[3]
+
+
+def test_a_save_of_an_older_version_is_loaded(tmp_path):
+    """It does not say of buffers and adapters."""
+    model = tiny("llama", "tree_attention")
+    Session.open(model, tokenizer()).save(tmp_path)
+    document = json.loads((tmp_path / saving.CURRENT).read_text())
+    for name in ("buffers", "adapters", "adapter_layers"):
+        del document["manifest"]["about"]["model"][name]
+    document["sha256"] = saving._digest(saving._as_json(document["manifest"]))
+    (tmp_path / saving.CURRENT).write_text(json.dumps(document))
+    Session.load(tmp_path, model, tokenizer())
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "qwen3_next"])

@@ -62,6 +62,7 @@ def _signature(options_type: Any) -> inspect.Signature:
 app.callback(invoke_without_command=True)(main)
 add_command("generate", options.GenerateOptions, "generate.generate_on_ranks", needs_transformers=True)
 add_command("chat", options.ChatOptions, "chat.chat_on_ranks", needs_transformers=True)
+add_command("verify", options.VerifyOptions, "verify.verify_on_ranks", needs_transformers=True)
 add_command("plan", options.PlanOptions, "plan.plan")
 add_command("calibrate", options.CalibrateOptions, "calibrate.calibrate")
 add_command("info", options.InfoOptions, "info.info")

@@ -47,6 +47,7 @@ def _chat(options: ChatOptions, document: str, lines: Any, device: torch.device)
     """Answer each line of the queue, or of stdin if it is None; only the first rank reads and prints."""
     from transformers import AutoTokenizer
 
+    from ..hf.chat_template import ChatTemplate
     from ..hf.save import read_manifest
     from .models import check_positions, check_step_mode, generate_kwargs, load_model, open_session
 
@@ -55,11 +56,12 @@ def _chat(options: ChatOptions, document: str, lines: Any, device: torch.device)
     questions = _questions(lines, dist.new_group(backend="gloo", timeout=QUESTION_TIMEOUT))
     model = load_model(options.model, options.dtype, device, tensor_parallel=options.tensor_parallel)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
-    text = torch.tensor(tokenizer(document, add_special_tokens=False).input_ids, dtype=torch.long)
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    text = torch.tensor(template.message_ids(tokenizer, document), dtype=torch.long)
     tokens = len(text) + (0 if options.load is None else read_manifest(options.load)["tokens"])
     check_positions(options, model.config, tokens, options.max_new_tokens)
     default = tokens + CONVERSATION_TOKENS if device.type == "cuda" else None
-    session = open_session(options, model, tokenizer, options.max_tokens or default)
+    session = open_session(options, model, tokenizer, options.max_tokens or default, template)
     if document:
         with reading_bar(len(text), shown=is_first) as on_progress:
             session.read(text, chunk_tokens=options.chunk_tokens, on_progress=on_progress)

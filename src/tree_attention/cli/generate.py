@@ -1,9 +1,9 @@
 """`tree-attention generate`. Only functions that run on the ranks import transformers: it takes seconds to load."""
 
+import copy
 import json
 import os
 import time
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def _generate(options: GenerateOptions, document: str, device: torch.device) -> 
     session.cache.reserve(max_tokens)
     dist.barrier()
     figures, is_first = _answer(options, session, prompt), dist.get_rank() == 0
-    input_ids = session.tokens[:, : prompt.tokens]
+    input_ids, logits = session.tokens[:, : prompt.tokens], session.logits
     dist.destroy_process_group()
     if not is_first:
         return 0
@@ -64,11 +64,11 @@ def _generate(options: GenerateOptions, document: str, device: torch.device) -> 
         if split != 1:  # this rank holds a part of the weights
             del model
             model = load_model(name, options.dtype, device)
-        figures["verify"] = _verify(options, model, input_ids, figures["tokens"])
+        figures["verify"] = _verify(options, model, input_ids, figures["tokens"], logits)
     _report(figures)
     if options.as_json:
         say(json.dumps(figures) + "\n")
-    return 0 if figures.get("verify", {}).get("identical", True) else 1
+    return 0 if figures.get("verify", {}).get("exact", True) else 1
 
 
 def _answer(options: GenerateOptions, session: Any, prompt: Any) -> dict[str, Any]:
@@ -85,7 +85,8 @@ def _answer(options: GenerateOptions, session: Any, prompt: Any) -> dict[str, An
 
     with reading_bar(len(prompt.text), shown=is_first) as on_progress:
         session.read(prompt.text, chunk_tokens=options.chunk_tokens, on_progress=on_progress)
-    for piece in session.ask(prompt.question, on_token=on_token, **generate_kwargs(options)):
+    kept = {"output_logits": True, "return_dict_in_generate": True} if options.verify else {}
+    for piece in session.ask(prompt.question, on_token=on_token, **generate_kwargs(options), **kept):
         if is_first:
             say(piece)
     if is_first and not options.random_weights:
@@ -104,22 +105,46 @@ def _answer(options: GenerateOptions, session: Any, prompt: Any) -> dict[str, An
     return figures | {"tokens": list(tokens)}
 
 
-def _verify(options: GenerateOptions, model: Any, input_ids: Tensor, tokens: list[int]) -> dict[str, Any]:
-    """Compare with what this process alone generates: transformers' sdpa attention (or eager) and DynamicCache."""
+def _verify(options: GenerateOptions, model: Any, input_ids: Tensor, tokens: list[int], ours: Any) -> dict[str, Any]:
+    """Compare our logits `[new, vocabulary]` with those that this process alone gives for the text that we wrote."""
     from transformers import DynamicCache
 
+    from ..hf.check import Departure, feed, one_by_one, stock_implementation
     from ..hf.parallel_prefill import CHUNK_TOKENS
-    from .models import generate_kwargs
 
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # Gemma 2 and GPT-OSS have no sdpa
-    torch.manual_seed(options.seed)
+    model.set_attn_implementation(stock_implementation(model))
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    how = generate_kwargs(options) | {"prefill_chunk_size": options.chunk_tokens or CHUNK_TOKENS["cpu"]}
-    out = model.generate(input_ids, past_key_values=cache, attention_mask=torch.ones_like(input_ids), **how)
-    expected = out[0, input_ids.shape[1] :].tolist()
-    pairs = enumerate(zip_longest(tokens, expected))
-    first = next((i for i, (ours, theirs) in pairs if ours != theirs), None)
-    return {"identical": first is None, "first_difference": first, "one_process_tokens": expected}
+    out = model.generate(
+        input_ids,
+        past_key_values=cache,
+        attention_mask=torch.ones_like(input_ids),
+        prefill_chunk_size=options.chunk_tokens or CHUNK_TOKENS["cpu"],
+        **dict.fromkeys(("temperature", "top_p", "top_k")),
+        do_sample=False,
+        max_new_tokens=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    stock = again = out.logits[0]
+    if len(tokens) > 1:
+        text = torch.cat([input_ids, input_ids.new_tensor([tokens[:-1]])], 1)
+        start, stop, copied = input_ids.shape[1], text.shape[1], copy.deepcopy(cache)
+        with torch.no_grad():
+            stock = torch.cat([stock, feed(model, text, cache, one_by_one(start, stop))])
+            again = torch.cat([again, feed(model, text, copied, [stop])])
+    found = Departure.of(ours, stock, again, model.dtype)
+    best, of_ours = stock.argmax(-1), ours.argmax(-1)
+    gaps = (stock.gather(1, best[:, None]) - stock.gather(1, of_ours[:, None]))[:, 0]
+    ties = [{"token": i, "gap": float(gaps[i])} for i in (best != of_ours).nonzero().flatten().tolist()]
+    return {
+        "exact": found.token is None,
+        "identical": found.token is None and not ties,
+        "first_difference": found.token,
+        "largest_difference": found.difference,
+        "rounding": found.allowed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "ties": ties,
+    }
 
 
 def _report(figures: dict[str, Any]) -> None:
@@ -136,10 +161,22 @@ def _report(figures: dict[str, Any]) -> None:
     if figures["random_weights"]:
         rows["model"] = "random weights: the times count, the tokens mean nothing"
     if "verify" in figures:
-        verdict = figures["verify"]
-        same, differs = "writes the same tokens", f"differs from token {verdict['first_difference']} on"
-        rows["one process"] = same if verdict["identical"] else differs
+        rows["one process"] = _verdict(figures["verify"])
     table = Table(show_header=False, box=None)
     for name, text in rows.items():
         table.add_row(f"[bold]{name}", text)
     Console(stderr=True).print(table)
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    difference, rounding = f"{found['largest_difference']:.1e}", f"{found['rounding']:.1e}"
+    if not found["exact"]:
+        first = found["first_difference"]
+        return f"differs from token {first} on: logits by up to {difference}, rounding explains {rounding}"
+    if not found["ties"]:
+        return f"writes the same tokens; logits differ by up to {difference}, rounding explains {rounding}"
+    tie = found["ties"][0]
+    return (
+        f"has the same logits, and a rounding tie at token {tie['token']}: its two best logits differ by "
+        f"{tie['gap']:.1e}, less than {found['dtype']} rounds them by, {rounding}"
+    )

@@ -1,6 +1,7 @@
 """What the ranks of `generate` and `chat` take from transformers: the model, the prompt, the session, the sampling."""
 
 import socket
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -74,9 +75,10 @@ def text_prompt(options: GenerateOptions, document: str) -> Prompt:
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     has_template = tokenizer.chat_template is not None and not options.plain
     template = ChatTemplate.from_tokenizer(tokenizer) if has_template else ChatTemplate.plain(tokenizer)
+    template = replace(template, control_tokens=options.plain)
     text, question = (document, options.prompt) if document else (options.prompt, "")
-    pieces = (text, template.opening, template.question(question, started=True, in_question=True))
-    ids, before, after = (tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces)
+    ids, before = template.message_ids(tokenizer, text), tokenizer(template.opening, add_special_tokens=False).input_ids
+    after = template.question_ids(tokenizer, question, started=True, in_question=True)
     others, limit = len(before) + len(after), options.max_prompt_tokens
     least = others + (1 if document else len(ids))
     if limit is not None and limit < least:

@@ -38,8 +38,8 @@ class DecodingOptions:
 class GenerateOptions(DecodingOptions):
     """Read a document into a KV cache that is sharded across ranks, and generate an answer.
 
-    Starts its own ranks; under torchrun, this process is one of them. Exit code 1: a rank died, or --verify found
-    different tokens. Exit code 2: an invalid argument.
+    Starts its own ranks; under torchrun, this process is one of them. Exit code 1: a rank died, or --verify found a
+    difference that rounding does not explain. Exit code 2: an invalid argument.
     """
 
     model: Annotated[str | None, "Folder of a Hugging Face model, or its name on the hub."] = None
@@ -47,11 +47,13 @@ class GenerateOptions(DecodingOptions):
     file: Annotated[Path | None, "A UTF-8 document to put before the prompt."] = None
     max_new_tokens: Annotated[int, "Maximum number of tokens to generate."] = 128
     max_prompt_tokens: Annotated[int | None, "Maximum number of prompt tokens: the document is truncated."] = None
-    plain: Annotated[bool, "Pass the text to the model as it is, without the chat template."] = False
+    plain: Annotated[
+        bool, "Pass the text to the model as it is: no chat template, and control tokens such as <|im_start|> count."
+    ] = False
     temperature: Annotated[float, "Sampling temperature. Requires --sample."] = 1.0
     random_weights: Annotated[bool, "Time a model without its weights: random weights and random tokens."] = False
     config: Annotated[Path | None, "config.json for --random-weights; --max-prompt-tokens sets the prompt."] = None
-    verify: Annotated[bool, "Repeat the run on one process and report whether the tokens are identical."] = False
+    verify: Annotated[bool, "Compare the logits with those of one process, within the dtype's rounding."] = False
     as_json: Json = False
 
 
@@ -67,6 +69,23 @@ class ChatOptions(DecodingOptions):
         None
     )
     max_new_tokens: Annotated[int, "Maximum number of tokens per answer."] = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Check in seconds that a model computes over ranks what it computes in one process, each way to read and write.
+
+    Exit code 1: a way departs from one process by more than rounding. A way that is refused, with its reason, is no
+    failure. Exit code 2: an invalid argument.
+    """
+
+    model: ModelName
+    nproc: Annotated[int | None, "Ranks to start on this machine. Default: 2."] = None
+    dtype: Annotated[str, "float32, bfloat16, float16 or auto. auto: float32 on the CPU, bfloat16 on GPUs."] = "auto"
+    device: Device = "auto"
+    tensor_parallel: TensorParallel = 1
+    check_tokens: Annotated[int, "--tokens", "Tokens to read; more than a window of the model has checks it, too."] = 96
+    as_json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +204,7 @@ def parse_numbers(name: str, text: str) -> list[int]:
         raise InputError(f"{name} must be integers separated by commas, got {text!r}") from None
 
 
-def check_options(options: GenerateOptions | ChatOptions) -> None:
+def check_options(options: GenerateOptions | ChatOptions | VerifyOptions) -> None:
     """Raise InputError for a model folder, a dtype or a number of tokens that cannot be right."""
     if options.model is not None:
         check_model_folder(options.model)

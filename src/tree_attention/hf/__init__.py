@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationM
 from .attention import tree_attention_forward
 from .cache import TreeCache
 from .chat_template import ChatTemplate
+from .check import check_model
 from .generation import prepare, wrap_generate
 from .mask import lazy_mask
 from .models import check_loading
@@ -25,7 +26,7 @@ from .session import Session
 from .step import call_before
 from .tensor_parallel import load_tensor_parallel
 
-__all__ = ["ChatTemplate", "Session", "TreeCache", "can_prefill", "load_tensor_parallel", "prefill"]
+__all__ = ["ChatTemplate", "Session", "TreeCache", "can_prefill", "check_model", "load_tensor_parallel", "prefill"]
 
 AttentionInterface.register("tree_attention", tree_attention_forward)
 AttentionMaskInterface.register("tree_attention", lazy_mask)

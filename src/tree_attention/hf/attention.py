@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import output_capturing
 
 from ..decode import run
 from ..errors import InputError, Unsupported
@@ -35,11 +36,18 @@ def tree_attention_forward(
     s_aux: `[H]`, attention sinks. Any other argument that would change the result raises Unsupported.
     """
     _check_supported(dropout, others)
+    if torch.is_autocast_enabled(query.device.type):  # it casts what we sum in float32
+        how = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, "is_causal": is_causal}
+        with torch.autocast(query.device.type, enabled=False):
+            return tree_attention_forward(module, query, key, value, attention_mask, **how)
+    layer, dtype = layer_of(module, key), query.dtype
+    if not dtype == key.dtype == value.dtype:  # calls inside autocast and outside it
+        common = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
+        query, key, value = query.to(common), key.to(common), value.to(common)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     options: Options = {"scale": scaling, "softcap": softcap}
-    layer = layer_of(module, key)
     if layer is not None and layer.step_state.is_stepping:
-        return _attend_step(layer, q, k, v, attention_mask, s_aux, options).contiguous(), None
+        return _attend_step(layer, q, k, v, attention_mask, s_aux, options).to(dtype).contiguous(), None
     if isinstance(layer, ShardedLayer):
         mask = lazy_mask() if attention_mask is None else _as_rule(attention_mask, layer.length)
         if layer.held < k.shape[1]:  # the layer holds nothing, and returned an unused key
@@ -50,7 +58,7 @@ def tree_attention_forward(
         total = attend(q, k, v, mask=_local_mask(layer, q, k, attention_mask, causal), **options)
     if s_aux is not None:
         total = add_sinks(total, s_aux)
-    return total.out.to(query.dtype).contiguous(), None
+    return total.out.to(dtype).contiguous(), None
 
 
 def _attend_step(layer: KeyLayer, q: Tensor, k: Tensor, v: Tensor, mask: Any, sinks: Any, options: Options) -> Tensor:
@@ -140,9 +148,22 @@ def _check_supported(dropout: float, others: dict[str, Any]) -> None:
         raise Unsupported(f"tree_attention has no dropout, got {dropout}: call model.eval(), or train with 'sdpa'")
     if others.get("cache") is not None:
         raise Unsupported("continuous batching (generate_batch) is not supported: use model.generate")
+    # Models that do not pass the argument on to their layers collect what these return.
+    if others.get("output_attentions") or _is_collected("attentions"):
+        raise Unsupported(
+            "output_attentions=True is not supported: the weights are never all on one rank. Leave it out, or load the "
+            "model with attn_implementation='eager' in one process"
+        )
     if names := [
         name for name in ("position_bias", "indices", "block_indices", "sinks") if others.get(name) is not None
     ]:
         raise Unsupported(
             f"attention with {names[0]!r} is not supported: load this model with another attn_implementation"
         )
+
+
+def _is_collected(output: str) -> bool:
+    """Return True if the caller of the forward pass asked for this output of each layer."""
+    if torch.compiler.is_compiling():  # steps ask for logits only
+        return False
+    return output in (output_capturing._active_collector.get() or ())

@@ -25,7 +25,7 @@ from ..reduce import TwoLevel
 from .cursor import Cursor, StepState
 from .exchange import CacheExchange, CacheRanks
 from .hybrid_layer import HybridLayer, HybridWindowLayer
-from .layers import KeyLayer, ShardedLayer, mark
+from .layers import KeyLayer, ShardedLayer, keep_writable, mark
 from .models import INSTEAD, OTHERWISE, check_config, warn_of
 from .refusing import Refusing
 from .tensor_parallel import tensor_ranks
@@ -121,10 +121,22 @@ class TreeCache(Cache):
                 *shared, sliding_window=layer.sliding_window, number_of_states=layer.number_of_states
             )
         if type(layer) in (LinearAttentionLayer, UNUSED_LAYER):
-            return layer
+            return keep_writable(layer)
         raise Unsupported(
             f"{self.config.model_type} has layers of the kind {type(layer).__name__}, which is not supported: "
             + OTHERWISE
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TreeCache":
+        """Return a cache with the same tokens, and links of its own. All ranks call it together."""
+        from .layer_state import copy_cache
+
+        return memo.setdefault(id(self), copy_cache(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise Unsupported(
+            "a TreeCache holds links to other ranks and cannot be pickled: save a Session with session.save(folder), "
+            "or copy the cache by copy.deepcopy, on all ranks together"
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:

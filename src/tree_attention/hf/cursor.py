@@ -29,6 +29,7 @@ class StepState:
         """True if the cursor must be set before a step of `batch` rows."""
         return self.cursor_is_stale or self.cursor is None or self.cursor.batch != batch
 
+    @torch.inference_mode(False)  # its tensors are written to in every step, in inference mode or not
     def set_cursor(self, length: int, batch: int, device: torch.device, padding: Tensor | None) -> None:
         """Set the cursor behind the first `length` tokens. padding: see `Cursor.start`."""
         if self.cursor is None or self.cursor.batch != batch:

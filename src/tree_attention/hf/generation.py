@@ -100,6 +100,8 @@ def _involves_ranks(model: Any, generation_config: Any, options: dict[str, Any])
 def _check_supported(generation_config: Any, cache: Any, is_assisted: bool) -> None:
     if generation_config.max_time is not None:
         raise Unsupported("max_time would stop the ranks at different tokens: use max_new_tokens")
+    if generation_config.output_attentions:
+        raise Unsupported("output_attentions=True is not supported: leave it out, or generate with 'eager' attention")
     if generation_config.cache_implementation is not None:
         raise Unsupported(
             f"cache_implementation={generation_config.cache_implementation!r} is not supported with tree_attention: "

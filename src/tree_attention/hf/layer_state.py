@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .cache import TreeCache
@@ -15,6 +16,7 @@ def copy_cache(source: TreeCache) -> TreeCache:
     target = TreeCache(source.config, source.given_group, step=source.step_mode, **sizes)
     for old, new in zip(source.layers, target.layers, strict=True):
         import_state(new, *export_state(old))
+    target.is_unfinished = source.is_unfinished
     return target
 
 
@@ -54,7 +56,7 @@ def import_state(layer: Any, tensors: dict[str, Tensor], plain: dict[str, Any]) 
     if hasattr(layer, "import_state"):
         layer.import_state(tensors, plain)
         return
-    for path, value in (plain | {name: tensor.clone() for name, tensor in tensors.items()}).items():
+    for path, value in (plain | _copies(tensors)).items():
         name, _, key = path.partition(".")
         if key:
             getattr(layer, name)[int(key)] = value
@@ -69,5 +71,10 @@ def _undo_point(layer: Any) -> Callable[[], None]:
     if hasattr(layer, "undo_point"):
         return layer.undo_point()
     tensors, plain = export_state(layer)
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # a state is updated in place
+    copies = _copies(tensors)  # a state is updated in place
     return lambda: import_state(layer, copies, plain)
+
+
+@torch.inference_mode(False)  # a state is written to later, in inference mode or not
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}

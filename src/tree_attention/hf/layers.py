@@ -83,8 +83,8 @@ class ShardedLayer(KeyLayer):
         return self.ranks.held(self.length)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (_resized(t[:, :, :0], 1) for t in (key_states, value_states))
+        self.dtype, self.device = torch.promote_types(key_states.dtype, value_states.dtype), key_states.device
+        self.keys, self.values = (_resized(t[:, :, :0].to(self.dtype), 1) for t in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -96,11 +96,12 @@ class ShardedLayer(KeyLayer):
             self.lazy_initialization(key_states, value_states)
         if self.step_state.is_stepping:
             for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-                buffer.index_copy_(2, self.step_state.cursor.place, new)
+                buffer.index_copy_(2, self.step_state.cursor.place, fitted(new, buffer))
             return self.keys[:, :, :-1], self.values[:, :, :-1]
         before, old, tokens = self.length, self.held, self.tokens_in(key_states)
         held = self.ranks.held(before + tokens)
         self.step_state.invalidate_cursor()
+        self._widen(torch.promote_types(key_states.dtype, value_states.dtype))
         if held > old:
             self.grow(held)
             if held - old < key_states.shape[2]:
@@ -111,6 +112,14 @@ class ShardedLayer(KeyLayer):
         self.count(tokens)  # last: a layer that runs out of memory has not read the tokens
         shown = max(self.held, 1)
         return self.keys[:, :, :shown], self.values[:, :, :shown]
+
+    def _widen(self, dtype: torch.dtype) -> None:
+        """Let the buffers hold numbers of `dtype`, as transformers' cache does: some calls may run under autocast."""
+        self.dtype = torch.promote_types(dtype, self.dtype)
+        if self.dtype != self.keys.dtype:
+            with torch.inference_mode(False):  # as in `_resized`
+                self.keys, self.values = self.keys.to(self.dtype), self.values.to(self.dtype)
+            self.step_state.buffers_changed()
 
     def grow(self, needed: int) -> None:
         """Make the buffers hold `needed` slots: a static cache's capacity, the reserve, or 1/64 (at least 64) more."""
@@ -165,7 +174,8 @@ class ShardedLayer(KeyLayer):
         """Write to the same memory if the batch size stays the same."""
         if not self.is_initialized:
             return
-        keys, values = change(self.keys), change(self.values)
+        with torch.inference_mode(False):  # as in `_resized`
+            keys, values = change(self.keys), change(self.values)
         if keys.shape == self.keys.shape:
             self.keys.copy_(keys)
             self.values.copy_(values)
@@ -175,9 +185,30 @@ class ShardedLayer(KeyLayer):
 
 
 def _resized(buffer: Tensor, capacity: int) -> Tensor:
-    resized = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
+    with torch.inference_mode(False):  # a tensor created in inference mode could not be written to outside it later
+        resized = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
     resized[:, :, : buffer.shape[2]] = buffer
     return resized
+
+
+def fitted(new: Tensor, buffer: Tensor) -> Tensor:
+    """Return `new` in the buffer's dtype, which may be wider, as under autocast; a step cannot widen the buffer."""
+    if new.dtype == buffer.dtype:
+        return new
+    if torch.promote_types(new.dtype, buffer.dtype) != buffer.dtype:
+        raise InputError(
+            f"a step of a static TreeCache that holds {buffer.dtype} got keys in {new.dtype}: make all calls inside "
+            "torch.autocast, or none of them"
+        )
+    return new.to(buffer.dtype)
+
+
+def keep_writable(layer: Any) -> Any:
+    """Make a layer of transformers' create its states outside of inference mode, as `_resized` does. Return it."""
+    for name in ("lazy_initialization", "reorder_cache"):
+        if hasattr(layer, name):
+            setattr(layer, name, torch.inference_mode(False)(getattr(layer, name)))
+    return layer
 
 
 def mark(key: Tensor, layer_idx: int, layer: KeyLayer) -> None:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 from ..errors import InputError, TreeAttentionError
@@ -41,6 +42,7 @@ CURRENT = "current.json"
 NAME = re.compile(r"[0-9a-f]{32}")
 FILE = re.compile(r"layer-\d+(-rank-\d+)?(-tensor-\d+)?\.safetensors")
 SAMPLES = 64  # numbers of each weight that the digest of a model reads
+OF_LENGTH = "inv_freq"  # buffers that some models change with the length of the text
 # Config fields that do not affect outputs.
 IGNORED_FIELDS = {*PreTrainedConfig().to_dict(), "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"}
 IGNORED_FIELDS |= {"attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef"}
@@ -157,23 +159,64 @@ def _read_manifest_of(model: Any, folder: Path, groups: tuple[ProcessGroup | Non
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """Return what a save and the model that loads it must agree in: configuration, dtype, digest of sampled weights.
+    """Return what a save and the model that loads it must agree in: all that its keys depend on.
 
-    The ranks of a split model call it together; the digest is that of the first rank's weights.
+    That is its configuration, dtype, adapters, and digests of sampled weights and buffers (of quantized models). The
+    ranks of a split model call it together; the digests are those of the first rank.
     """
     config = model.config.get_text_config(decoder=True)
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        local = (weight.to_local() if hasattr(weight, "to_local") else weight).detach().flatten()
-        count = min(local.numel(), SAMPLES)  # evenly spaced, so not all from one column
-        places = torch.arange(count, device=local.device) * (local.numel() - 1) // max(count - 1, 1)
-        digest.update(local[places].float().cpu().numpy().tobytes())
-    weights = broadcast_from_first(digest.hexdigest()[:16], tensor_group(model))
+    state: dict[str, Any] = model.state_dict(keep_vars=True)  # with persistent buffers, and what quantizers add
+    buffers = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and not name.endswith(OF_LENGTH)
+    }
+    digests = _digest_of_samples(dict(model.named_parameters())), _digest_of_samples(buffers)
+    weights, other_weights = broadcast_from_first(digests, tensor_group(model))
+    adapters, adapter_layers = _adapters(model)
     known = json.loads(config.to_json_string(use_diff=False))
     fields = {key: value for key, value in known.items() if key not in IGNORED_FIELDS and not key.startswith("_")}
     dtype = str(model.dtype).removeprefix("torch.")
-    return {"model_type": config.model_type, "dtype": dtype, "weights": weights} | fields
+    found = {"model_type": config.model_type, "dtype": dtype, "weights": weights, "buffers": other_weights}
+    return found | {"adapters": adapters, "adapter_layers": adapter_layers} | fields
+
+
+def _digest_of_samples(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        for part in _parts(tensor):
+            flat = part.flatten()
+            count = min(flat.numel(), SAMPLES)  # evenly spaced, so not all from one column
+            places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
+            digest.update(flat[places].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """Return the plain tensors that hold a tensor: a DTensor's own part, a quantized tensor's numbers and scales."""
+    tensor = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
+
+
+def _adapters(model: Any) -> tuple[list[str], str]:
+    """Return the names of the active adapters (LoRA and others of PEFT), and a digest of how each layer uses them."""
+    names, layers = set(), []
+    for name, module in model.named_modules():
+        active, scaling = getattr(module, "active_adapters", None), getattr(module, "scaling", None)
+        scaling = scaling if isinstance(scaling, dict) else {}
+        if not isinstance(active, list | tuple):  # of a model of transformers', it is a method
+            active = list(scaling)
+        if getattr(module, "disable_adapters", None) is True:
+            active = []
+        if active or scaling:
+            merged = getattr(module, "merged_adapters", None)
+            layers.append((name, {each: scaling.get(each) for each in active}, merged))
+            names |= set(active)
+    return sorted(names), _digest(json.dumps(layers, default=str).encode())[:16] if layers else ""
 
 
 def _fill(layer: Any, index: int, source: Path, manifest: dict[str, Any], model: Any) -> None:

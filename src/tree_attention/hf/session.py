@@ -36,12 +36,15 @@ class Session:
     Attributes:
         tokens: int64 `[1, n]` on the model's device: everything that was read and written, apart from an answer that is
             still being written.
+        logits: `[new, vocabulary]` from which the last answer was chosen, if it was asked for with
+            `output_logits=True, return_dict_in_generate=True`; else None.
     """
 
     def __init__(self, model: Any, tokenizer: Any, cache: TreeCache, template: ChatTemplate) -> None:
         self.model, self.tokenizer, self.cache, self.template = model, tokenizer, cache, template
         self.tokens = torch.empty((1, 0), dtype=torch.long, device=model.device)
         self.in_question = False  # the last message is the user's and has no answer yet
+        self.logits: Tensor | None = None
         self.answer: Answer | None = None  # the last one, which may still be being written
 
     @classmethod
@@ -68,8 +71,9 @@ class Session:
         """
         self._finish()
         with self._restored_on_error(), Call("read", self.model, self.cache) as call:
-            prefix = self.template.prefix(started=self.tokens.shape[1] > 0, in_question=self.in_question)
-            tokens = torch.cat([self.tokens, self._encode(prefix), self._encode(text)], 1)
+            before = self.template.prefix(started=self.tokens.shape[1] > 0, in_question=self.in_question)
+            prefix = self.tokenizer(before, add_special_tokens=False).input_ids if before else []
+            tokens = torch.cat([self.tokens, self._row(prefix), self._message(text)], 1)
             self._start(call, tokens, tokens.shape[1], chunk_tokens=chunk_tokens)
             self._feed(tokens, chunk_tokens, on_progress)
         self.tokens, self.in_question = tokens, True
@@ -227,6 +231,8 @@ class Session:
         written = self.model.generate(
             tokens, attention_mask=mask, past_key_values=self.cache, streamer=streamer, **generate_kwargs
         )
+        logits = getattr(written, "logits", None)
+        self.logits = None if logits is None else torch.cat(logits)
         written = getattr(written, "sequences", written)  # with return_dict_in_generate
         configured = getattr(generate_kwargs.get("generation_config"), "eos_token_id", None)
         ends = self.model.generation_config.eos_token_id if configured is None else configured
@@ -238,11 +244,12 @@ class Session:
     def _question(self, prompt: str) -> Tensor:
         """Return the token ids `[1, n]` of a question and the text around it."""
         started = self.tokens.shape[1] > 0
-        return self._encode(self.template.question(prompt, started=started, in_question=self.in_question))
+        ids = self.template.question_ids(self.tokenizer, prompt, started=started, in_question=self.in_question)
+        return self._row(ids)
 
-    def _encode(self, text: str | Tensor) -> Tensor:
-        """Return token ids `[1, n]` on the device."""
-        if isinstance(text, str):
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
-            text = torch.tensor(ids, dtype=torch.long)
-        return text.to(self.tokens)[None]
+    def _message(self, text: str | Tensor) -> Tensor:
+        return self._row(self.template.message_ids(self.tokenizer, text) if isinstance(text, str) else text)
+
+    def _row(self, ids: list[int] | Tensor) -> Tensor:
+        """Return token ids as int64 `[1, n]` on the device."""
+        return torch.as_tensor(ids, dtype=torch.long).to(self.tokens)[None]

@@ -106,7 +106,9 @@ class SteppingForward:
         """
         if positions is None:
             positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
-        mode = "eager" if cache.disable_compile else cache.step_mode
+        # A graph would keep the casted weights that autocast frees when its block ends.
+        is_eager = cache.disable_compile or torch.is_autocast_enabled(ids.device.type)
+        mode = "eager" if is_eager else cache.step_mode
         forwards = [self.original, self.compiled] if mode == "compiled" else [self.original]
         exchange, cursor = cache.exchange, cache.begin_step(len(ids), ids.device, padding)
         version = cache.step_state.buffers_version
@@ -115,7 +117,8 @@ class SteppingForward:
         if step is None:
             cache.captured_steps.clear()
             _caches_with_steps.add(cache)
-            step = cache.captured_steps[key] = CapturedStep(ids.clone(), positions.clone())
+            with torch.inference_mode(False):  # later steps write to them, in inference mode or not
+                step = cache.captured_steps[key] = CapturedStep(ids.clone(), positions.clone())
         step.ids.copy_(ids)
         step.positions.copy_(positions)
         forward, before = forwards[min(step.runs, len(forwards) - 1)], exchange.received_bytes

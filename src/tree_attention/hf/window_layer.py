@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..reduce.collectives import gather
-from .layers import KeyLayer
+from .layers import KeyLayer, fitted
 
 
 class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
@@ -25,7 +25,7 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
         if self.step_state.is_stepping:
             place = self.step_state.cursor.slot % self.sliding_window
             for buffer, new in zip(self.ring, (key_states, value_states), strict=True):
-                buffer.index_copy_(2, place, new)
+                buffer.index_copy_(2, place, fitted(new, buffer))
             return self.ring[0], self.ring[1]
         self.from_ring()
         if self.chunk is not None and self.ranks.group is not None:
@@ -56,8 +56,9 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
             return
         windows: list[Any] = [self.keys, self.values]
         shapes = [(*t.shape[:2], self.sliding_window, t.shape[3]) for t in windows]
-        if [tuple(t.shape) for t in self.ring] != shapes:
-            self.ring = [t.new_zeros(shape) for t, shape in zip(windows, shapes, strict=True)]
+        if [(t.shape, t.dtype) for t in self.ring] != [(s, t.dtype) for s, t in zip(shapes, windows, strict=True)]:
+            with torch.inference_mode(False):  # as in `layers._resized`
+                self.ring = [t.new_zeros(shape) for t, shape in zip(windows, shapes, strict=True)]
             self.step_state.buffers_changed()
         for buffer, window in zip(self.ring, windows, strict=True):
             buffer.index_copy_(2, self._places(window.shape[2]), window)
