@@ -15,7 +15,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from ..errors import Unsupported
 from .cache import TreeCache
-from .calls import Call, check_ids, check_rows, current
+from .calls import Call, current
+from .inputs import check_ids, check_rows
 from .step import install_step
 from .tensor_parallel import check_axes, sequence_axis, tensor_group
 
