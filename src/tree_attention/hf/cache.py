@@ -25,6 +25,7 @@ from ..reduce import TwoLevel
 from .cursor import Cursor, StepState
 from .exchange import CacheExchange, CacheRanks
 from .hybrid_layer import HybridLayer, HybridWindowLayer
+from .layer_state import copy_cache
 from .layers import KeyLayer, ShardedLayer, keep_writable, mark
 from .models import INSTEAD, OTHERWISE, check_config, warn_of
 from .refusing import Refusing
@@ -129,8 +130,6 @@ class TreeCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TreeCache":
         """Return a cache with the same tokens, and links of its own. All ranks call it together."""
-        from .layer_state import copy_cache
-
         return memo.setdefault(id(self), copy_cache(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:

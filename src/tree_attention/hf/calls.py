@@ -14,20 +14,19 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..errors import InputError, RanksDisagree, TreeAttentionError
+from ..errors import RanksDisagree, TreeAttentionError
 from ..group import disagreement, resolve_group
 from .cache import TreeCache
 from .exchange import CacheExchange, Channel, channel_of, hang_up
+from .inputs import adapters_of, as_text, check_ids, check_rows
 from .peers import Peers, peers_of
 from .tensor_parallel import sequence_axis, tensor_group
 
 GRACE_S = 3.0  # for the other ranks to fail alike, which leaves nothing half done
-SAMPLED = 1 << 16  # numbers of a float tensor that its digest reads
 current: ContextVar["Call | None"] = ContextVar("current", default=None)
 
 
@@ -51,7 +50,7 @@ class Call:
         self.exchanges = [cache.exchange] if isinstance(cache, TreeCache) else []  # of the caches that it uses
         self.given = cache.ranks.given if isinstance(cache, TreeCache) else resolve_group(sequence_axis(model))
         self.tensor, self.mesh = tensor_group(model), getattr(model, "tree_attention_mesh", None)
-        self.described: dict[str, Any] = {"call": name, "adapters": _adapters(model)}
+        self.described: dict[str, Any] = {"call": name, "adapters": adapters_of(model)}
         for exchange in self.exchanges:
             self.described["cache"] = f"number {exchange.number}, {cache.get_seq_length()} tokens"
         self.result: Tensor | None = None
@@ -92,7 +91,7 @@ class Call:
         self.peers, self.is_open = peers_of(ranks), True
         self.peers.calls += 1
         self.number = self.peers.calls
-        described = {name: _as_text(value) for name, value in self.described.items()}
+        described = {name: as_text(value) for name, value in self.described.items()}
         text = None if fault is None else _text(fault)
         digest = hashlib.sha256(json.dumps([described, text], sort_keys=True).encode()).hexdigest()
         votes = self._gather("start", f"{digest} {self.peers.must_renew:d}")
@@ -179,7 +178,7 @@ class Call:
         assert self.peers is not None
         was_told = error is not None and (error is self._told or _lost_connection(error))
         progress = " ".join(exchange.progress() for exchange in self.exchanges)
-        result = _as_text(self.result)
+        result = as_text(self.result)
         fault = None if error is None else str(error) if was_told else _text(error)
         own = {"fault": fault, "told": was_told, "progress": progress, "result": result}
         self.peers.post(f"{self.number}/end", json.dumps(own))
@@ -254,29 +253,6 @@ def as_one_call(function: Callable[..., None]) -> Callable[..., None]:
     return together
 
 
-def check_ids(model: Any, ids: Tensor) -> None:
-    """Raise InputError if a token is outside the table of embeddings."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    rows = getattr(embeddings, "num_embeddings", None)
-    if rows and ids.numel():
-        low, high = (int(end) for end in torch.aminmax(ids))
-        if low < 0 or high >= rows:
-            raise InputError(
-                f"input_ids must be 0 to {rows - 1}, rows of the model's embeddings, got {low if low < 0 else high}: "
-                "use this model's tokenizer"
-            )
-
-
-def check_rows(cache: TreeCache, rows: int) -> None:
-    """Raise InputError unless the cache is empty, or holds this number of rows."""
-    held = next((len(layer.keys) for layer in cache.key_layers if layer.is_initialized), rows)
-    if cache.get_seq_length() and held != rows:
-        raise InputError(
-            f"this TreeCache holds {held} rows, and {rows} are needed (batch size x num_beams or "
-            f"num_return_sequences): repeat its rows by cache.batch_repeat_interleave(n), or pass {held}"
-        )
-
-
 def _is_cause(end: Mapping[str, Any]) -> bool:
     return end["fault"] is not None and not end["told"]
 
@@ -287,24 +263,3 @@ def _lost_connection(error: BaseException) -> bool:
 
 def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:500].rstrip(": ")
-
-
-def _as_text(value: Any) -> str:
-    """Return a text that is equal for equal values, and is short for tensors."""
-    if not isinstance(value, Tensor):
-        return json.dumps(value, sort_keys=True, default=lambda other: type(other).__name__)
-    shape, flat = list(value.shape), value.detach().flatten()
-    if flat.is_floating_point():
-        flat = flat[:: max(len(flat) // SAMPLED, 1)].double()
-    return f"{shape} with digest {hashlib.sha256(flat.cpu().contiguous().numpy().tobytes()).hexdigest()[:8]}"
-
-
-def _adapters(model: Any) -> list[Any]:
-    """The active adapters of a model with PEFT, and their scales."""
-    if not hasattr(model, "peft_config"):
-        return []
-    layers = [module for module in model.modules() if hasattr(module, "active_adapters")]
-    return [
-        [layer.active_adapters, getattr(layer, "disable_adapters", None), getattr(layer, "scaling", None)]
-        for layer in layers
-    ]

@@ -15,7 +15,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from ..errors import Unsupported
 from .cache import TreeCache
-from .calls import Call, check_ids, check_rows, current
+from .calls import Call, current
+from .inputs import check_ids, check_rows
 from .models import check_generation, takes_cache
 from .step import install_step
 from .tensor_parallel import check_axes, sequence_axis, tensor_group
@@ -60,13 +61,16 @@ def prepare(
     cache, is_assisted = model_kwargs.get("past_key_values"), generation_mode == "assisted_generation"
     call = current.get()
     _check_supported(generation_config, cache, is_assisted)
+    needs_cache = cache is None and generation_config.use_cache is not False and takes_cache(model)
+    if needs_cache or isinstance(cache, TreeCache):
+        held = cache.get_seq_length() if isinstance(cache, TreeCache) else 0
+        check_generation(model, held, generation_config, model_kwargs)
     if isinstance(cache, TreeCache):
         _check_cache(model, cache, generation_config, batch_size, is_assisted)
-        check_generation(model, cache, generation_config, model_kwargs)
     if call is not None and not call.is_started:
         call.described |= _options(generation_config) | _inputs(model_kwargs)
         call.start()
-    if cache is None and generation_config.use_cache is not False and takes_cache(model):
+    if needs_cache:
         cache = model_kwargs["past_key_values"] = TreeCache(model.config, sequence_axis(model))
         if call is not None:
             call.use(cache.exchange)

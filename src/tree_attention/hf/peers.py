@@ -5,7 +5,6 @@ import os
 import time
 import weakref
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +98,8 @@ def _default_store() -> Any:
 
 def _arrived(store: Any, keys: list[str]) -> bool:
     """Wait for the keys, at most `LOOK_S`; return whether all are there."""
-    if store.has_extended_api():  # a TCPStore, whose server answers when they are
-        try:
-            store.wait(keys, timedelta(seconds=LOOK_S))
-            return True
-        except dist.DistStoreError:
-            return False
     stop, pause = time.monotonic() + LOOK_S, 2e-5
-    while not store.check(keys):  # a FileStore's own wait looks every 10 ms
+    while not store.check(keys):  # a FileStore's own `wait` looks every 10 ms, and a TCPStore's warns when time is up
         if time.monotonic() > stop:
             return False
         time.sleep(pause)

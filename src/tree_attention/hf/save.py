@@ -267,7 +267,6 @@ def _cannot_write(rank: int, folder: Path, error: Exception) -> str:
 
 
 def _write(file: Path, data: bytes) -> str:
-    """Write to the disk, and return the digest."""
     with file.open("wb") as stream:
         stream.write(data)
         stream.flush()

@@ -1,0 +1,57 @@
+"""What a caller passes: checks before anything is computed, and texts by which ranks compare it."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .cache import TreeCache
+
+SAMPLED = 1 << 16  # numbers of a float tensor that its digest reads
+
+
+def check_ids(model: Any, ids: Tensor) -> None:
+    """Raise InputError if a token is outside the table of embeddings."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(embeddings, "num_embeddings", None)
+    if rows and ids.numel():
+        low, high = (int(end) for end in torch.aminmax(ids))
+        if low < 0 or high >= rows:
+            raise InputError(
+                f"input_ids must be 0 to {rows - 1}, rows of the model's embeddings, got {low if low < 0 else high}: "
+                "use this model's tokenizer"
+            )
+
+
+def check_rows(cache: TreeCache, rows: int) -> None:
+    """Raise InputError unless the cache is empty, or holds this number of rows."""
+    held = next((len(layer.keys) for layer in cache.key_layers if layer.is_initialized), rows)
+    if cache.get_seq_length() and held != rows:
+        raise InputError(
+            f"this TreeCache holds {held} rows, and {rows} are needed (batch size x num_beams or "
+            f"num_return_sequences): repeat its rows by cache.batch_repeat_interleave(n), or pass {held}"
+        )
+
+
+def as_text(value: Any) -> str:
+    """Return a text that is equal for equal values, and is short for tensors."""
+    if not isinstance(value, Tensor):
+        return json.dumps(value, sort_keys=True, default=lambda other: type(other).__name__)
+    shape, flat = list(value.shape), value.detach().flatten()
+    if flat.is_floating_point():
+        flat = flat[:: max(len(flat) // SAMPLED, 1)].double()
+    return f"{shape} with digest {hashlib.sha256(flat.cpu().contiguous().numpy().tobytes()).hexdigest()[:8]}"
+
+
+def adapters_of(model: Any) -> list[Any]:
+    """The active adapters of a model with PEFT, and their scales."""
+    if not hasattr(model, "peft_config"):
+        return []
+    layers = [module for module in model.modules() if hasattr(module, "active_adapters")]
+    return [
+        [layer.active_adapters, getattr(layer, "disable_adapters", None), getattr(layer, "scaling", None)]
+        for layer in layers
+    ]
