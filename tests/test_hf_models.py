@@ -1,5 +1,6 @@
 """Models that hide something from a cache: exact all the same, or refused before anything is computed."""
 
+import contextlib
 import copy
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from architectures import (
 )
 from tree_attention import Unsupported
 from tree_attention.hf import TreeCache, can_prefill, prefill
-from tree_attention.hf.layer_state import copy_cache
+from tree_attention.hf.layer_state import copy_cache, restore_on_error
 from tree_attention.hf.mask import lazy_mask
 from tree_attention.hf.save import load_cache, save_cache
 from tree_attention.testing import record_traffic
@@ -238,7 +239,7 @@ def hybrid_cache(group, ids):
 
 
 def continue_in_other_ways(group):
-    """Copy, repeat rows, reset: what the next token's logits are after each."""
+    """Undo, copy, repeat rows, reset: what the next token's logits are after each."""
     ids, results = prompt(False)[0], []
     model, cache = hybrid_cache(group, ids[:1, :50])
     copied = copy_cache(cache)
@@ -246,6 +247,9 @@ def continue_in_other_ways(group):
     copied.batch_select_indices(torch.tensor([2, 0]))
     again = torch.cat([ids[:1, 50:], ids[:1, 50:]])
     with torch.no_grad():
+        with contextlib.suppress(KeyboardInterrupt), restore_on_error(cache):
+            model(again[:1], past_key_values=cache)
+            raise KeyboardInterrupt
         results.append(model(again, past_key_values=copied).logits[:1])
         results.append(model(ids[:1, 50:], past_key_values=cache).logits)
         with pytest.raises(Unsupported, match="HybridLayer cannot forget tokens"):

@@ -293,5 +293,5 @@ class LengthInChunk(Refusing):
         )
 
 
-def _is_all_true(mask: Tensor | None) -> bool:
-    return mask is None or bool(mask.all())
+def _is_all_true(mask: Any) -> bool:
+    return not isinstance(mask, Tensor) or bool(mask.all())

@@ -66,8 +66,10 @@ def check_supported(model: Any) -> None:
 def check_generation(model: Any, held: int, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
     """Raise Unsupported if `generate` with this TreeCache would not use it, or give another answer than stock."""
     check_supported(model)
-    length, mask = generation_config.max_length or 0, model_kwargs.get("attention_mask")
-    read = length - (generation_config.max_new_tokens or 0) if mask is None else mask.shape[1]
+    mask: Any = model_kwargs.get("attention_mask")
+    length = generation_config.max_length or 0
+    is_2d = isinstance(mask, Tensor) and mask.ndim == 2
+    read = mask.shape[1] if is_2d else length - (generation_config.max_new_tokens or 0)
     check_switch(model, held, read, length)
 
 
