@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
@@ -21,6 +22,8 @@ from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
 
 BLOCK_TOKENS = 16
+# The argument of `forward` and `generate` that takes a cache; transformers warns of the other name.
+CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 STEP_MODES = ("captured", "compiled", "eager")
 STEP_LAYERS = {"DummyLayer", "LinearAttentionLayer"}  # transformers' layers that need no cursor in a step
 

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from ..errors import Unsupported
 from ..group import resolve_group
-from .cache import TreeCache
+from .cache import CACHE, TreeCache
 from .step import install_step
 from .tensor_parallel import check_axes, sequence_axis, tensor_group
 
@@ -21,10 +21,10 @@ def prepare(model: Any, generation_config: Any, model_kwargs: Any, generation_mo
     """Act before `GenerationMixin._prepare_cache_for_generation`, on models with "tree_attention"."""
     if model.config.get_text_config(decoder=True)._attn_implementation != "tree_attention":
         return
-    cache, is_assisted = model_kwargs.get("past_key_values"), generation_mode == "assisted_generation"
+    cache, is_assisted = model_kwargs.get(CACHE), generation_mode == "assisted_generation"
     _check_supported(generation_config, cache, is_assisted)
     if cache is None and generation_config.use_cache is not False:
-        cache = model_kwargs["past_key_values"] = TreeCache(model.config, sequence_axis(model))
+        cache = model_kwargs[CACHE] = TreeCache(model.config, sequence_axis(model))
     if isinstance(cache, TreeCache):
         check_axes(model, cache.ranks.group)
         lookup = generation_config.prompt_lookup_num_tokens if is_assisted else None

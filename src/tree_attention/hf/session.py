@@ -11,7 +11,7 @@ from ..errors import InputError, Unsupported
 from ..group import Group
 from ..reduce import TwoLevel
 from .answer import Answer, Listener
-from .cache import TreeCache
+from .cache import CACHE, TreeCache
 from .chat_template import ChatTemplate
 from .layer_state import copy_cache, restore_on_error
 from .layers import ShardedLayer
@@ -191,7 +191,7 @@ class Session:
             stop = min(start + chunk_tokens, last)
             positions = torch.arange(start, stop, device=tokens.device)[None]
             self.model.base_model(
-                input_ids=tokens[:, start:stop], position_ids=positions, past_key_values=self.cache, use_cache=True
+                input_ids=tokens[:, start:stop], position_ids=positions, use_cache=True, **{CACHE: self.cache}
             )
             if on_progress is not None:
                 on_progress(stop)
@@ -204,7 +204,7 @@ class Session:
             self._feed(tokens)
             mask = torch.ones_like(tokens)
             written = self.model.generate(
-                tokens, attention_mask=mask, past_key_values=self.cache, streamer=streamer, **generate_kwargs
+                tokens, attention_mask=mask, streamer=streamer, **{CACHE: self.cache}, **generate_kwargs
             )
         logits = getattr(written, "logits", None)
         self.logits = None if logits is None else torch.cat(logits)
