@@ -109,6 +109,7 @@ def _verify(options: GenerateOptions, model: Any, input_ids: Tensor, tokens: lis
     """Compare our logits `[new, vocabulary]` with those that this process alone gives for the text that we wrote."""
     from transformers import DynamicCache
 
+    from ..hf.cache import CACHE
     from ..hf.check import Departure, feed, one_by_one, stock_implementation
     from ..hf.parallel_prefill import CHUNK_TOKENS
 
@@ -116,9 +117,9 @@ def _verify(options: GenerateOptions, model: Any, input_ids: Tensor, tokens: lis
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     out = model.generate(
         input_ids,
-        past_key_values=cache,
         attention_mask=torch.ones_like(input_ids),
         prefill_chunk_size=options.chunk_tokens or CHUNK_TOKENS["cpu"],
+        **{CACHE: cache},
         **dict.fromkeys(("temperature", "top_p", "top_k")),
         do_sample=False,
         max_new_tokens=1,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
@@ -33,6 +34,8 @@ from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
 
 BLOCK_TOKENS = 16
+# The argument of `forward` and `generate` that takes a cache; transformers warns of the other name.
+CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 STEP_MODES = ("captured", "compiled", "eager")
 UNUSED_LAYER = getattr(cache_utils, "DummyLayer", None)  # not in transformers 5.17
 INTERRUPTED = (

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from ..errors import InputError, TreeAttentionError
 from ..group import Group, gather_objects
-from .cache import TreeCache
+from .cache import CACHE, TreeCache
 from .parallel_prefill import prefill
 from .step import install_step
 from .tensor_parallel import sequence_axis
@@ -138,7 +138,7 @@ def feed(model: Any, ids: Tensor, cache: Any, stops: list[int]) -> Tensor:
             positions = torch.arange(start, stop, device=ids.device)[None]
             inputs = {"input_ids": ids[:, start:stop], "position_ids": positions}
             inputs["attention_mask"] = torch.ones_like(ids[:, :stop])
-            logits.append(model(**inputs, past_key_values=cache, use_cache=True).logits[0])
+            logits.append(model(**inputs, use_cache=True, **{CACHE: cache}).logits[0])
     return torch.cat(logits)
 
 

@@ -14,11 +14,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from ..errors import Unsupported
-from .cache import TreeCache
+from .cache import CACHE, TreeCache
 from .calls import Call, current
 from .inputs import check_ids, check_rows
 from .models import check_generation, takes_cache
-from .step import install_step
+from .step import cache_in, install_step
 from .tensor_parallel import check_axes, sequence_axis, tensor_group
 
 # With prefill_chunk_size, older versions feed the whole text to a cache that already holds a part of it.
@@ -38,7 +38,7 @@ def wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
         named, options = given.arguments, given.arguments.get("kwargs", {})
         if not _involves_ranks(model, named.get("generation_config"), options):
             return original(model, *args, **kwargs)
-        with Call("generate", model, options.get("past_key_values")) as call:
+        with Call("generate", model, cache_in(options)) as call:
             ids = named.get("inputs", options.get("input_ids"))
             call.described["input_ids"] = ids
             if isinstance(ids, Tensor) and not ids.is_floating_point() and "pixel_values" not in options:
@@ -58,7 +58,7 @@ def prepare(
     """Act before `GenerationMixin._prepare_cache_for_generation`, on models with "tree_attention"."""
     if model.config.get_text_config(decoder=True)._attn_implementation != "tree_attention":
         return
-    cache, is_assisted = model_kwargs.get("past_key_values"), generation_mode == "assisted_generation"
+    cache, is_assisted = model_kwargs.get(CACHE), generation_mode == "assisted_generation"
     call = current.get()
     _check_supported(generation_config, cache, is_assisted)
     needs_cache = cache is None and generation_config.use_cache is not False and takes_cache(model)
@@ -71,7 +71,7 @@ def prepare(
         call.described |= _options(generation_config) | _inputs(model_kwargs)
         call.start()
     if needs_cache:
-        cache = model_kwargs["past_key_values"] = TreeCache(model.config, sequence_axis(model))
+        cache = model_kwargs[CACHE] = TreeCache(model.config, sequence_axis(model))
         if call is not None:
             call.use(cache.exchange)
     if isinstance(cache, TreeCache):
@@ -90,7 +90,7 @@ def prepare(
 
 def _involves_ranks(model: Any, generation_config: Any, options: dict[str, Any]) -> bool:
     """Whether ranks meet in a call of `generate`: in a cache, for random numbers, or within the model."""
-    cache = options.get("past_key_values")
+    cache = cache_in(options)
 
     def option(name: str) -> Any:
         given = options.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..errors import InputError, Unsupported
-from .cache import TreeCache
+from .cache import CACHE, TreeCache
 from .calls import as_one_call
 from .layer_state import restore_on_error
 from .models import INSTEAD, check_prefill, check_supported
@@ -65,7 +65,7 @@ def prefill(
     def read(columns: Tensor | slice, stop: int) -> None:
         mask = None if attention_mask is None else attention_mask[:, :stop]
         inputs = {"input_ids": input_ids[:, columns], "position_ids": positions[:, columns], "attention_mask": mask}
-        model.base_model(**inputs, past_key_values=cache, use_cache=True)
+        model.base_model(**inputs, use_cache=True, **{CACHE: cache})
         if on_progress is not None:
             on_progress(stop)
 

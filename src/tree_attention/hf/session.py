@@ -13,7 +13,7 @@ from ..errors import InputError, Unsupported
 from ..group import Group
 from ..reduce import TwoLevel
 from .answer import Answer, Listener
-from .cache import TreeCache
+from .cache import CACHE, TreeCache
 from .calls import Call
 from .chat_template import ChatTemplate
 from .inputs import check_ids
@@ -218,7 +218,7 @@ class Session:
             stop = min(start + chunk_tokens, last)
             positions = torch.arange(start, stop, device=tokens.device)[None]
             self.model.base_model(
-                input_ids=tokens[:, start:stop], position_ids=positions, past_key_values=self.cache, use_cache=True
+                input_ids=tokens[:, start:stop], position_ids=positions, use_cache=True, **{CACHE: self.cache}
             )
             if on_progress is not None:
                 on_progress(stop)
@@ -230,7 +230,7 @@ class Session:
         self._feed(tokens)
         mask = torch.ones_like(tokens)
         written = self.model.generate(
-            tokens, attention_mask=mask, past_key_values=self.cache, streamer=streamer, **generate_kwargs
+            tokens, attention_mask=mask, streamer=streamer, **{CACHE: self.cache}, **generate_kwargs
         )
         logits = getattr(written, "logits", None)
         self.logits = None if logits is None else torch.cat(logits)

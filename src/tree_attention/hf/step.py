@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import TreeCache
+from .cache import CACHE, TreeCache
 from .link_sums import close_links, open_link
 
 # Arguments of `forward` in a step; for one token the latter make no difference.
-SUPPORTED = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
+SUPPORTED = {"input_ids", "position_ids", "attention_mask", "past_key_values", CACHE}
 WITHOUT_EFFECT = {"use_cache", "return_dict", "logits_to_keep"}
 Forward = Callable[..., Any]
 _caches_with_steps: weakref.WeakSet[TreeCache] = weakref.WeakSet()
@@ -95,9 +95,9 @@ class SteppingForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args or not is_step(kwargs):
             return self.original(*args, **kwargs)
-        cache = kwargs["past_key_values"]
+        cache = cache_in(kwargs)
         logits = self._step(cache, kwargs["input_ids"], kwargs.get("position_ids"), kwargs.get("attention_mask"))
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
     def _step(self, cache: TreeCache, ids: Tensor, positions: Tensor | None, padding: Tensor | None) -> Tensor:
         """Feed ids `[B, 1]`; return the logits `[B, 1, vocabulary]` in new memory.
@@ -140,7 +140,7 @@ class SteppingForward:
 
 def is_step(arguments: dict[str, Any]) -> bool:
     """Return whether a call of `forward` feeds one token per row to a static TreeCache, and asks only for logits."""
-    cache, ids, mask = (arguments.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
+    cache, ids, mask = cache_in(arguments), arguments.get("input_ids"), arguments.get("attention_mask")
     if not isinstance(cache, TreeCache) or not cache.can_step(mask) or torch.is_grad_enabled():
         return False
     is_token = isinstance(ids, Tensor) and ids.shape[1] == 1
@@ -148,6 +148,10 @@ def is_step(arguments: dict[str, Any]) -> bool:
     returns_cache = arguments.get("use_cache") is not False and arguments.get("return_dict") is not False
     others = arguments.keys() - SUPPORTED - WITHOUT_EFFECT
     return is_token and is_2d and returns_cache and all(arguments[name] is None for name in others)
+
+
+def cache_in(arguments: dict[str, Any]) -> Any:
+    return arguments.get(CACHE, arguments.get("past_key_values"))
 
 
 def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:
@@ -166,5 +170,5 @@ def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:
 
 def _run(forward: Forward, cache: TreeCache, step: CapturedStep) -> Tensor:
     with cache.step_state.stepping(cache.layers):
-        inputs = {"input_ids": step.ids, "position_ids": step.positions, "past_key_values": cache}
+        inputs = {"input_ids": step.ids, "position_ids": step.positions, CACHE: cache}
         return forward(**inputs, use_cache=True, return_dict=True).logits
