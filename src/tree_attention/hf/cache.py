@@ -17,6 +17,7 @@ from ..layout import Layout
 from ..reduce import TwoLevel
 from .cursor import Cursor, StepState
 from .exchange import CacheExchange, CacheRanks
+from .layer_state import copy_cache
 from .layers import KeyLayer, ShardedLayer, keep_writable, mark
 from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
@@ -98,8 +99,6 @@ class TreeCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TreeCache":
         """Return a cache with the same tokens, and links of its own. All ranks call it together."""
-        from .layer_state import copy_cache
-
         return memo.setdefault(id(self), copy_cache(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import TreeCache
 
-
-def copy_cache(source: TreeCache) -> TreeCache:
-    """Return a new cache with the same tokens. All ranks call it together."""
+def copy_cache(source: Any) -> Any:
+    """Return a new TreeCache with the same tokens. All ranks call it together."""
     sizes: dict[str, Any] = {"block_tokens": source.ranks.layout.block, "max_tokens": source.ranks.max_tokens}
-    target = TreeCache(source.config, source.given_group, step=source.step_mode, **sizes)
+    target = type(source)(source.config, source.given_group, step=source.step_mode, **sizes)
     for old, new in zip(source.layers, target.layers, strict=True):
         import_state(new, *export_state(old))
     target.is_unfinished = source.is_unfinished
@@ -21,7 +19,7 @@ def copy_cache(source: TreeCache) -> TreeCache:
 
 
 @contextlib.contextmanager
-def restore_on_error(cache: TreeCache) -> Iterator[None]:
+def restore_on_error(cache: Any) -> Iterator[None]:
     """If the block raises, give the cache back what it held before."""
     undo_points = [_undo_point(layer) for layer in cache.layers]
     was_unfinished = cache.is_unfinished
