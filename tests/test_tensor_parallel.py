@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from architectures import (
-    ARCHITECTURES,
     BLOCK,
     GREEDY,
     NEW_TOKENS,
@@ -33,7 +32,8 @@ from tree_attention.cost.model import parse_config
 from tree_attention.hf import Session, TreeCache, load_tensor_parallel, prefill
 from tree_attention.hf.tensor_parallel import AXES, check_tensor_parallel
 
-PLANNED = [name for name in ARCHITECTURES if name != "gpt_oss"]  # for which transformers has no plan
+# transformers has no plan for the others but two: a step of Llama 4 and dynamic frequencies have tests of their own.
+PLANNED = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "deepseek_v3", "qwen3_next", "phi3"]
 
 
 @pytest.fixture(scope="session")

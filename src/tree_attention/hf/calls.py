@@ -246,7 +246,8 @@ def as_one_call(function: Callable[..., None]) -> Callable[..., None]:
                 compared = {name: value for name, value in options.items() if not callable(value)}
                 call.described |= {"input_ids": input_ids, **compared}
                 check_ids(model, input_ids)
-                check_rows(cache, len(input_ids))
+                if input_ids.ndim == 2:  # else `function` raises
+                    check_rows(cache, len(input_ids))
                 call.start()
             function(model, input_ids, cache, **options)
 
