@@ -21,9 +21,7 @@ READINGS = ("whole", "chunked", "prefill")
 WRITINGS = ("growing", "static")
 WRITTEN_TOKENS = 8
 BLOCK_TOKENS = 4  # so that a short text reaches all ranks
-FLOAT32_FLOOR = (
-    2e-5  # of the largest logit: the rounding of the merge, 7e-7 measured over all architectures of our tests
-)
+FLOAT32_FLOOR = 2e-5  # of the largest logit, for the rounding of the merge: 7e-7 measured on our tests' architectures
 ROUNDINGS = 4  # how many times what transformers' own ways of reading differ by
 
 
