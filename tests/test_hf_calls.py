@@ -57,6 +57,7 @@ DIFFERENT = {
     "budgets": (lambda m, c, r: m.generate(text(40), past_key_values=c, **HOW | {"max_new_tokens": 5 + r}), "max_"),
     "a cache on one rank": (lambda m, c, r: m.generate(text(40), past_key_values=[c, None][r], **HOW), "cache"),
     "functions": (lambda m, c, r: [prefill, no_prefill][r](m, text(100), c), "call"),
+    "adapters": (lambda m, c, r: adapted(model(), r).generate(text(40), past_key_values=c, **HOW), "adapters must"),
     "a token of one rank": (
         lambda m, c, r: m.generate(text(40) + 900 * r, past_key_values=c, **HOW),
         "rank 1: InputError",
@@ -66,6 +67,13 @@ DIFFERENT = {
         "rank 1: ValueErr",
     ),
 }
+
+
+def adapted(its_model, rank):
+    """With a LoRA layer as PEFT makes it, merged into the weights on one rank only."""
+    its_model.peft_config, layer = {"a": None}, its_model.model.layers[0]
+    layer.active_adapters, layer.scaling, layer.merged_adapters = ["a"], {"a": 0.5}, ["a"][rank:]
+    return its_model
 
 
 def mask(rank):

@@ -24,7 +24,7 @@ from ..group import Group, check_agreement, rank_and_size, resolve_group
 from ..layout import Layout
 from ..reduce import TwoLevel
 from .cursor import Cursor, StepState
-from .exchange import CacheExchange, CacheRanks
+from .exchange import CacheExchange, CacheRanks, channel_of
 from .hybrid_layer import HybridLayer, HybridWindowLayer
 from .layer_state import copy_cache
 from .layers import KeyLayer, ShardedLayer, keep_writable, mark
@@ -93,7 +93,7 @@ class TreeCache(Cache):
         rank, size = rank_and_size(process_group)
         if rank == 0:
             warn_of(config.get_text_config(decoder=True).model_type)
-        self.ranks = CacheRanks(process_group, rank, Layout(size, block_tokens), max_tokens)
+        self.ranks = CacheRanks(process_group, rank, Layout(size, block_tokens), max_tokens, channel_of(process_group))
         self.exchange = CacheExchange(group, self.ranks, config)
         self.step_state = StepState(self.ranks)
         self.is_unfinished = False  # True if a step began and did not end, because an error interrupted it

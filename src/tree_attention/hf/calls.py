@@ -1,9 +1,9 @@
 """`Call`: a call that all ranks make together. They agree before anything is computed, and they all end it alike.
 
-start   Each rank leaves a digest of what must be equal. Only if digests differ do the ranks exchange what differs.
-end     Each rank leaves how the call ended there. A rank that waits for a peer's numbers looks for such a record.
+start   Each rank posts a digest of what must be equal. Only if digests differ do the ranks exchange what differs.
+end     Each rank posts how the call ended. A rank that waits in a link looks for the records of its peers.
 
-A rank that fails alone closes its connections, so that peers which wait in a collective notice it, too.
+A rank that fails alone closes its connections, so that peers that wait in a collective raise, too.
 """
 
 import functools
@@ -50,9 +50,11 @@ class Call:
         self.exchanges = [cache.exchange] if isinstance(cache, TreeCache) else []  # of the caches that it uses
         self.given = cache.ranks.given if isinstance(cache, TreeCache) else resolve_group(sequence_axis(model))
         self.tensor, self.mesh = tensor_group(model), getattr(model, "tree_attention_mesh", None)
-        self.described: dict[str, Any] = {"call": name, "adapters": adapters_of(model)}
-        for exchange in self.exchanges:
-            self.described["cache"] = f"number {exchange.number}, {cache.get_seq_length()} tokens"
+        self.described: dict[str, Any] = {"call": name}
+        if hasattr(model, "peft_config"):
+            self.described["adapters"] = adapters_of(model)
+        if isinstance(cache, TreeCache):
+            self.described["cache"] = f"number {cache.exchange.number}, {cache.get_seq_length()} tokens"
         self.result: Tensor | None = None
         self.peers: Peers | None = None
         self.channel: Channel | None = None
@@ -142,7 +144,7 @@ class Call:
     def _why_wait(self) -> Exception | None:
         """Return the error of a rank that waits for a peer which has ended the call, or has died; None if none has."""
         assert self.peers is not None
-        ended = self.peers.left(f"{self.number}/end")
+        ended = self.peers.posted(f"{self.number}/end")
         self._told = None
         if ended:
             rank, record = min(ended.items(), key=lambda item: (not _is_cause(json.loads(item[1])), item[0]))
@@ -174,7 +176,7 @@ class Call:
                     exchange.watch_by(lambda: None)
 
     def _end(self, error: BaseException | None) -> None:
-        """Leave how the call ended here. Unless all ranks ended it alike, raise, and let none of them go on."""
+        """Post how the call ended on this rank. Raise, on every rank, unless all ended it alike."""
         assert self.peers is not None
         was_told = error is not None and (error is self._told or _lost_connection(error))
         progress = " ".join(exchange.progress() for exchange in self.exchanges)
@@ -211,7 +213,7 @@ class Call:
             return {rank: json.loads(end) for rank, end in enumerate(self.peers.gather(name))}
         stop = time.monotonic() + GRACE_S
         while True:
-            ends = {rank: json.loads(end) for rank, end in self.peers.left(name).items()}
+            ends = {rank: json.loads(end) for rank, end in self.peers.posted(name).items()}
             is_known = was_told and any(map(_is_cause, ends.values()))
             if len(ends) == len(self.peers.ranks) or is_known or time.monotonic() > stop:
                 return ends

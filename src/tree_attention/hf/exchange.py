@@ -8,7 +8,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -89,11 +89,7 @@ class CacheRanks:
     rank: int
     layout: Layout
     max_tokens: int | None  # over all ranks; None for a cache that grows
-
-    channel: Channel | None = field(init=False)  # None for a single process
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "channel", channel_of(self.given))
+    channel: Channel | None = None  # see `channel_of`
 
     @property
     def group(self) -> ProcessGroup | None:

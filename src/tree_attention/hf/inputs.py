@@ -46,12 +46,19 @@ def as_text(value: Any) -> str:
     return f"{shape} with digest {hashlib.sha256(flat.cpu().contiguous().numpy().tobytes()).hexdigest()[:8]}"
 
 
-def adapters_of(model: Any) -> list[Any]:
-    """The active adapters of a model with PEFT, and their scales."""
-    if not hasattr(model, "peft_config"):
-        return []
-    layers = [module for module in model.modules() if hasattr(module, "active_adapters")]
-    return [
-        [layer.active_adapters, getattr(layer, "disable_adapters", None), getattr(layer, "scaling", None)]
-        for layer in layers
-    ]
+def adapters_of(model: Any) -> tuple[list[str], str]:
+    """Return the names of the active adapters (LoRA and others of PEFT), and a digest of how each layer uses them."""
+    names, layers = set(), []
+    for name, module in model.named_modules():
+        active, scaling = getattr(module, "active_adapters", None), getattr(module, "scaling", None)
+        scaling = scaling if isinstance(scaling, dict) else {}
+        if not isinstance(active, list | tuple):  # of a model of transformers', it is a method
+            active = list(scaling)
+        if getattr(module, "disable_adapters", None) is True:
+            active = []
+        if active or scaling:
+            merged = getattr(module, "merged_adapters", None)
+            layers.append((name, {each: scaling.get(each) for each in active}, merged))
+            names |= set(active)
+    digest = hashlib.sha256(json.dumps(layers, default=str).encode()).hexdigest()[:16]
+    return sorted(names), digest if layers else ""

@@ -1,4 +1,4 @@
-"""`Peers`: the ranks that call together. They leave each other records in torch's store, which no failure can block."""
+"""`Peers`: the ranks that call together. They post records in torch's store, which no failed rank can block."""
 
 import hashlib
 import os
@@ -37,7 +37,7 @@ class Peers:
         return dist.PrefixStore(self.name, _default_store())  # not kept: rank 0's would keep its port
 
     def post(self, name: str, text: str) -> None:
-        """Leave this rank's record `name` for each peer to see. Those of long ago are removed."""
+        """Post this rank's record `name` for all peers, and delete old ones."""
         store = self._store
         self._posted.append(f"{name}/{self.rank}")
         store.set(self._posted[-1], text)
@@ -58,8 +58,8 @@ class Peers:
             self.check_alive()
             raise TreeAttentionError("lost the store of the process group: the process that holds it ended") from error
 
-    def left(self, name: str) -> dict[int, str]:
-        """Return the records `name` that are there now, by rank."""
+    def posted(self, name: str) -> dict[int, str]:
+        """Return the records `name` that were posted so far, by rank."""
         store = self._store
         keys = {rank: f"{name}/{rank}" for rank in range(len(self.ranks))}
         try:

@@ -33,6 +33,7 @@ from ..group import broadcast_from_first, first_fault, gather_objects, rank_and_
 from ..layout import Layout
 from .cache import TreeCache
 from .hybrid_layer import HybridLayer
+from .inputs import adapters_of
 from .layer_state import export_state, import_state
 from .layers import ShardedLayer
 from .tensor_parallel import tensor_group, tensor_ranks
@@ -173,7 +174,7 @@ def describe(model: Any) -> dict[str, Any]:
     }
     digests = _digest_of_samples(dict(model.named_parameters())), _digest_of_samples(buffers)
     weights, other_weights = broadcast_from_first(digests, tensor_group(model))
-    adapters, adapter_layers = _adapters(model)
+    adapters, adapter_layers = adapters_of(model)
     known = json.loads(config.to_json_string(use_diff=False))
     fields = {key: value for key, value in known.items() if key not in IGNORED_FIELDS and not key.startswith("_")}
     dtype = str(model.dtype).removeprefix("torch.")
@@ -200,23 +201,6 @@ def _parts(tensor: Tensor) -> list[Tensor]:
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in _parts(getattr(tensor, name))]
-
-
-def _adapters(model: Any) -> tuple[list[str], str]:
-    """Return the names of the active adapters (LoRA and others of PEFT), and a digest of how each layer uses them."""
-    names, layers = set(), []
-    for name, module in model.named_modules():
-        active, scaling = getattr(module, "active_adapters", None), getattr(module, "scaling", None)
-        scaling = scaling if isinstance(scaling, dict) else {}
-        if not isinstance(active, list | tuple):  # of a model of transformers', it is a method
-            active = list(scaling)
-        if getattr(module, "disable_adapters", None) is True:
-            active = []
-        if active or scaling:
-            merged = getattr(module, "merged_adapters", None)
-            layers.append((name, {each: scaling.get(each) for each in active}, merged))
-            names |= set(active)
-    return sorted(names), _digest(json.dumps(layers, default=str).encode())[:16] if layers else ""
 
 
 def _fill(layer: Any, index: int, source: Path, manifest: dict[str, Any], model: Any) -> None:
