@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import tree_attention.cli
+from tree_attention.cli.app import app
 
 COMMAND = Path(sys.executable).with_name("tree-attention")
 TORCHRUN = Path(sys.executable).with_name("torchrun")
@@ -96,10 +96,10 @@ def last_json(ended):
 
 
 def call(capfd, monkeypatch, *arguments):
-    """The console script's function in this process, which saves loading torch: exit code, stdout, stderr."""
+    """The command in this process, which saves loading torch: exit code, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["tree-attention", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        tree_attention.cli.main()
+        app()
     return end.value.code, *capfd.readouterr()
 
 

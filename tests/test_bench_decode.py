@@ -5,14 +5,13 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import plot
-import tree_attention.cli
+from command import call
 from tree_attention import attend, tree_decode
 from tree_attention.bench import case as cases
 from tree_attention.bench.case import Case, exact_attention, keys_and_values, make_inputs
@@ -22,7 +21,6 @@ from tree_attention.cli.bench_decode import table_rows
 from tree_attention.reduce.collectives import gather
 from tree_attention.testing import oracle
 
-COMMAND = Path(sys.executable).with_name("tree-attention")
 SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "layout": "HND", "ragged": False}
 SMALL = Case(batch=3, keys=50, heads=6, kv_heads=2, head_dim=16, layout="HND", ragged=False)
 HELD = [(keys, batch) for keys in (1, 1000, 16384, 65536, 262144, 1 << 20) for batch in (1, 3, 6)]
@@ -185,13 +183,6 @@ def test_a_figure(tmp_path, kind):
     assert (tmp_path / f"out.{kind}").stat().st_size > 10_000
 
 
-def call(capfd, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["tree-attention", "bench", "decode", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        tree_attention.cli.main()
-    return end.value.code, *capfd.readouterr()
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -216,7 +207,7 @@ def call(capfd, monkeypatch, *arguments):
     ],
 )
 def test_mistakes(capfd, monkeypatch, options, text):
-    code, out, err = call(capfd, monkeypatch, *options)
+    code, out, err = call(capfd, monkeypatch, "bench", "decode", *options)
     assert (code, out) == (2, "")
     assert err.startswith(f"tree-attention: {text}")
     assert err.count("\n") == 1
@@ -224,7 +215,7 @@ def test_mistakes(capfd, monkeypatch, options, text):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_gpus(capfd, monkeypatch):
-    code, _, err = call(capfd, monkeypatch, "--peers", "none")
+    code, _, err = call(capfd, monkeypatch, "bench", "decode", "--peers", "none")
     found = "bench decode needs a CUDA device per rank, got 2 ranks and 0 devices"
     assert (code, err) == (2, f"tree-attention: {found}\n")
 

@@ -236,15 +236,15 @@ def test_batches_that_cannot_be_are_refused(lengths, block):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "steps"), [("tree", 200), ("two_level", 200), ("all_reduce", 200), ("ring", 5)])
-def test_a_thousand_steps_of_a_thousand_gpus_take_less_than_a_minute(algorithm, steps):
-    """Of one core; the best of five rounds, since other processes slow it down. The ring sends 1023 times as much."""
-    rounds_s = []
-    for _ in range(5):
-        start_s = time.process_time()
-        simulate(replace(SHAPE, keys=5120.0), H100, 1024, algorithm, steps=steps, **JITTER)
-        rounds_s.append(time.process_time() - start_s)
-    assert min(rounds_s) * 1000 / steps < 60
+@pytest.mark.parametrize(
+    ("algorithm", "ranks", "steps"),
+    [("tree", 1024, 20), ("two_level", 1024, 20), ("all_reduce", 1024, 20), ("ring", 256, 5)],
+)
+def test_a_thousand_steps_take_less_than_a_minute(algorithm, ranks, steps):
+    """Of one core, with room for a machine ten times as slow. The ring sends `ranks` - 1 messages per rank and step."""
+    start_s = time.process_time()
+    simulate(replace(SHAPE, keys=5120.0), H100, ranks, algorithm, steps=steps, **JITTER)
+    assert (time.process_time() - start_s) * 1000 / steps < 60
 
 
 class Queue:

@@ -2,7 +2,13 @@
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script. Ends at once, since Python takes a second to unload transformers."""
     from .app import app
+    from .terminal import end_process
 
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            end_process(end.code)
+        raise

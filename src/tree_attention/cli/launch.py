@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from ..errors import InputError, TreeAttentionError
-from .terminal import RankDied, exit_rank, under_torchrun
+from .terminal import RankDied, end_process, under_torchrun
 
 MODELS = f"{__package__}.models"  # what the ranks of `generate` and `chat` preload
 RankFunction = Callable[..., int | None]  # returns an exit code, None for 0
+PRINTED = "printed"  # a file: a rank has printed what is wrong
 GRACE_S = 2.0  # from a rank's death until the others are killed
 PEER_TIMEOUT = timedelta(minutes=10)  # for a slow peer; the process that started the ranks notices a dead one
 
@@ -44,7 +45,7 @@ def run_on_ranks(
         raise InputError(f"nproc must be at least 1, got {size}")
     devices = [_device(device, rank, size) for rank in range(size)]
     with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
-        arguments = (size, f"file://{folder}/rendezvous", devices, function, args)
+        arguments = (size, folder, devices, function, args)
         method = "spawn" if any(each.type == "cuda" for each in devices) else "fork"  # CUDA does not survive a fork
         if method == "fork":
             import_module(preload)
@@ -55,7 +56,7 @@ def run_on_ranks(
             while not context.join(grace_period=GRACE_S):
                 pass
         except (ProcessExitedException, ProcessRaisedException) as end:
-            return _exit_code(end, context.processes)
+            return _exit_code(end, context.processes, Path(folder))
         finally:
             for process in context.processes:
                 process.kill()
@@ -71,16 +72,19 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", local_rank) if enough and device != "cpu" else torch.device("cpu")
 
 
-def _start(rank: int, size: int, rendezvous: str, devices: list[torch.device], function: Any, args: tuple) -> None:
+def _start(rank: int, size: int, folder: str, devices: list[torch.device], function: Any, args: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C end at once, without a traceback
-    try:
-        code = _run_rank(rank, size, rendezvous, devices[rank], function, args)
-    except TreeAttentionError as error:  # usually raised on all ranks: the first one prints it
-        with contextlib.suppress(FileExistsError):
-            Path(rendezvous.removeprefix("file://")).with_name("printed").touch(exist_ok=False)
-            os.write(2, f"tree-attention: {error}\n".encode())
-        code = 2
-    exit_rank(code)
+
+    def call(*args: Any) -> int | None:
+        try:
+            return function(*args)
+        except TreeAttentionError as error:  # printed by one rank, before the group ends and the others' calls fail
+            with contextlib.suppress(FileExistsError):
+                Path(folder, PRINTED).touch(exist_ok=False)
+                os.write(2, f"tree-attention: {error}\n".encode())
+            return 2
+
+    end_process(_run_rank(rank, size, f"file://{folder}/rendezvous", devices[rank], call, args))
 
 
 def _run_rank(rank: int, size: int, rendezvous: str | None, device: torch.device, function: Any, args: tuple) -> int:
@@ -97,7 +101,7 @@ def _run_rank(rank: int, size: int, rendezvous: str | None, device: torch.device
             dist.destroy_process_group()
 
 
-def _exit_code(end: ProcessExitedException | ProcessRaisedException, processes: list[Any]) -> int:
+def _exit_code(end: ProcessExitedException | ProcessRaisedException, processes: list[Any], folder: Path) -> int:
     """Return the exit code of ranks that ended with one of ours; raise RankDied for any other end."""
     for rank, process in enumerate(processes):  # the killed rank, even if the failure of a peer was noticed first
         if process.exitcode == -signal.SIGINT:  # Ctrl-C goes to all processes, and to a rank perhaps first
@@ -105,9 +109,11 @@ def _exit_code(end: ProcessExitedException | ProcessRaisedException, processes: 
         if process.exitcode is not None and process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
             name = signal.Signals(-process.exitcode).name
             raise RankDied(f"rank {rank} was killed by {name}; the others were ended") from None
+    if (folder / PRINTED).exists():
+        return 2
     if isinstance(end, ProcessRaisedException):
         raise RankDied(f"rank {end.error_index} failed, the others were ended: {end.msg.strip()}") from None
     code = processes[end.error_index].exitcode
-    if code in (1, 2):  # --verify found a difference, or an error that the rank has printed
+    if code == 1:  # --verify found a difference
         return code
     raise RankDied(f"rank {end.error_index} ended with code {code}; the others were ended") from None

@@ -26,8 +26,6 @@ def run(command: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("tree-attention: stopped\n")
         raise typer.Exit(130) from None
-    if under_torchrun():
-        exit_rank(code)
     raise typer.Exit(code)
 
 
@@ -36,9 +34,10 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def exit_rank(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
     """End this process at once. In a normal exit of the interpreter a gloo thread may abort after all work is done."""
     say("")  # flush
+    sys.stderr.flush()
     os._exit(code)
 
 
