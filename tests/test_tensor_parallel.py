@@ -51,6 +51,7 @@ def folder(tmp_path_factory):
     return of
 
 
+@functools.cache  # a group has three threads, which wake a hundred times a second
 def mesh_of(sequence, tensor):
     """Return this rank's mesh; the pool's 4 ranks form several meshes if these are smaller."""
     copies = 4 // (sequence * tensor)
