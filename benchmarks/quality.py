@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tree_attention.cli.launch import run_on_ranks
 from tree_attention.hf import TreeCache
+from tree_attention.hf.inputs import CACHE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from smollm2 import fetch, long_text
@@ -36,7 +37,7 @@ def losses(model, ids, group=None):
     cache, parts = TreeCache(model.config, group), []
     for start in range(0, ids.shape[1] - 1, CHUNK):
         stop = min(start + CHUNK, ids.shape[1] - 1)
-        logits = model(input_ids=ids[:, start:stop], past_key_values=cache).logits[0]
+        logits = model(input_ids=ids[:, start:stop], **{CACHE: cache}).logits[0]
         parts.append(torch.nn.functional.cross_entropy(logits, ids[0, start + 1 : stop + 1], reduction="none"))
     return torch.cat(parts)
 

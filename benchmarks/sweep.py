@@ -37,6 +37,7 @@ import sweep_table
 from sweep_models import VOCABULARY, model_types, tiny_config, tiny_model
 from tree_attention import TreeAttentionError
 from tree_attention.hf import TreeCache, prefill
+from tree_attention.hf.inputs import CACHE
 from tree_attention.testing import RankPool
 
 TOKENS, SAID, NEW, BLOCK = 45, 14, 3, 4  # the prompt, the second turn, the tokens of an answer
@@ -63,7 +64,7 @@ def two_turns(model: Any, padded: bool, reading: str, cache: Any = None) -> tupl
         mask[1, :9], ids[1, :9] = 0, 0
     logits: list[Tensor] = []
     for turn in range(2):
-        how = {} if cache is None else {"past_key_values": cache}
+        how = {} if cache is None else {CACHE: cache}
         if reading == "chunked" and not (turn and CHUNKS_FEED_AGAIN):
             how["prefill_chunk_size"] = 16
         if reading == "prefill":

@@ -28,7 +28,7 @@ def main(name: str, prompt_file: str, new_tokens: int) -> None:
     most = inputs.input_ids.shape[1] + new_tokens  # makes the cache static: on GPUs each token is then one CUDA graph
     cache = TreeCache(model.config, max_tokens=most if device.type == "cuda" else None)
     prefill(model, inputs.input_ids, cache)  # each rank computes its share of the prompt
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
+    out = model.generate(**inputs, cache=cache, max_new_tokens=new_tokens, do_sample=False)
 
     if dist.get_rank() == 0:
         read = inputs.input_ids.shape[1]

@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from tree_attention.hf import TreeCache, prefill
+from tree_attention.hf.inputs import CACHE
 from tree_attention.testing import RankPool
 
 COMMON = {
@@ -116,7 +117,7 @@ def one_process(name, padded, layers=4):
     """Tokens and logits `[new, B, vocab]` of eager attention with transformers' own cache."""
     ids, mask = prompt(padded)
     model = tiny(name, "eager", layers)
-    out = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), **GREEDY)
+    out = model.generate(ids, attention_mask=mask, **{CACHE: DynamicCache(config=model.config)}, **GREEDY)
     return out.sequences, torch.stack(out.logits)
 
 
@@ -129,7 +130,7 @@ def sharded(group, name, padded, reading, static=False, step="captured", layers=
     how = {"prefill_chunk_size": 16} if reading == "chunked" else {}
     if reading == "parallel":
         prefill(model, ids, cache, attention_mask=mask if padded else None, chunk_tokens=24)
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **how, **GREEDY)
+    out = model.generate(ids, attention_mask=mask, cache=cache, **how, **GREEDY)
     steps = static and not (padded and name == "llama4_text")
     assert bool(cache.captured_steps) == steps  # whether tokens were fed by the cursor
     assert cache.get_seq_length() == TOKENS + NEW_TOKENS - 1

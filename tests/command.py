@@ -3,9 +3,12 @@
 import atexit
 import functools
 import json
+import multiprocessing
 import os
+import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -80,6 +83,40 @@ def run(*arguments, command=None, timeout_s=120, lines=""):
             raise subprocess.TimeoutExpired(words, timeout_s, *(file.read_text() for file in files[1:]))
         code = int(server.stdout.readline())
         return subprocess.CompletedProcess(words, code, *(file.read_text() for file in files[1:]))
+
+
+def run_as_ranks(file, *arguments, ranks=2, timeout_s=120):
+    """A Python program on ranks, with torchrun's variables but in forks of a process that has loaded what it needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tree_attention.hf"])
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        outputs = [Path(folder, f"{name}-{rank}") for rank in range(ranks) for name in ("stdout", "stderr")]
+        words = [str(file), *map(str, arguments)]
+        processes = [
+            context.Process(target=_as_rank, args=(rank, ranks, port, words, outputs[2 * rank : 2 * rank + 2]))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout_s)
+            process.kill()
+        said = [output.read_text() for output in outputs]
+        assert [process.exitcode for process in processes] == [0] * ranks, said
+        return "".join(said[::2])
+
+
+def _as_rank(rank, ranks, port, words, outputs):
+    for number, file in enumerate(outputs, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    torch.set_num_threads(1)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ |= dict(zip(names, map(str, (rank, rank, ranks, ranks, "127.0.0.1", port)), strict=True))
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 @functools.cache

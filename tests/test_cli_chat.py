@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-import queue
+import multiprocessing
 import sys
 from unittest import mock
 
@@ -57,10 +57,11 @@ def test_a_chat_reads_what_is_no_text_too(monkeypatch, errors):
 @pytest.mark.parametrize("stdin", [None, mock.Mock(readline=mock.Mock(side_effect=OSError))], ids=["closed", "broken"])
 def test_a_chat_ends_where_stdin_does(monkeypatch, stdin):
     monkeypatch.setattr(sys, "stdin", stdin)
-    lines = queue.SimpleQueue()
-    with contextlib.suppress(OSError):
-        _send_lines(lines)
-    assert lines.get_nowait() is None
+    lines, writer = multiprocessing.Pipe(duplex=False)
+    with lines, writer:
+        with contextlib.suppress(OSError):
+            _send_lines(writer)
+        assert lines.recv() is None
 
 
 @pytest.mark.parametrize(

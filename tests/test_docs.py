@@ -4,7 +4,6 @@ import ast
 import json
 import re
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import yaml
 
 import tree_attention
+from command import TORCHRUN, run_as_ranks
 from smollm2 import fetch
 
 ROOT = Path(__file__).parents[1]
@@ -135,14 +135,10 @@ def blocks(page):
     return [block for block in found if "init_process_group" in block and "destroy_process_group" in block]
 
 
-def run_on_two_ranks(program, tmp_path, *arguments):
+def as_file(program, tmp_path):
     file = tmp_path / "program.py"
     file.write_text(program, encoding="utf-8")
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command = [torchrun, "--nproc-per-node", "2", file, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return file
 
 
 @pytest.mark.slow
@@ -151,7 +147,7 @@ def test_programs_of_the_core_run(tmp_path):
     programs = [block for block in programs if "transformers" not in block]
     assert len(programs) == 3
     for program in programs:
-        run_on_two_ranks(program, tmp_path)
+        run_as_ranks(as_file(program, tmp_path))
 
 
 def test_the_short_programs_of_the_guide_run(capsys):
@@ -174,14 +170,18 @@ def test_readmes_program_with_hugging_face_runs(tmp_path):
     for written, here in (("HuggingFaceTB/SmolLM2-135M-Instruct", fetch()), ("README.md", tmp_path / "text.txt")):
         assert written in program
         program = program.replace(written, str(here))
-    assert run_on_two_ranks(program.replace("max_new_tokens=64", "max_new_tokens=8"), tmp_path).strip()
+    file = as_file(program.replace("max_new_tokens=64", "max_new_tokens=8"), tmp_path)
+    command = [TORCHRUN, "--nproc-per-node", "2", file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 @pytest.mark.model
 def test_the_tutorials_program_runs(tmp_path):
     [program] = blocks("docs/tutorial.md")
     program = program.replace("[:12_000]", "[:1000]").replace("new_tokens = 64", "new_tokens = 8")
-    out = run_on_two_ranks(program, tmp_path, fetch(), ROOT / "README.md", "What is this about?")
+    out = run_as_ranks(as_file(program, tmp_path), fetch(), ROOT / "README.md", "What is this about?")
     assert "MB of keys and values on this rank" in out
 
 
@@ -203,7 +203,7 @@ def test_the_guides_for_hugging_face_run_one_after_the_other(tmp_path):
     }.items():
         assert written in program
         program = program.replace(written, str(here))
-    assert "torch.Size([1, " in run_on_two_ranks(program, tmp_path)
+    assert "torch.Size([1, " in run_as_ranks(as_file(program, tmp_path))
 
 
 def test_issue_forms_ask_for_the_environment():

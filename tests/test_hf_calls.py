@@ -46,24 +46,24 @@ def expected(ids, **how):
 
 # Each: (model, cache, rank) -> None, the call of one rank; and what the error names.
 DIFFERENT = {
-    "prompts": (lambda m, c, r: m.generate(text(40, r), past_key_values=c, **HOW), "input_ids"),
+    "prompts": (lambda m, c, r: m.generate(text(40, r), cache=c, **HOW), "input_ids"),
     "prompts without a cache": (lambda m, c, r: m.generate(text(40, r), **HOW), "input_ids"),
-    "lengths": (lambda m, c, r: m.generate(text(40 + r), past_key_values=c, **HOW), "input_ids"),
+    "lengths": (lambda m, c, r: m.generate(text(40 + r), cache=c, **HOW), "input_ids"),
     "lengths without a cache": (lambda m, c, r: m.generate(text(40 + r), **HOW), "input_ids"),
     "prefilled lengths": (lambda m, c, r: prefill(m, text(100 + 50 * r), c), "input_ids"),
     "chunks": (lambda m, c, r: prefill(m, text(100), c, chunk_tokens=32 + 32 * r), "chunk_tokens"),
-    "masks": (lambda m, c, r: m.generate(text(40), attention_mask=mask(r), past_key_values=c, **HOW), "attention_mask"),
-    "options": (lambda m, c, r: m.generate(text(40), past_key_values=c, top_k=9 + r, **HOW), "top_k"),
-    "budgets": (lambda m, c, r: m.generate(text(40), past_key_values=c, **HOW | {"max_new_tokens": 5 + r}), "max_"),
-    "a cache on one rank": (lambda m, c, r: m.generate(text(40), past_key_values=[c, None][r], **HOW), "cache"),
+    "masks": (lambda m, c, r: m.generate(text(40), attention_mask=mask(r), cache=c, **HOW), "attention_mask"),
+    "options": (lambda m, c, r: m.generate(text(40), cache=c, top_k=9 + r, **HOW), "top_k"),
+    "budgets": (lambda m, c, r: m.generate(text(40), cache=c, **HOW | {"max_new_tokens": 5 + r}), "max_"),
+    "a cache on one rank": (lambda m, c, r: m.generate(text(40), cache=[c, None][r], **HOW), "cache"),
     "functions": (lambda m, c, r: [prefill, no_prefill][r](m, text(100), c), "call"),
-    "adapters": (lambda m, c, r: adapted(model(), r).generate(text(40), past_key_values=c, **HOW), "adapters must"),
+    "adapters": (lambda m, c, r: adapted(model(), r).generate(text(40), cache=c, **HOW), "adapters must"),
     "a token of one rank": (
-        lambda m, c, r: m.generate(text(40) + 900 * r, past_key_values=c, **HOW),
+        lambda m, c, r: m.generate(text(40) + 900 * r, cache=c, **HOW),
         "rank 1: InputError",
     ),
     "a fault of one rank": (
-        lambda m, c, r: m.generate(text(40), past_key_values=c, **HOW | of_one(r)),
+        lambda m, c, r: m.generate(text(40), cache=c, **HOW | of_one(r)),
         "rank 1: ValueErr",
     ),
 }
@@ -83,7 +83,7 @@ def mask(rank):
 
 
 def no_prefill(model, ids, cache):
-    model.generate(ids, past_key_values=cache, **HOW)
+    model.generate(ids, cache=cache, **HOW)
 
 
 def of_one(rank):
@@ -94,7 +94,7 @@ def differently(group, way):
     its_model = model()
     cache = TreeCache(its_model.config, group)
     found = attempt(lambda: DIFFERENT[way][0](its_model, cache, min(group.rank(), 1)))
-    return *found, cache.get_seq_length(), its_model.generate(text(40), past_key_values=cache, **HOW)
+    return *found, cache.get_seq_length(), its_model.generate(text(40), cache=cache, **HOW)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_ranks_that_do_not_do_the_same_all_raise(pool, way):
 # Each: (model, cache, ids, fail) -> None; `fail` raises on the last rank when it is called for the third time.
 FAILING = {
     "progress": lambda m, c, ids, fail: prefill(m, ids, c, chunk_tokens=64, on_progress=lambda _: fail()),
-    "streamer": lambda m, c, ids, fail: m.generate(ids, past_key_values=c, streamer=Streamer(fail), **HOW),
-    "criteria": lambda m, c, ids, fail: m.generate(ids, past_key_values=c, stopping_criteria=[Criteria(fail)], **HOW),
-    "layer": lambda m, c, ids, fail: in_a_layer(m, fail, lambda: m.generate(ids, past_key_values=c, **HOW)),
+    "streamer": lambda m, c, ids, fail: m.generate(ids, cache=c, streamer=Streamer(fail), **HOW),
+    "criteria": lambda m, c, ids, fail: m.generate(ids, cache=c, stopping_criteria=[Criteria(fail)], **HOW),
+    "layer": lambda m, c, ids, fail: in_a_layer(m, fail, lambda: m.generate(ids, cache=c, **HOW)),
     "layer of prefill": lambda m, c, ids, fail: in_a_layer(m, fail, lambda: prefill(m, ids, c, chunk_tokens=64)),
     "no cache": lambda m, c, ids, fail: in_a_layer(m, fail, lambda: m.generate(ids, **HOW)),
 }
@@ -162,11 +162,11 @@ def failing(group, way, static, error):
     fails = 0 if way == "criteria" else others.size() - 1  # criteria are asked on the first rank
     cache = TreeCache(its_model.config, group, max_tokens=400 if static else None)
     found = attempt(lambda: FAILING[way](its_model, cache, ids, raise_at(3, rank == fails, error)))
-    used = None if "no cache" in way else attempt(lambda: its_model.generate(ids, past_key_values=cache, **HOW))
+    used = None if "no cache" in way else attempt(lambda: its_model.generate(ids, cache=cache, **HOW))
     cache.reset()
     prefill(its_model, ids, cache, chunk_tokens=64)
-    after = its_model.generate(ids, past_key_values=cache, **HOW)
-    fresh = its_model.generate(ids, past_key_values=TreeCache(its_model.config, group), **HOW)
+    after = its_model.generate(ids, cache=cache, **HOW)
+    fresh = its_model.generate(ids, cache=TreeCache(its_model.config, group), **HOW)
     dist.barrier(group)  # the caller's group is as it was
     return fails, found, used, after, fresh
 
@@ -203,7 +203,7 @@ def all_fail(group):
     its_model, ids = model(), text(300)
     cache = TreeCache(its_model.config, group)
     found = attempt(lambda: prefill(its_model, ids, cache, chunk_tokens=64, on_progress=raise_twice([])))
-    return found, its_model.generate(ids, past_key_values=cache, **HOW)
+    return found, its_model.generate(ids, cache=cache, **HOW)
 
 
 def raise_twice(seen):
@@ -237,7 +237,7 @@ def killed(rank, queue, meeting):
 @pytest.mark.slow
 @pytest.mark.parametrize("store", ["file", "tcp"])
 def test_a_killed_rank_is_noticed(store, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # RankPool's, which has loaded what it needs
     queue, meeting = context.Queue(), f"file://{tmp_path}/meeting" if store == "file" else "tcp://127.0.0.1:29655"
     ranks = [context.Process(target=killed, args=(rank, queue, meeting)) for rank in range(3)]
     for rank in ranks:
@@ -288,7 +288,7 @@ def stopping(group):
     its_model = model()
     cache = TreeCache(its_model.config, group)
     how = HOW | {"max_new_tokens": 20}
-    return attempt(lambda: its_model.generate(text(40), past_key_values=cache, stopping_criteria=criteria, **how))
+    return attempt(lambda: its_model.generate(text(40), cache=cache, stopping_criteria=criteria, **how))
 
 
 def test_criteria_are_asked_on_the_first_rank(pool):
@@ -309,11 +309,11 @@ def other_rows(group, way, static):
     cache = TreeCache(its_model.config, group, max_tokens=120 if static else None)
     prefill(its_model, ids, cache)
     asked = text(100, rows=2) if way == "batch" else ids
-    found = attempt(lambda: its_model.generate(asked, past_key_values=cache, **HOW | ROWS[way]))
-    after = its_model.generate(ids, past_key_values=cache, **HOW)
+    found = attempt(lambda: its_model.generate(asked, cache=cache, **HOW | ROWS[way]))
+    after = its_model.generate(ids, cache=cache, **HOW)
     cache.crop(100 - cache.get_seq_length() - 1)
     cache.batch_repeat_interleave(3)
-    return *found, after, its_model.generate(ids, past_key_values=cache, **HOW | {"num_beams": 3})
+    return *found, after, its_model.generate(ids, cache=cache, **HOW | {"num_beams": 3})
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -330,10 +330,10 @@ def test_other_rows_than_the_cache_has_are_refused(pool, way, static):
 def votes_and_traffic(group, tokens):
     its_model = model()
     cache = TreeCache(its_model.config, group)
-    its_model.generate(text(40), past_key_values=cache, **HOW)
+    its_model.generate(text(40), cache=cache, **HOW)
     ids = text(60)
     with record_traffic() as calls:
-        its_model.generate(ids, past_key_values=cache, **HOW | {"max_new_tokens": tokens})
+        its_model.generate(ids, cache=cache, **HOW | {"max_new_tokens": tokens})
     times = []
     for _ in range(50):
         dist.barrier(group)

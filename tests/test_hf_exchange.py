@@ -39,7 +39,7 @@ def traffic(group, name, reading, way):
     read_bytes = cache.received_bytes
     spy = mock.patch.object(SharedMemoryLink, "gather", autospec=True, side_effect=SharedMemoryLink.gather)
     with spy as shared, record_traffic() as writes:
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        out = model.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
     handed = [call.args[1].nbytes for call in shared.call_args_list]
     return read_bytes, reads, cache.received_bytes - read_bytes, writes, handed, out.sequences
 
@@ -99,7 +99,7 @@ def received(group, max_tokens):
     ids, mask = prompt(padded=False)
     model = tiny("gemma2", "tree_attention")
     cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=max_tokens)
-    model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    model.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
     return cache.received_bytes
 
 
@@ -153,7 +153,7 @@ def steps_with_links(batches):
         for batch in batches:
             cache.reset()
             ids = prompt(False)[0][:batch]
-            written.append(model.generate(ids, past_key_values=cache, **GREEDY).sequences)
+            written.append(model.generate(ids, cache=cache, **GREEDY).sequences)
     return asked, written
 
 
@@ -176,7 +176,7 @@ def counted_and_received_by_larger_steps(group):
     with spy as shared, record_traffic() as calls:
         for batch in (1, 2):
             cache.reset()
-            model.generate(ids[:batch], past_key_values=cache, **GREEDY)
+            model.generate(ids[:batch], cache=cache, **GREEDY)
     through_link = sum(2 * call.args[1].nbytes for call in shared.call_args_list)  # each 4 bytes come with an epoch
     assert len(shared.call_args_list) == layers * (NEW_TOKENS - 1)  # the steps of one row
     return cache.received_bytes, through_link + sum(call.bytes for call in calls if call.name == "recv")
@@ -194,7 +194,7 @@ def counted_and_received(group, max_tokens, capacity_bytes):
     cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=max_tokens)
     cache.exchange.link.capacity_bytes = capacity_bytes
     with record_traffic() as calls:
-        model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        model.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
     return cache.received_bytes, sum(call.bytes for call in calls if call.name == "recv")
 
 

@@ -8,6 +8,7 @@ import torch
 from architectures import BLOCK, GREEDY, NEW_TOKENS, OLD, assert_like_one_process, one_process, prompt, tiny
 from tree_attention import InputError, Unsupported
 from tree_attention.hf import TreeCache, prefill
+from tree_attention.hf.inputs import CACHE
 
 WAYS = {
     "greedy": {},
@@ -29,10 +30,10 @@ def write(group, name, way, static=False):
         ids, mask = ids[:1, :20].repeat(1, 4), torch.ones(1, 80, dtype=torch.long)
     model = tiny(name, "tree_attention" if group else "eager")
     torch.manual_seed(100 + (group.rank() if group else 0))
-    how = {"past_key_values": TreeCache(model.config, group, max_tokens=120)} if static else {}
+    how = {"cache": TreeCache(model.config, group, max_tokens=120)} if static else {}
     with mock.patch.object(TreeCache, "crop", autospec=True, side_effect=TreeCache.crop) as crop:
         out = model.generate(ids, attention_mask=mask, **GREEDY | WAYS[way] | how)
-    return out.sequences, torch.stack(out.logits), type(out.past_key_values), crop.call_count
+    return out.sequences, torch.stack(out.logits), type(out.get(CACHE)), crop.call_count
 
 
 @pytest.mark.slow
@@ -65,7 +66,7 @@ def test_assisted_decoding_refuses_a_filled_cache(llama, way):
     prefill(llama, ids, cache)
     held, how = cache.get_seq_length(), {way: llama if way == "assistant_model" else 3}
     with pytest.raises(Unsupported, match=r"feeds a filled cache again in assisted decoding \(prompt_lookup"):
-        llama.generate(ids, past_key_values=cache, **GREEDY | how)
+        llama.generate(ids, cache=cache, **GREEDY | how)
     assert cache.get_seq_length() == held > 0
 
 
@@ -74,9 +75,9 @@ def test_prompt_lookup_has_room_for_its_guesses_or_is_refused(llama):
     most = ids.shape[1] + NEW_TOKENS - 2 + 10
     small, large = (TreeCache(llama.config, max_tokens=room) for room in (most - 1, most))
     with pytest.raises(InputError, match=f"has room for {most - 1} tokens over all ranks, {most} are needed"):
-        llama.generate(ids, past_key_values=small, **GREEDY | how)
+        llama.generate(ids, cache=small, **GREEDY | how)
     assert small.get_seq_length() == 0
-    texts = [llama.generate(ids, past_key_values=large, **GREEDY | how), llama.generate(ids, **GREEDY)]
+    texts = [llama.generate(ids, cache=large, **GREEDY | how), llama.generate(ids, **GREEDY)]
     assert torch.equal(texts[0].sequences, texts[1].sequences)
 
 
@@ -84,8 +85,8 @@ def test_prompt_lookup_has_room_for_its_guesses_or_is_refused(llama):
 def test_windows_are_cut_again_after_prompt_lookup(max_tokens):
     model, ids = tiny("gemma2", "tree_attention"), prompt(False)[0][:1, :20].repeat(1, 4)
     cache = TreeCache(model.config, max_tokens=max_tokens)
-    ids = model.generate(ids, past_key_values=cache, **GREEDY | {"prompt_lookup_num_tokens": 3}).sequences
-    out, expected = (model.generate(ids, past_key_values=its_cache, **GREEDY) for its_cache in (cache, None))
+    ids = model.generate(ids, cache=cache, **GREEDY | {"prompt_lookup_num_tokens": 3}).sequences
+    out, expected = (model.generate(ids, cache=its_cache, **GREEDY) for its_cache in (cache, None))
     assert_like_one_process(
         [(out.sequences, torch.stack(out.logits))], expected.sequences, torch.stack(expected.logits)
     )
@@ -108,9 +109,7 @@ def chunked_after_a_turn(group):
     cache = TreeCache(model.config, group, block_tokens=BLOCK)
     prefill(model, ids[:, :40], cache, chunk_tokens=24)
     try:
-        return model.generate(
-            ids, attention_mask=mask, past_key_values=cache, prefill_chunk_size=16, **GREEDY
-        ).sequences
+        return model.generate(ids, attention_mask=mask, cache=cache, prefill_chunk_size=16, **GREEDY).sequences
     except Unsupported as error:
         return str(error)
 
@@ -145,3 +144,10 @@ def test_dropout_is_refused():
     model(prompt(False)[0])
     with pytest.raises(Unsupported, match=r"no dropout, got 0.1: call model.eval\(\)"):
         model.train()(prompt(False)[0])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_both_names_of_the_cache_work_without_a_warning(llama, name):
+    ids, cache = prompt(False)[0], TreeCache(llama.config)
+    out = llama.generate(ids, **{name: cache}, max_new_tokens=2, do_sample=False)
+    assert cache.get_seq_length() == out.shape[1] - 1

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from architectures import BLOCK, HEADS, TOKENS, assert_like_one_process, prompt, tiny
 from tree_attention import TreeAttentionError, Unsupported
 from tree_attention.hf import TreeCache
+from tree_attention.hf.inputs import CACHE
 
 
 def with_mask_by_hand(group, name):
@@ -20,9 +21,9 @@ def with_mask_by_hand(group, name):
     model = tiny(name, "tree_attention" if group else "eager")
     cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
     with torch.no_grad():
-        logits = model(ids, attention_mask=visible[:, :, :TOKENS, :TOKENS], past_key_values=cache).logits
+        logits = model(ids, attention_mask=visible[:, :, :TOKENS, :TOKENS], **{CACHE: cache}).logits
         tokens = logits[:, -1:].argmax(-1)
-        step = model(tokens, attention_mask=visible[:, :, TOKENS:], past_key_values=cache).logits
+        step = model(tokens, attention_mask=visible[:, :, TOKENS:], **{CACHE: cache}).logits
     return tokens, torch.cat([logits, step], 1)
 
 
@@ -35,7 +36,7 @@ def test_bool_mask_of_four_dimensions(pool, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False])
 def test_masks_that_are_refused(llama, cached):
-    how = {"past_key_values": TreeCache(llama.config)} if cached else {"use_cache": False}
+    how = {CACHE: TreeCache(llama.config)} if cached else {"use_cache": False}
     with pytest.raises(Unsupported, match=r"4-D attention_mask must be bool .*, got torch.float32: pass mask >= 0"):
         llama(prompt(False)[0], attention_mask=torch.zeros(2, 1, TOKENS, TOKENS), **how)
 
@@ -45,7 +46,7 @@ def test_a_mask_by_head_is_refused(llama):
     mask = torch.ones(2, HEADS, TOKENS, TOKENS, dtype=torch.bool).tril()
     mask[:, 1, :, 1:30] = False
     with pytest.raises(TreeAttentionError, match="mask"):
-        llama(prompt(False)[0], attention_mask=mask, past_key_values=TreeCache(llama.config))
+        llama(prompt(False)[0], attention_mask=mask, **{CACHE: TreeCache(llama.config)})
 
 
 @pytest.mark.slow
@@ -53,6 +54,6 @@ def test_a_mask_over_more_than_a_window_is_refused():
     """transformers' own attention raises here too: a window's keys are the last 12 slots, not the first."""
     model = tiny("gemma2", "tree_attention")
     cache = TreeCache(model.config)
-    model(prompt(False)[0], past_key_values=cache)
+    model(prompt(False)[0], **{CACHE: cache})
     with pytest.raises(TreeAttentionError, match="mask"):
-        model(torch.ones(2, 1, dtype=torch.long), attention_mask=torch.ones(2, 1, 1, 62).bool(), past_key_values=cache)
+        model(torch.ones(2, 1, dtype=torch.long), attention_mask=torch.ones(2, 1, 1, 62).bool(), **{CACHE: cache})

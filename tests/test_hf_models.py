@@ -23,6 +23,7 @@ from architectures import (
 )
 from tree_attention import Unsupported
 from tree_attention.hf import TreeCache, can_prefill, prefill
+from tree_attention.hf.inputs import CACHE
 from tree_attention.hf.layer_state import copy_cache, restore_on_error
 from tree_attention.hf.mask import lazy_mask
 from tree_attention.hf.save import load_cache, save_cache
@@ -90,7 +91,7 @@ def test_a_cache_for_attention_of_another_kind_is_refused(name, given, text):
     assert not calls
 
 
-@pytest.mark.parametrize("name", ["gptj", "bloom", "mpt", "falcon"])
+@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon"])
 def test_such_a_model_is_refused_when_it_is_loaded(name):
     config = AutoConfig.for_model(name, vocab_size=64, hidden_size=32, n_embd=32, n_head=2, n_layer=1, rotary_dim=8)
     with pytest.raises(Unsupported, match=f"{name} computes attention itself.*{OTHERWISE}"):
@@ -108,8 +109,8 @@ def test_a_model_with_a_cache_of_its_own_runs_as_without_us():
     model, out = minimax("tree_attention"), minimax("eager").generate(ids, attention_mask=mask, **GREEDY)
     ours = model.generate(ids, attention_mask=mask, **GREEDY)
     assert_like_one_process([(ours.sequences, torch.stack(ours.logits))], out.sequences, torch.stack(out.logits))
-    with pytest.raises(Unsupported, match="minimax has a cache of its own: call generate without past_key_values"):
-        model.generate(ids, attention_mask=mask, past_key_values=TreeCache(model.config), **GREEDY)
+    with pytest.raises(Unsupported, match="minimax has a cache of its own: call generate without cache"):
+        model.generate(ids, attention_mask=mask, cache=TreeCache(model.config), **GREEDY)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -129,8 +130,8 @@ def test_positions_from_the_caches_length_are_refused_in_prefill():
 
 def test_a_model_that_asks_for_the_caches_length_in_prefill_is_refused(llama):
     class Body(nn.Module):
-        def forward(self, input_ids, position_ids=None, past_key_values=None, **_):
-            torch.arange(input_ids.shape[1]) + past_key_values.get_seq_length()
+        def forward(self, input_ids, position_ids=None, **given):
+            torch.arange(input_ids.shape[1]) + given[CACHE].get_seq_length()
 
     model, cache = stand_in(llama, Body()), TreeCache(llama.config)
     with pytest.raises(Unsupported, match=r"computes with the cache's length.*prefill_chunk_size=n"):
@@ -140,7 +141,7 @@ def test_a_model_that_asks_for_the_caches_length_in_prefill_is_refused(llama):
 
 def test_a_model_without_position_ids_is_refused_in_prefill(llama):
     class Body(nn.Module):
-        def forward(self, input_ids, past_key_values=None, **_):
+        def forward(self, input_ids, **given):
             raise AssertionError
 
     with pytest.raises(Unsupported, match=r"needs position_ids, which Body does not take.*prefill_chunk_size=n"):
@@ -189,20 +190,20 @@ def test_prefill_with_frequencies_that_follow_the_length(pool, name):
 def test_a_cache_that_the_model_would_drop_is_refused():
     """Phi-3's code drops a cache of at most 40 tokens once the text is longer."""
     model, ids = tiny("phi3", "tree_attention"), prompt(False)[0]
-    how = {"past_key_values": TreeCache(model.config, block_tokens=BLOCK)} | GREEDY
+    how = {CACHE: TreeCache(model.config, block_tokens=BLOCK)} | GREEDY
     with pytest.raises(Unsupported, match="beyond 40 tokens this model drops its cache"):
         model.generate(ids[:, :35], **how)  # the answer goes beyond
     out = model.generate(ids[:, :30], **how | {"max_new_tokens": 8})
     with pytest.raises(Unsupported, match="the cache holds 37, 61 are to be read, 73 with the answer"):
         model.generate(torch.cat([out.sequences, ids[:, 38:]], 1), **how)
     with pytest.raises(Unsupported, match="the cache holds 37, 61 are to be read, 61 with the answer"):
-        prefill(model, torch.cat([out.sequences, ids[:, 38:]], 1), how["past_key_values"])
-    assert how["past_key_values"].get_seq_length() == 37
-    how["past_key_values"].reset()
-    prefill(model, ids[:, :41], how["past_key_values"])
+        prefill(model, torch.cat([out.sequences, ids[:, 38:]], 1), how[CACHE])
+    assert how[CACHE].get_seq_length() == 37
+    how[CACHE].reset()
+    prefill(model, ids[:, :41], how[CACHE])
     out = model.generate(ids[:, :41], **how)
-    assert out.past_key_values is how["past_key_values"]
-    assert how["past_key_values"].get_seq_length() == 41 + GREEDY["max_new_tokens"] - 1
+    assert out[CACHE] is how[CACHE]
+    assert how[CACHE].get_seq_length() == 41 + GREEDY["max_new_tokens"] - 1
 
 
 def with_layers_that_are_not_fed(group, static):
@@ -212,9 +213,9 @@ def with_layers_that_are_not_fed(group, static):
     config = copy.deepcopy(model.config)
     config.num_hidden_layers, config.layer_types = 6, None
     cache = TreeCache(config, group, block_tokens=BLOCK, max_tokens=80 if static else None)
-    model.generate(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache, **GREEDY | {"max_new_tokens": 2})
+    model.generate(ids[:, :40], attention_mask=mask[:, :40], cache=cache, **GREEDY | {"max_new_tokens": 2})
     cache.crop(-1)
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    out = model.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
     assert bool(cache.captured_steps) == static
     return out.sequences, torch.stack(out.logits)
 
@@ -234,7 +235,7 @@ def hybrid_cache(group, ids):
     model = tiny("falcon_h1", "tree_attention" if group else "eager", layers=2)
     cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     return model, cache
 
 
@@ -248,14 +249,14 @@ def continue_in_other_ways(group):
     again = torch.cat([ids[:1, 50:], ids[:1, 50:]])
     with torch.no_grad():
         with contextlib.suppress(KeyboardInterrupt), restore_on_error(cache):
-            model(again[:1], past_key_values=cache)
+            model(again[:1], **{CACHE: cache})
             raise KeyboardInterrupt
-        results.append(model(again, past_key_values=copied).logits[:1])
-        results.append(model(ids[:1, 50:], past_key_values=cache).logits)
+        results.append(model(again, **{CACHE: copied}).logits[:1])
+        results.append(model(ids[:1, 50:], **{CACHE: cache}).logits)
         with pytest.raises(Unsupported, match="HybridLayer cannot forget tokens"):
             cache.crop(-1)
         cache.reset()
-        results.append(model(ids[:1], past_key_values=cache).logits[:, 50:])
+        results.append(model(ids[:1], **{CACHE: cache}).logits[:, 50:])
     return results, sum(layer.keys[:, :, : layer.held].shape[2] for layer in cache.layers)
 
 
@@ -263,7 +264,7 @@ def test_what_a_hybrid_layer_holds_is_copied_repeated_and_reset(pool):
     ids = prompt(False)[0]
     model, cache = hybrid_cache(None, ids[:1, :50])
     with torch.no_grad():
-        logits = model(ids[:1, 50:], past_key_values=cache).logits
+        logits = model(ids[:1, 50:], **{CACHE: cache}).logits
     ranks = pool.run(continue_in_other_ways, ranks=2)
     for results, _ in ranks:
         for result in results:
@@ -281,14 +282,14 @@ def load_hybrid(group, folder):
     cache = TreeCache(model.config, group)
     load_cache(cache, folder, model)
     with torch.no_grad():
-        return model(prompt(False)[0][:1, 50:], past_key_values=cache).logits
+        return model(prompt(False)[0][:1, 50:], **{CACHE: cache}).logits
 
 
 def test_a_save_of_hybrid_layers_on_another_number_of_ranks(pool, tmp_path):
     pool.run(save_hybrid, tmp_path, ranks=3)
     model, cache = hybrid_cache(None, prompt(False)[0][:1, :50])
     with torch.no_grad():
-        logits = model(prompt(False)[0][:1, 50:], past_key_values=cache).logits
+        logits = model(prompt(False)[0][:1, 50:], **{CACHE: cache}).logits
     for result in pool.run(load_hybrid, tmp_path, ranks=2):
         torch.testing.assert_close(result, logits, atol=1e-5, rtol=0)
 
@@ -303,7 +304,7 @@ def beams(group):
     model = tiny("falcon_h1", "tree_attention" if group else "eager", layers=2)
     cache = TreeCache(model.config, group, block_tokens=BLOCK) if group else DynamicCache(config=model.config)
     how = GenerationConfig(num_beams=3, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=how).tolist()
+    return model.generate(ids, attention_mask=mask, cache=cache, generation_config=how).tolist()
 
 
 def test_a_model_type_that_was_never_compared_is_named_once(caplog):

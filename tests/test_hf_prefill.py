@@ -10,6 +10,7 @@ from architectures import TOKENS, assert_like_one_process, one_process, prompt, 
 from tree_attention import InputError, Unsupported
 from tree_attention.hf import TreeCache, can_prefill, prefill
 from tree_attention.hf import prefill_attention as chunk
+from tree_attention.hf.inputs import CACHE
 
 
 def with_pass(group, name, which):
@@ -71,7 +72,7 @@ def test_prefill_of_linear_attention_is_refused():
 )
 def test_prefill_refuses(llama, change, text):
     ids, cache = prompt(False)[0], TreeCache(llama.config)
-    llama(ids[:, :40], past_key_values=cache)
+    llama(ids[:, :40], **{CACHE: cache})
     given = {"model": llama, "input_ids": ids, "cache": cache} | change
     if given["model"] == "sdpa":
         given["model"] = tiny("llama", "sdpa")

@@ -24,6 +24,7 @@ from architectures import (
 )
 from tree_attention import InputError
 from tree_attention.hf import TreeCache
+from tree_attention.hf.inputs import CACHE
 from tree_attention.hf.layer_state import restore_on_error
 from tree_attention.layout import Layout
 
@@ -53,7 +54,7 @@ def test_one_compiled_step_for_caches_of_any_size(monkeypatch):
     (ids, mask), model, texts = prompt(False), tiny("gemma2", "tree_attention"), []
     for room in (TOKENS + NEW_TOKENS, 2 * TOKENS, 3 * TOKENS + 5):
         cache = TreeCache(model.config, block_tokens=BLOCK, max_tokens=room, step="compiled")
-        texts.append(model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY).sequences)
+        texts.append(model.generate(ids, attention_mask=mask, cache=cache, **GREEDY).sequences)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert torch.equal(texts[0], texts[1])
     assert torch.equal(texts[0], texts[2])
@@ -66,7 +67,7 @@ def within_a_window(group, max_tokens):
     cache = DynamicCache(config=model.config)
     if group:
         cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=max_tokens)
-    out = model.generate(ids[:, :5], past_key_values=cache, **GREEDY)
+    out = model.generate(ids[:, :5], cache=cache, **GREEDY)
     return out.sequences, torch.stack(out.logits)
 
 
@@ -79,10 +80,10 @@ def test_a_static_cache_reads_another_mask(llama):
     results = []
     for max_tokens in (None, 80):
         cache = TreeCache(llama.config, max_tokens=max_tokens)
-        ids = llama.generate(prompt(False)[0][:, :30], past_key_values=cache, **GREEDY).sequences
+        ids = llama.generate(prompt(False)[0][:, :30], cache=cache, **GREEDY).sequences
         mask = torch.ones_like(ids)
         mask[0, 31:39] = 0
-        out = llama.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        out = llama.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
         results.append((out.sequences, torch.stack(out.logits)))
     assert_like_one_process(results[1:], *results[0])
 
@@ -90,11 +91,11 @@ def test_a_static_cache_reads_another_mask(llama):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copied_model_steps_with_its_own_weights(copied):
     model, ids = tiny("llama", "tree_attention"), prompt(False)[0]
-    out = model.generate(ids, past_key_values=TreeCache(model.config, max_tokens=80), **GREEDY)
+    out = model.generate(ids, cache=TreeCache(model.config, max_tokens=80), **GREEDY)
     other, cache = copied(model), TreeCache(model.config, max_tokens=80)
     with torch.no_grad():
         model.lm_head.weight.neg_()
-    again = other.generate(ids, past_key_values=cache, **GREEDY)
+    again = other.generate(ids, cache=cache, **GREEDY)
     assert bool(cache.captured_steps)
     assert_like_one_process([(again.sequences, torch.stack(again.logits))], out.sequences, torch.stack(out.logits))
 
@@ -104,7 +105,7 @@ def test_a_forward_that_was_wrapped_before_is_called_in_steps():
     model, calls = tiny("llama", "tree_attention"), []
     original = model.forward
     model.forward = functools.wraps(original)(lambda **kwargs: calls.append(1) or original(**kwargs))
-    model.generate(prompt(False)[0], past_key_values=TreeCache(model.config, max_tokens=80), **GREEDY)
+    model.generate(prompt(False)[0], cache=TreeCache(model.config, max_tokens=80), **GREEDY)
     assert len(calls) == NEW_TOKENS
 
 
@@ -116,9 +117,9 @@ def test_a_step_that_broke_off_is_run_again(name):
     cache = TreeCache(model.config, max_tokens=80)
     break_off(model, 2, 5)
     with pytest.raises(KeyboardInterrupt):
-        model.generate(tokens[:, :TOKENS], past_key_values=cache, **GREEDY)
+        model.generate(tokens[:, :TOKENS], cache=cache, **GREEDY)
     assert cache.get_seq_length() == TOKENS + 3
-    feed = functools.partial(model, past_key_values=cache)
+    feed = functools.partial(model, **{CACHE: cache})
     with torch.no_grad():
         rest = [feed(input_ids=column[:, None]).logits[:, 0] for column in tokens[:, TOKENS + 3 : -1].T]
     assert_like_one_process([(tokens, torch.stack(rest))], tokens, logits[4:])
@@ -130,14 +131,14 @@ def test_a_step_of_linear_attention_that_broke_off_is_refused():
     cache = TreeCache(model.config, max_tokens=80)
     break_off(model, 0, 5)
     with pytest.raises(KeyboardInterrupt):
-        model.generate(ids, past_key_values=cache, **GREEDY)
+        model.generate(ids, cache=cache, **GREEDY)
     with pytest.raises(InputError, match="a forward pass was interrupted"):
-        model.generate(torch.cat([ids, ids], 1)[:, : TOKENS + 4], past_key_values=cache, **GREEDY)
+        model.generate(torch.cat([ids, ids], 1)[:, : TOKENS + 4], cache=cache, **GREEDY)
     for _ in range(2):  # to undo what failed since does not make it whole
         with pytest.raises(InputError, match="a forward pass was interrupted"), restore_on_error(cache):
             cache.check_ready(0)
     cache.reset()
-    out = model.generate(ids, past_key_values=cache, **GREEDY)
+    out = model.generate(ids, cache=cache, **GREEDY)
     assert_like_one_process([(out.sequences, torch.stack(out.logits))], *one_process("qwen3_next", False))
 
 
@@ -146,7 +147,7 @@ def graphs_before_their_group(group):
     model, (ids, _) = tiny("llama", "tree_attention"), prompt(False)
     own = dist.new_group()
     cache = TreeCache(model.config, own, block_tokens=BLOCK, max_tokens=TOKENS + 4)
-    model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    model.generate(ids, cache=cache, max_new_tokens=4, do_sample=False)
     before = len(cache.captured_steps)
     dist.destroy_process_group(own)
     return before, len(cache.captured_steps)
@@ -163,17 +164,17 @@ def in_one_place(group):
     cache = TreeCache(model.config, group, block_tokens=BLOCK, max_tokens=100)
     seen, refused = [], []
     for tokens in (40, 50, 61):
-        model.generate(ids[:, :tokens], attention_mask=mask[:, :tokens], past_key_values=cache, **GREEDY)
+        model.generate(ids[:, :tokens], attention_mask=mask[:, :tokens], cache=cache, **GREEDY)
         cache.crop(tokens - 1 - cache.get_seq_length())
         seen.append((cache.kv_bytes, [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]))
     for new_tokens in (40, 41):
         try:
-            model.generate(ids, past_key_values=cache, **GREEDY | {"max_new_tokens": new_tokens})
+            model.generate(ids, cache=cache, **GREEDY | {"max_new_tokens": new_tokens})
         except InputError as error:
             refused.append((str(error), cache.get_seq_length()))
     try:
         with torch.no_grad():
-            model(torch.zeros(2, 2, dtype=torch.long), past_key_values=cache)
+            model(torch.zeros(2, 2, dtype=torch.long), **{CACHE: cache})
     except InputError as error:
         refused.append((str(error), cache.get_seq_length()))
     return seen, refused

@@ -1,5 +1,6 @@
 """For tests, ours and users': a float64 oracle, peaked inputs, an error budget, ranks, a record of traffic."""
 
+import gc
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -136,6 +137,7 @@ def _join(rank: int, size: int, backend: str, meeting: str) -> None:
     else:
         torch.set_num_threads(1)
     dist.init_process_group(backend, meeting, POOL_TIMEOUT, world_size=size, rank=rank)
+    gc.freeze()  # so that `_call` collects only what calls leave behind
 
 
 _last_group: list[dist.ProcessGroup] = []
@@ -144,6 +146,7 @@ _last_group: list[dist.ProcessGroup] = []
 def _call(count: int, function: Callable[..., Any], args: tuple) -> Any:
     if _last_group:  # only now have all ranks left it: one that ends it sooner cuts off a peer that still joins
         dist.destroy_process_group(_last_group.pop())
+        gc.collect()  # what refers to the group: gloo keeps three threads per group, one wakes 100 times a second
     group = dist.new_group(range(count))
     if not isinstance(group, dist.ProcessGroup):  # this rank is not among them
         return None

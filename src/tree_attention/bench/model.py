@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, StaticCache
 from ..errors import Unsupported
 from ..group import first_fault, gather_objects
 from ..hf import TreeCache, prefill
+from ..hf.inputs import CACHE
 from ..hf.tensor_parallel import sequence_axis, tensor_ranks
 from .timing import one_line, restart_peak
 
@@ -72,7 +73,7 @@ def _generate(model: Any, ids: Tensor, what: str, group: Any, decode_tokens: int
     if isinstance(cache, TreeCache):
         prefill(model, ids, cache, chunk_tokens=chunk_tokens)
     rest = ids[:, cache.get_seq_length() :]
-    logits = model(input_ids=rest, past_key_values=cache, logits_to_keep=1).logits
+    logits = model(input_ids=rest, **{CACHE: cache}, logits_to_keep=1).logits
     ttft_s = time.perf_counter() - start
     layers: list[Any] = cache.layers
     kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
@@ -81,7 +82,7 @@ def _generate(model: Any, ids: Tensor, what: str, group: Any, decode_tokens: int
     for _ in range(WARM_UP_STEPS + decode_tokens):
         token = logits[:, -1:].argmax(-1)
         start = time.perf_counter()
-        logits = model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(input_ids=token, **{CACHE: cache}, logits_to_keep=1).logits
         steps_s.append(time.perf_counter() - start)
     received = (getattr(cache, "received_bytes", 0.0) - received) / len(steps_s)
     return {"ttft_s": ttft_s, "steps_s": steps_s[WARM_UP_STEPS:], "kv_bytes": kv_bytes, "received_bytes": received}
@@ -177,7 +178,7 @@ def _decode(model: Any, cache: Any, context: int, tokens: int) -> dict[str, Any]
     ids, times_s = ids.to(model.device), []
     clock = SimpleNamespace(put=lambda token: times_s.append(time.perf_counter()), end=lambda: None)
     greedy = {"do_sample": False, "eos_token_id": None} | dict.fromkeys(("temperature", "top_p", "top_k"))
-    inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    inputs = {"attention_mask": torch.ones_like(ids), CACHE: cache}
     model.generate(ids, **inputs, max_new_tokens=WARM_UP_TOKENS + tokens, streamer=clock, **greedy)
     steps_s = [after - before for before, after in pairwise(times_s)]
     held = cache.ranks.held(context) if hasattr(cache, "ranks") else context  # tokens on this rank
@@ -257,7 +258,7 @@ def _kv_bytes(model: Any, ids: Tensor, alone: bool, chunk_tokens: int, on_progre
     """Prefill all tokens but the last one and return the bytes of the cache, which is then freed."""
     if alone:
         stock: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
-        model.base_model(input_ids=ids[:, :-1], past_key_values=stock, use_cache=True)
+        model.base_model(input_ids=ids[:, :-1], **{CACHE: stock}, use_cache=True)
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in stock.layers)
     cache = TreeCache(model.config, max_tokens=ids.shape[1])
     prefill(model, ids, cache, chunk_tokens=chunk_tokens, on_progress=on_progress)

@@ -29,22 +29,22 @@ def chat_on_ranks(options: ChatOptions) -> int:
 
         read_manifest(options.load)
     # Ranks that we start do not inherit stdin.
-    lines = None if under_torchrun() else multiprocessing.get_context("spawn").SimpleQueue()
-    reader = threading.Thread(target=_send_lines, args=(lines,), daemon=True)
-    start: dict[str, Any] = {"preload": MODELS, "on_start": reader.start}
+    lines, writer = (None, None) if under_torchrun() else multiprocessing.Pipe(duplex=False)
+    sender = threading.Thread(target=_send_lines, args=(writer,), daemon=True)
+    start: dict[str, Any] = {"preload": MODELS, "on_start": sender.start}
     return run_on_ranks(_chat, options.nproc, options.device, options, document, lines, **start)
 
 
-def _send_lines(lines: Any) -> None:
+def _send_lines(writer: Any) -> None:
     try:
         for line in read_lines():
-            lines.put(line)
+            writer.send(line)
     finally:
-        lines.put(None)
+        writer.send(None)
 
 
 def _chat(options: ChatOptions, document: str, lines: Any, device: torch.device) -> int:
-    """Answer each line of the queue, or of stdin if it is None; only the first rank reads and prints."""
+    """Answer each line of the pipe, or of stdin if it is None; only the first rank reads and prints."""
     from transformers import AutoTokenizer
 
     from ..hf.chat_template import ChatTemplate
@@ -87,7 +87,7 @@ def _chat(options: ChatOptions, document: str, lines: Any, device: torch.device)
 
 def _questions(lines: Any, group: Any) -> Iterator[str]:
     """Yield the first rank's lines on every rank, without the blank ones."""
-    source = read_lines() if lines is None else iter(lines.get, None)
+    source = read_lines() if lines is None else iter(lines.recv, None)
     while True:
         if group.rank() == 0 and sys.stderr.isatty():
             sys.stderr.write("> ")

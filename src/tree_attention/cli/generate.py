@@ -109,8 +109,8 @@ def _verify(options: GenerateOptions, model: Any, input_ids: Tensor, tokens: lis
     """Compare our logits `[new, vocabulary]` with those that this process alone gives for the text that we wrote."""
     from transformers import DynamicCache
 
-    from ..hf.cache import CACHE
     from ..hf.check import Departure, feed, one_by_one, stock_implementation
+    from ..hf.inputs import CACHE
     from ..hf.parallel_prefill import CHUNK_TOKENS
 
     model.set_attn_implementation(stock_implementation(model))

@@ -1,6 +1,7 @@
 """Start ranks on this machine and end them all when one dies or the user stops; under torchrun, join its ranks."""
 
 import contextlib
+import gc
 import os
 import signal
 import tempfile
@@ -49,6 +50,7 @@ def run_on_ranks(
         method = "spawn" if any(each.type == "cuda" for each in devices) else "fork"  # CUDA does not survive a fork
         if method == "fork":
             import_module(preload)
+            gc.freeze()  # else collections of the forks copy this memory
         context: Any = start_processes(_start, arguments, nprocs=size, join=False, start_method=method)
         try:
             if on_start is not None:
@@ -88,6 +90,7 @@ def _start(rank: int, size: int, folder: str, devices: list[torch.device], funct
 
 
 def _run_rank(rank: int, size: int, rendezvous: str | None, device: torch.device, function: Any, args: tuple) -> int:
+    gc.enable()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif size > 1:

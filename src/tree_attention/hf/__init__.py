@@ -9,7 +9,7 @@ For a long prompt, `prefill` also divides the computation over the ranks:
 
     cache = TreeCache(model.config)
     prefill(model, inputs.input_ids, cache)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)
 """
 
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel

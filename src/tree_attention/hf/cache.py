@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
@@ -34,8 +33,6 @@ from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
 
 BLOCK_TOKENS = 16
-# The argument of `forward` and `generate` that takes a cache; transformers warns of the other name.
-CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 STEP_MODES = ("captured", "compiled", "eager")
 UNUSED_LAYER = getattr(cache_utils, "DummyLayer", None)  # not in transformers 5.17
 INTERRUPTED = (
@@ -45,7 +42,7 @@ INTERRUPTED = (
 
 
 class TreeCache(Cache):
-    """The cache to pass as `past_key_values`: for one batch of sequences, over any number of turns.
+    """The cache to pass as `model.generate(..., cache=cache)`: for one batch of sequences, over any number of turns.
 
     All ranks of the group create it together; they compare the configuration and the arguments once, here.
 

@@ -144,14 +144,15 @@ class Call:
     def _why_wait(self) -> Exception | None:
         """Return the error of a rank that waits for a peer which has ended the call, or has died; None if none has."""
         assert self.peers is not None
-        ended = self.peers.posted(f"{self.number}/end")
+        name = f"{self.number}/end"
+        ended = self.peers.posted(name)
         self._told = None
         if ended:
             rank, record = min(ended.items(), key=lambda item: (not _is_cause(json.loads(item[1])), item[0]))
             self._told = TreeAttentionError(self._reason(rank, json.loads(record)))
         else:
             try:
-                self.peers.check_alive()
+                self.peers.check_alive(name)
             except TreeAttentionError as error:
                 self._told = error
         return self._told
@@ -217,7 +218,7 @@ class Call:
             is_known = was_told and any(map(_is_cause, ends.values()))
             if len(ends) == len(self.peers.ranks) or is_known or time.monotonic() > stop:
                 return ends
-            self.peers.check_alive()
+            self.peers.check_alive(name)
             time.sleep(0.01)
 
     def _give_up(self, reason: str) -> None:

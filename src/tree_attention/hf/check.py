@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 from ..errors import InputError, TreeAttentionError
 from ..group import Group, gather_objects
-from .cache import CACHE, TreeCache
+from .cache import TreeCache
+from .inputs import CACHE
 from .parallel_prefill import prefill
 from .step import install_step
 from .tensor_parallel import sequence_axis

@@ -10,19 +10,19 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from ..errors import Unsupported
-from .cache import CACHE, TreeCache
+from .cache import TreeCache
 from .calls import Call, current
-from .inputs import check_ids, check_rows
+from .inputs import CACHE, OTHER_NAME, VERSION, check_ids, check_rows
 from .models import check_generation, takes_cache
 from .step import cache_in, install_step
 from .tensor_parallel import check_axes, sequence_axis, tensor_group
 
 # With prefill_chunk_size, older versions feed the whole text to a cache that already holds a part of it.
-FEEDS_AGAIN = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+FEEDS_AGAIN = VERSION < (5, 23)
 ALIKE_ON_ALL_RANKS = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)  # they look at the tokens alone
 
 
@@ -32,6 +32,8 @@ def wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get(OTHER_NAME), Cache):  # both names work on every version of transformers
+            kwargs.setdefault(CACHE, kwargs.pop(OTHER_NAME))
         if model.config.get_text_config(decoder=True)._attn_implementation != "tree_attention":
             return original(model, *args, **kwargs)
         given = signature.bind(model, *args, **kwargs)
@@ -109,7 +111,7 @@ def _check_supported(generation_config: Any, cache: Any, is_assisted: bool) -> N
     if generation_config.cache_implementation is not None:
         raise Unsupported(
             f"cache_implementation={generation_config.cache_implementation!r} is not supported with tree_attention: "
-            "leave it out, or pass past_key_values=TreeCache(model.config)"
+            "leave it out, or pass cache=TreeCache(model.config)"
         )
     if cache is None or not cache.get_seq_length():
         return

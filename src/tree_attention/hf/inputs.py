@@ -5,11 +5,15 @@ import json
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from ..errors import InputError
 from .cache import TreeCache
 
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+# The argument that takes a cache: transformers 5.24 renamed it, and warns of the old name.
+CACHE, OTHER_NAME = ("cache", "past_key_values") if VERSION >= (5, 24) else ("past_key_values", "cache")
 SAMPLED = 1 << 16  # numbers of a float tensor that its digest reads
 
 

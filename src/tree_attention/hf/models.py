@@ -58,7 +58,7 @@ def check_supported(model: Any) -> None:
         raise Unsupported(f"{model.config.model_type} is an encoder-decoder model, which is not supported: {OTHERWISE}")
     if not takes_cache(model):
         raise Unsupported(
-            f"{model.config.model_type} has a cache of its own: call generate without past_key_values; every rank then "
+            f"{model.config.model_type} has a cache of its own: call generate without cache; every rank then "
             "keeps all of it"
         )
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..errors import InputError, Unsupported
-from .cache import CACHE, TreeCache
+from .cache import TreeCache
 from .calls import as_one_call
+from .inputs import CACHE
 from .layer_state import restore_on_error
 from .models import INSTEAD, check_prefill, check_supported
 from .rotary import check_switch, frequencies_of, switch_length
@@ -31,7 +32,7 @@ def prefill(
     chunk_tokens: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Read a prompt into `cache`, except its last tokens, for `model.generate(input_ids, past_key_values=cache)`.
+    """Read a prompt into `cache`, except its last tokens, for `model.generate(input_ids, cache=cache)`.
 
     Each rank computes projections, MLP and attention for its share of the tokens. The last 1 to `ranks * block_tokens`
     tokens are left for `generate`, which reads them on every rank. If an error interrupts it, the cache holds what it

@@ -49,13 +49,13 @@ class Peers:
         store, keys, start = self._store, [f"{name}/{rank}" for rank in range(len(self.ranks))], time.monotonic()
         try:
             while not _arrived(store, keys):
-                self.check_alive()
+                self.check_alive(name)
                 if time.monotonic() - start > LONGEST_WAIT_S:
                     late = [rank for rank in range(len(keys)) if not store.check([keys[rank]])]
                     raise TreeAttentionError(f"ranks {late} did not make the call within {LONGEST_WAIT_S:.0f} s")
             return [value.decode() for value in store.multi_get(keys)]
         except dist.DistError as error:
-            self.check_alive()
+            self.check_alive(name)
             raise TreeAttentionError("lost the store of the process group: the process that holds it ended") from error
 
     def posted(self, name: str) -> dict[int, str]:
@@ -67,8 +67,8 @@ class Peers:
         except dist.DistError:
             return {}
 
-    def check_alive(self) -> None:
-        """Raise TreeAttentionError if the process of a peer on this host has ended."""
+    def check_alive(self, name: str) -> None:
+        """Raise TreeAttentionError if the process of a peer on this host has ended and posted no record `name`."""
         for rank in range(len(self.ranks)):
             if rank not in self._processes and rank != self.rank:
                 try:
@@ -78,7 +78,7 @@ class Peers:
                     self._processes[rank] = store.get(f"process/{rank}").decode()
                 except dist.DistError:
                     continue
-            if _has_ended(self._processes.get(rank, "")):
+            if _has_ended(self._processes.get(rank, "")) and rank not in self.posted(name):
                 raise TreeAttentionError(
                     f"rank {rank} has ended without an error, it may have been killed: start all ranks again"
                 )

@@ -13,10 +13,10 @@ from ..errors import InputError, Unsupported
 from ..group import Group
 from ..reduce import TwoLevel
 from .answer import Answer, Listener
-from .cache import CACHE, TreeCache
+from .cache import TreeCache
 from .calls import Call
 from .chat_template import ChatTemplate
-from .inputs import check_ids
+from .inputs import CACHE, check_ids
 from .layer_state import copy_cache, restore_on_error
 from .layers import ShardedLayer
 from .parallel_prefill import can_prefill, prefill

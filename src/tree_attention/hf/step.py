@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import CACHE, TreeCache
+from .cache import TreeCache
+from .inputs import CACHE, OTHER_NAME
 from .link_sums import close_links, open_link
 
 # Arguments of `forward` in a step; for one token the latter make no difference.
-SUPPORTED = {"input_ids", "position_ids", "attention_mask", "past_key_values", CACHE}
+SUPPORTED = {"input_ids", "position_ids", "attention_mask", CACHE, OTHER_NAME}
 WITHOUT_EFFECT = {"use_cache", "return_dict", "logits_to_keep"}
 Forward = Callable[..., Any]
 _caches_with_steps: weakref.WeakSet[TreeCache] = weakref.WeakSet()
@@ -151,7 +152,7 @@ def is_step(arguments: dict[str, Any]) -> bool:
 
 
 def cache_in(arguments: dict[str, Any]) -> Any:
-    return arguments.get(CACHE, arguments.get("past_key_values"))
+    return arguments.get(CACHE, arguments.get(OTHER_NAME))
 
 
 def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:

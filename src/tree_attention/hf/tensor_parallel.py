@@ -76,7 +76,7 @@ def check_tensor_parallel(config: PreTrainedConfig, ranks: int) -> None:
         return
     if ranks < 1:
         raise InputError(f"tensor parallelism needs at least 1 rank, got {ranks}")
-    if not text.base_model_tp_plan:
+    if not any(name.startswith("layers.") for name in text.base_model_tp_plan or ()):
         raise Unsupported(
             f"transformers has no tensor-parallel plan for {text.model_type}: leave its weights whole on every rank, "
             "and use all ranks for the sequence"
