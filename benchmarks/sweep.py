@@ -212,7 +212,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
             "of": f"{len(failed)}/{len(records)}",
             "first": failed[0],
         }
-    largest = {"largest_difference": max(differences)} if differences else {}
+    largest = {"largest_share_of_tolerance": max(differences)} if differences else {}
     if not refused:
         return {"verdict": "exact", **largest}
     why = refused[0]["why"]

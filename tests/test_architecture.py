@@ -18,12 +18,13 @@ MAY_IMPORT = {  # unit (a file or folder of the package) -> the units it may imp
     "__main__": {"cli"},
     "api": CORE,
     "errors": set(),
+    "cpus": set(),
     "partial": {"errors"},
     "packets": set(),
     "layout": {"errors"},
     "group": {"errors"},
     "local": {"errors", "layout", "packets", "partial"},
-    "reduce": {"errors", "group", "layout", "packets", "partial"},
+    "reduce": {"cpus", "errors", "group", "layout", "packets", "partial"},
     "fused": {"fused_kernels", "local", "reduce"},
     "fused_kernels": {"local", "packets", "reduce"},
     "decode": {"errors", "fused", "group", "local", "partial", "reduce", "route"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {  # unit (a file or folder of the package) -> the units it may imp
     "cost": set(),
     "hf": CORE,
     "bench": CORE | {"cost", "hf", "testing"},
-    "cli": CORE | {"__init__", "bench", "cost", "hf", "testing"},
+    "cli": CORE | {"__init__", "bench", "cost", "cpus", "hf", "testing"},
 }
 UNITS = sorted({path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()})
 

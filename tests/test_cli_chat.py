@@ -2,17 +2,22 @@
 
 import contextlib
 import io
-import multiprocessing
+import json
+import os
+import select
+import signal
+import subprocess
 import sys
+import time
 from unittest import mock
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from command import COMMAND, TORCHRUN, call, run
-from tree_attention.cli.chat import _send_lines
+from command import COMMAND, QUESTION, TORCHRUN, alive_in, call, run
+from tree_attention.cli.chat import Terminal
 from tree_attention.cli.terminal import read_lines
-from tree_attention.hf import Session
+from tree_attention.hf import Session, save_folder
 
 
 def opened(folder):
@@ -57,11 +62,10 @@ def test_a_chat_reads_what_is_no_text_too(monkeypatch, errors):
 @pytest.mark.parametrize("stdin", [None, mock.Mock(readline=mock.Mock(side_effect=OSError))], ids=["closed", "broken"])
 def test_a_chat_ends_where_stdin_does(monkeypatch, stdin):
     monkeypatch.setattr(sys, "stdin", stdin)
-    lines, writer = multiprocessing.Pipe(duplex=False)
-    with lines, writer:
-        with contextlib.suppress(OSError):
-            _send_lines(writer)
-        assert lines.recv() is None
+    terminal = Terminal()
+    with contextlib.suppress(OSError):
+        terminal.send_lines()
+    assert terminal.lines.recv() is None
 
 
 @pytest.mark.parametrize(
@@ -79,3 +83,74 @@ def test_mistakes_in_chat(capfd, monkeypatch, tmp_path, folder, options, text):
     options = [str(option).replace("{tmp}", str(tmp_path)) for option in options]
     code, out, err = call(capfd, monkeypatch, "chat", "--model", folder, *options)
     assert (code, out, err) == (2, "", f"tree-attention: {text.replace('{tmp}', str(tmp_path))}\n")
+
+
+@contextlib.contextmanager
+def chatting(folder, *arguments):
+    """A chat in a process group of its own, as a terminal makes one, whose answers are long."""
+    words = [COMMAND, "chat", "--model", folder, "--nproc", 2, "--sample", "--max-new-tokens", 15_000, *arguments]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([*map(str, words)], **pipes, bufsize=0, start_new_session=True) as parent:
+        try:
+            yield parent
+        finally:
+            if alive_in(parent.pid):
+                os.killpg(parent.pid, signal.SIGKILL)
+
+
+def ask(parent):
+    parent.stdin.write(QUESTION.encode() + b"\n")
+    assert parent.stdout.read(1)  # of the answer
+
+
+def saved_tokens(save, more_than=0):
+    """Wait for a save of more tokens, which follows an answer; return their number."""
+    deadline, tokens = time.monotonic() + 60, 0
+    while tokens <= more_than:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        with contextlib.suppress(FileNotFoundError):
+            tokens = json.loads((save / "current.json").read_text())["manifest"]["tokens"]
+    return tokens
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_answer_and_then_the_chat(folder, tmp_path):
+    save = tmp_path / "save"
+    with chatting(folder, "--save", save) as parent:
+        ask(parent)
+        os.killpg(parent.pid, signal.SIGINT)
+        first = saved_tokens(save)
+        assert len(QUESTION) < first < 15_000
+        while select.select([parent.stdout], [], [], 0.2)[0]:
+            assert parent.stdout.read(1000)
+        ask(parent)
+        os.killpg(parent.pid, signal.SIGINT)
+        second = saved_tokens(save, first)
+        os.killpg(parent.pid, signal.SIGINT)
+        parent.wait(30)  # before its stdin is closed, which would end it, too
+        _, err = parent.communicate()
+        assert (parent.returncode, err.decode()) == (128 + signal.SIGINT, f"saved to {save}\n")
+        assert first + len(QUESTION) < second == saved_tokens(save) < first + 15_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_is_told_to_end_saves(folder, tmp_path, number):
+    with chatting(folder, "--save", tmp_path / "save") as parent:
+        ask(parent)
+        parent.send_signal(number)
+        parent.wait(30)
+        _, err = parent.communicate()
+        assert (parent.returncode, err.decode()) == (128 + number, f"saved to {tmp_path / 'save'}\n")
+        assert len(QUESTION) < saved_tokens(tmp_path / "save") < 15_000
+
+
+def test_a_folder_that_cannot_be_saved_to_is_refused_before_the_model_is_loaded(capfd, monkeypatch, tmp_path, folder):
+    (tmp_path / "file").touch()
+    code, _, err = call(capfd, monkeypatch, "chat", "--model", folder, "--save", tmp_path / "file" / "save")
+    assert (code, err) == (2, f"tree-attention: {tmp_path}/file/save cannot be written to: Not a directory\n")
+    with save_folder.writing(tmp_path / "save", "f" * 32):
+        code, _, err = call(capfd, monkeypatch, "chat", "--model", folder, "--save", tmp_path / "save")
+    assert code == 2
+    assert "another process is saving to" in err

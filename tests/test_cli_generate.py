@@ -1,6 +1,7 @@
 """`tree-attention generate` as a user runs it: answers, figures, invalid options."""
 
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -218,3 +219,29 @@ def test_a_prompt_is_framed_unless_it_is_plain(folder, tmp_path):
         text = prompt.template.opening + prompt.tokenizer.decode(prompt.text)
         assert text + prompt.template.question(prompt.question, started=True, in_question=True) == expected
         assert prompt.tokens == len(prompt.tokenizer(expected, add_special_tokens=False).input_ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut off", "code"])
+def test_damaged_weights_are_one_line(folder, tmp_path, damage):
+    damaged = tmp_path / "model"
+    shutil.copytree(folder, damaged)
+    weights = damaged / "model.safetensors"
+    data = weights.read_bytes()
+    weights.unlink()
+    if damage == "cut off":
+        weights.write_bytes(data[:-1000])
+    else:  # a pickle that would run something
+        torch.save({"lm_head.weight": shutil.rmtree}, damaged / "pytorch_model.bin")
+    ended = run("generate", "--model", damaged, "--prompt", QUESTION, "--max-new-tokens", 2)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"tree-attention: model {damaged} cannot be loaded: ")
+    assert ended.stderr.count("\n") == 1, ended.stderr
+
+
+@pytest.mark.slow
+def test_a_prompt_shorter_than_the_ranks_is_answered(folder):
+    ended = run(
+        "generate", "--model", folder, "--plain", "--prompt", "a", "--nproc", 3, "--max-new-tokens", 4, "--verify"
+    )
+    assert ended.returncode == 0, ended.stderr

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tree_attention
-from command import call
+from command import call, run
 from tree_attention.local import BACKENDS
 from tree_attention.reduce import ALGORITHMS
 from tree_attention.route import DECODE_ALGORITHMS
@@ -119,6 +119,13 @@ def test_commands_that_need_transformers(arguments):
     name = " ".join(word for word in arguments if not word.startswith("-") and word != "absent")
     needed = f"tree-attention {name} needs transformers: pip install 'tree-attention[hf]'\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", needed)
+
+
+def test_the_package_for_transformers_says_that_it_needs_them():
+    code = "import sys; sys.modules['transformers'] = None; import tree_attention.hf"
+    ended = run("-c", code, command=(sys.executable,))
+    needed = "ImportError: tree_attention.hf needs transformers: pip install 'tree-attention[hf]'\n"
+    assert ended.stderr.endswith(needed), ended.stderr
 
 
 def test_the_version(capfd, monkeypatch):

@@ -1,20 +1,23 @@
 """How the command starts and ends its ranks: a rank that dies, Ctrl-C, a closed stdout."""
 
+import ast
 import atexit
 import os
 import select
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import tree_attention
 from command import COMMAND, QUESTION, alive_in, run, wait_for_all
-from tree_attention import InputError
-from tree_attention.cli.launch import run_on_ranks
-from tree_attention.cli.terminal import say
+from tree_attention import InputError, cpus
+from tree_attention.cli.launch import run_on_ranks, set_threads
+from tree_attention.cli.terminal import say, under_torchrun
 
 
 def test_to_say_something_to_nobody_is_no_error(monkeypatch):
@@ -104,6 +107,70 @@ def test_ctrl_c_ends_everything_at_once(started):
     assert err.decode().endswith("tree-attention: stopped\n")
     assert b"Traceback" not in err
     wait_for_all(started.pid, 2)
+
+
+def sockets(device):
+    """Print the local addresses, in hexadecimal, of each rank's sockets that listen."""
+    own = {os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in own:
+                found.append(words[1].partition(":")[0])
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    if dist.get_rank() == 0:
+        sys.stdout.write(f"{gathered}\n")
+
+
+@pytest.mark.slow
+def test_ranks_of_one_host_listen_on_the_loopback_interface_alone(capfd):
+    assert run_on_ranks(sockets, 2, "cpu") == 0
+    of_ranks = ast.literal_eval(capfd.readouterr().out)
+    assert len(of_ranks) == 2
+    for addresses in of_ranks:
+        assert addresses
+        assert set(addresses) <= {"0100007F", "00000000000000000000000001000000"}
+
+
+@pytest.mark.slow
+def test_files_of_the_current_folder_do_not_run_in_the_ranks(folder, tmp_path):
+    for name in ("pickle", "json", "socket", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the current folder ran')")
+    arguments = [COMMAND, "generate", "--model", folder, "--prompt", QUESTION, "--nproc", "2", "--max-new-tokens", "2"]
+    ended = subprocess.run(arguments, capture_output=True, cwd=tmp_path, timeout=90)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_what_torchrun_left_behind_is_no_torchrun(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "left")
+    assert not under_torchrun()
+
+
+def test_more_ranks_than_this_machine_can_run_are_refused():
+    with pytest.raises(InputError, match=r"nproc may be 8 per CPU, of which this process has \d+, got 9999"):
+        run_on_ranks(sockets, 9999, "cpu")
+
+
+def test_threads_are_those_that_this_process_may_use(monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cpus, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    set_threads(3)
+    (tmp_path / "cpu.max").write_text("550000 100000\n")
+    set_threads(3)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    set_threads(100)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    set_threads(3)
+    assert given == [4, 2, 1]
 
 
 def test_the_package_runs_as_the_command():

@@ -1,6 +1,7 @@
 """The reduction across real processes: right, bit for bit the same on every rank, and as many bytes as stated."""
 
 import math
+import tempfile
 import time
 from pathlib import Path
 
@@ -342,6 +343,17 @@ def nothing_to_reduce(group):
 
 def test_shared_memory_is_of_one_size_and_takes_no_rows(pool):
     assert pool.run(nothing_to_reduce, ranks=2) == [(0, 1, 2, 8)] * 2
+
+
+def without_room(group):
+    before = {*Path("/dev/shm").glob("tree-attention-*"), *Path(tempfile.gettempdir()).glob("tree-attention-*")}
+    with pytest.raises(Unavailable, match="no folder for shared memory can be written to, or has room: see /dev/shm"):
+        SharedMemoryLink(group, capacity_bytes=1 << 46)
+    return {*Path("/dev/shm").glob("tree-attention-*"), *Path(tempfile.gettempdir()).glob("tree-attention-*")} - before
+
+
+def test_shared_memory_without_room_is_unavailable_on_every_rank(pool):
+    assert pool.run(without_room, ranks=2) == [set()] * 2
 
 
 def hammer(group, steps):

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from architectures import BLOCK, tiny
 from tree_attention import InputError, TreeAttentionError, Unsupported
-from tree_attention.hf import Session, load_tensor_parallel
+from tree_attention.hf import Session, load_tensor_parallel, save_folder
 from tree_attention.hf import save as saving
 from tree_attention.hf.chat_template import ChatTemplate
 from tree_attention.hf.layers import ShardedLayer
@@ -722,11 +722,11 @@ def test_a_save_of_an_older_version_is_loaded(tmp_path):
     """It does not say of buffers and adapters."""
     model = tiny("llama", "tree_attention")
     Session.open(model, tokenizer()).save(tmp_path)
-    document = json.loads((tmp_path / saving.CURRENT).read_text())
+    document = json.loads((tmp_path / save_folder.CURRENT).read_text())
     for name in ("buffers", "adapters", "adapter_layers"):
         del document["manifest"]["about"]["model"][name]
-    document["sha256"] = saving._digest(saving._as_json(document["manifest"]))
-    (tmp_path / saving.CURRENT).write_text(json.dumps(document))
+    document["sha256"] = save_folder._digest(save_folder._as_json(document["manifest"]))
+    (tmp_path / save_folder.CURRENT).write_text(json.dumps(document))
     Session.load(tmp_path, model, tokenizer())
 
 
@@ -770,7 +770,7 @@ def test_damage_is_found_on_every_rank(pool, tmp_path, how):
         case "version":
             document = json.loads(manifest.read_text())
             document["manifest"]["version"] = 1
-            document["sha256"] = saving._digest(saving._as_json(document["manifest"]))
+            document["sha256"] = save_folder._digest(save_folder._as_json(document["manifest"]))
             manifest.write_text(json.dumps(document))
     for said in pool.run(loads, one_folder(tmp_path), ranks=2):
         assert DAMAGE[how][0] in said
@@ -789,7 +789,7 @@ def test_a_save_deletes_nothing_but_saves(tmp_path):
     session.save(tmp_path)
     assert all((tmp_path / name).exists() for name in kept)
     [new] = {path.name for path in tmp_path.iterdir()} - {
-        "photos", "notes.txt", "a" * 32, "b" * 32, "e" * 32, saving.CURRENT,
+        "photos", "notes.txt", "a" * 32, "b" * 32, "e" * 32, save_folder.CURRENT, save_folder.LOCK,
     }  # fmt: skip
     assert new != old.name
     assert Session.load(tmp_path, session.model, session.tokenizer).tokens.shape == (1, 0)
@@ -800,7 +800,7 @@ def full_disk(group, folder, error):
     session = opened(group, "llama")
     session.save(folder)
     written = []
-    write = saving._write
+    write = saving.write_file
 
     def fails(file, data):
         written.append(file)
@@ -808,7 +808,7 @@ def full_disk(group, folder, error):
             raise error
         return write(file, data)
 
-    with mock.patch.object(saving, "_write", fails):
+    with mock.patch.object(saving, "write_file", fails):
         try:
             session.save(folder)
         except TreeAttentionError as raised:

@@ -40,7 +40,12 @@ def add_command(name: str, options_type: Any, work: str, *, needs_transformers: 
         if needs_transformers and find_spec("transformers") is None:
             sys.exit(f"tree-attention {name} needs transformers: pip install 'tree-attention[hf]'")
         module, function = work.split(".")
-        run(lambda: getattr(import_module(f".{module}", __package__), function)(options_type(**values)))
+
+        def call() -> int:
+            options.check_files(values)
+            return getattr(import_module(f".{module}", __package__), function)(options_type(**values))
+
+        run(call)
 
     command.__doc__ = options_type.__doc__
     command.__dict__["__signature__"] = _signature(options_type)

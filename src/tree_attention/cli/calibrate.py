@@ -26,8 +26,6 @@ def calibrate(options: CalibrateOptions) -> int:
         nproc = max(gpus, 2)
     if nproc is not None and nproc < 2:
         raise InputError(f"calibrate measures a link and needs at least 2 ranks, got {nproc}")
-    if not output.parent.is_dir() or output.is_dir():
-        raise InputError(f"output must be a file in a folder that exists, got {output}")
     environment.disable_multicast()
     return run_on_ranks(_on_rank, nproc, options.device, output)
 

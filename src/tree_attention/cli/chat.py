@@ -1,10 +1,13 @@
 """`tree-attention chat`. Only functions that run on the ranks import transformers: it takes seconds to load."""
 
 import multiprocessing
+import signal
 import sys
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from multiprocessing.sharedctypes import RawValue
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,40 +23,64 @@ CONVERSATION_TOKENS = 8192  # default capacity after the document, for a static 
 QUESTION_TIMEOUT = timedelta(days=365)  # the user may take long to type the next question
 
 
+class Terminal:
+    """What the process at the terminal and the first rank say to each other: lines, and requests to stop or to end."""
+
+    def __init__(self) -> None:
+        self.lines, self._writer = multiprocessing.Pipe(duplex=False)
+        # Shared memory. Only the first rank writes `is_started` and `is_answering`, only this process `ends`.
+        self.is_started, self.is_answering, self.stops, self.ends = (RawValue("b") for _ in range(4))
+
+    def send_lines(self) -> None:
+        """Send the lines of stdin. They end with None."""
+        try:
+            for line in read_lines():
+                self._writer.send(line)
+        finally:
+            self._writer.send(None)
+
+    def on_signal(self, number: int, frame: Any = None) -> None:
+        """Ctrl-C stops an answer, a second one ends the chat. Ranks that are still starting are killed."""
+        if not self.is_started.value or self.ends.value:
+            raise KeyboardInterrupt
+        if number != signal.SIGINT or self.stops.value or not self.is_answering.value:
+            self.ends.value = number
+            self._writer.send(None)  # wakes a rank that waits for a line
+        self.stops.value = True
+
+
 def chat_on_ranks(options: ChatOptions) -> int:
     """Check everything that needs no model, then start the ranks. Returns the exit code."""
     document = read_document(options.file)
     check_options(options)
     if options.load is not None:
-        from ..hf.save import read_manifest
+        from ..hf.save_folder import read_manifest
 
         read_manifest(options.load)
-    # Ranks that we start do not inherit stdin.
-    lines, writer = (None, None) if under_torchrun() else multiprocessing.Pipe(duplex=False)
-    sender = threading.Thread(target=_send_lines, args=(writer,), daemon=True)
-    start: dict[str, Any] = {"preload": MODELS, "on_start": sender.start}
-    return run_on_ranks(_chat, options.nproc, options.device, options, document, lines, **start)
+    if options.save is not None:
+        from ..hf.save_folder import check_writing
+
+        check_writing(options.save)
+    if under_torchrun():  # the first rank reads stdin itself
+        return run_on_ranks(_chat, options.nproc, options.device, options, document, None)
+    terminal = Terminal()
+    sender = threading.Thread(target=terminal.send_lines, daemon=True)
+    start: dict[str, Any] = {"preload": MODELS, "on_start": sender.start, "on_signal": terminal.on_signal}
+    code = run_on_ranks(_chat, options.nproc, options.device, options, document, terminal, **start)
+    return 128 + terminal.ends.value if terminal.ends.value and not code else code
 
 
-def _send_lines(writer: Any) -> None:
-    try:
-        for line in read_lines():
-            writer.send(line)
-    finally:
-        writer.send(None)
-
-
-def _chat(options: ChatOptions, document: str, lines: Any, device: torch.device) -> int:
-    """Answer each line of the pipe, or of stdin if it is None; only the first rank reads and prints."""
+def _chat(options: ChatOptions, document: str, terminal: Terminal | None, device: torch.device) -> int:
+    """Answer each line, of the terminal or else of stdin; only the first rank reads and prints."""
     from transformers import AutoTokenizer
 
     from ..hf.chat_template import ChatTemplate
-    from ..hf.save import read_manifest
-    from .models import check_positions, check_step_mode, generate_kwargs, load_model, open_session
+    from ..hf.save_folder import read_manifest
+    from .models import StopOnRequest, check_positions, check_step_mode, generate_kwargs, load_model, open_session
 
     is_first = dist.get_rank() == 0
     check_step_mode(options.compiled, device)
-    questions = _questions(lines, dist.new_group(backend="gloo", timeout=QUESTION_TIMEOUT))
+    questions = _questions(terminal, dist.new_group(backend="gloo", timeout=QUESTION_TIMEOUT))
     model = load_model(options.model, options.dtype, device, tensor_parallel=options.tensor_parallel)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     template = ChatTemplate.from_tokenizer(tokenizer)
@@ -65,14 +92,14 @@ def _chat(options: ChatOptions, document: str, lines: Any, device: torch.device)
     if document:
         with reading_bar(len(text), shown=is_first) as on_progress:
             session.read(text, chunk_tokens=options.chunk_tokens, on_progress=on_progress)
-    if options.save is not None:
-        session.save(options.save)
+    is_saved = options.save is None or _save(session, options.save, is_first)
     torch.manual_seed(options.seed)
+    requests: dict[str, Any] = {} if terminal is None else {"stopping_criteria": [StopOnRequest(terminal.stops)]}
     for question in questions:
         try:
             tokens = session.tokens.shape[1] + session.count_tokens(question)
             check_positions(options, model.config, tokens, options.max_new_tokens)
-            for piece in session.ask(question, **generate_kwargs(options)):
+            for piece in session.ask(question, **generate_kwargs(options), **requests):
                 if is_first:
                     say(piece)
         except TreeAttentionError as error:  # the same on every rank, and the session is as it was
@@ -80,20 +107,43 @@ def _chat(options: ChatOptions, document: str, lines: Any, device: torch.device)
                 sys.stderr.write(f"tree-attention: {error}\n")
         if is_first:
             say("\n")
-    if options.save is not None:
-        session.save(options.save)
-    return 0
+        is_saved = options.save is None or _save(session, options.save, is_first)
+    is_saved = is_saved or _save(session, options.save, is_first)  # a disk that was full may have room again
+    if options.save is not None and is_first and is_saved:
+        sys.stderr.write(f"saved to {options.save}\n")
+    return 0 if is_saved else 2
 
 
-def _questions(lines: Any, group: Any) -> Iterator[str]:
+def _save(session: Any, folder: Path, is_first: bool) -> bool:
+    """Save the session; return whether that was possible, on every rank alike."""
+    try:
+        session.save(folder)
+    except TreeAttentionError as error:
+        if is_first:
+            sys.stderr.write(f"tree-attention: {error}\n")
+        return False
+    return True
+
+
+def _questions(terminal: Terminal | None, group: Any) -> Iterator[str]:
     """Yield the first rank's lines on every rank, without the blank ones."""
-    source = read_lines() if lines is None else iter(lines.recv, None)
+    source = read_lines() if terminal is None else iter(terminal.lines.recv, None)
     while True:
-        if group.rank() == 0 and sys.stderr.isatty():
-            sys.stderr.write("> ")
-            sys.stderr.flush()
-        text = broadcast_from_first(next(source, None) if group.rank() == 0 else None, group)
+        text = broadcast_from_first(_next_line(terminal, source) if group.rank() == 0 else None, group)
         if text is None:
             return
         if text.strip():
             yield text.strip()
+
+
+def _next_line(terminal: Terminal | None, source: Iterator[str]) -> str | None:
+    """Return the user's next line; None at the end. Until it is there, a signal ends the chat."""
+    if sys.stderr.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    if terminal is None:
+        return next(source, None)
+    terminal.is_answering.value, terminal.is_started.value = False, True
+    line = None if terminal.ends.value else next(source, None)
+    terminal.stops.value, terminal.is_answering.value = False, True
+    return None if terminal.ends.value else line

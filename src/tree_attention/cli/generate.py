@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import time
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..group import gather_objects
-from .launch import MODELS, run_on_ranks
+from .launch import MODELS, run_on_ranks, set_threads
 from .options import GenerateOptions, check_options, read_document
 from .terminal import reading_bar, say
 
@@ -60,7 +59,7 @@ def _generate(options: GenerateOptions, document: str, device: torch.device) -> 
         return 0
     if options.verify:
         del session
-        torch.set_num_threads(os.cpu_count() or 1)
+        set_threads(1)
         if split != 1:  # this rank holds a part of the weights
             del model
             model = load_model(name, options.dtype, device)

@@ -15,24 +15,34 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
+from ..cpus import usable_cpus
 from ..errors import InputError, TreeAttentionError
 from .terminal import RankDied, end_process, under_torchrun
 
 MODELS = f"{__package__}.models"  # what the ranks of `generate` and `chat` preload
 RankFunction = Callable[..., int | None]  # returns an exit code, None for 0
 PRINTED = "printed"  # a file: a rank has printed what is wrong
+RANKS_PER_CPU = 8
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 2.0  # from a rank's death until the others are killed
 PEER_TIMEOUT = timedelta(minutes=10)  # for a slow peer; the process that started the ranks notices a dead one
 
 
 def run_on_ranks(
-    function: RankFunction, nproc: int | None, device: str, *args: Any, preload: str = __name__, on_start: Any = None
+    function: RankFunction,
+    nproc: int | None,
+    device: str,
+    *args: Any,
+    preload: str = __name__,
+    on_start: Callable[[], None] | None = None,
+    on_signal: Callable[[int, Any], None] | None = None,
 ) -> int:
     """Call `function(*args, device)` on `nproc` ranks of one process group. Under torchrun, be one of its ranks.
 
     `function` must be importable by name; it returns an exit code, None for 0. Returns the code of the first rank that
     ended with one, else 0. On CPUs the ranks are forks of this process, which first loads the module `preload`, since
-    transformers takes seconds. A fork does not copy threads: start them in `on_start`. Raises InputError for an
+    transformers takes seconds. A fork does not copy threads: start them in `on_start`. `on_signal` handles SIGINT,
+    SIGTERM and SIGHUP here while ranks ignore the terminal's; by default they end all. Raises InputError for an
     impossible `nproc` or `device`, RankDied if an unexpected error or a signal ended a rank; the others are terminated.
     """
     if under_torchrun():
@@ -45,13 +55,17 @@ def run_on_ranks(
     if size < 1:
         raise InputError(f"nproc must be at least 1, got {size}")
     devices = [_device(device, rank, size) for rank in range(size)]
+    if devices[0].type == "cpu" and size > RANKS_PER_CPU * usable_cpus():
+        raise InputError(f"nproc may be {RANKS_PER_CPU} per CPU, of which this process has {usable_cpus()}, got {size}")
     with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
-        arguments = (size, folder, devices, function, args)
+        arguments = (size, folder, devices, function, args, signal.SIG_DFL if on_signal is None else signal.SIG_IGN)
+        _keep_to_this_host()
         method = "spawn" if any(each.type == "cuda" for each in devices) else "fork"  # CUDA does not survive a fork
         if method == "fork":
             import_module(preload)
             gc.freeze()  # else collections of the forks copy this memory
         context: Any = start_processes(_start, arguments, nprocs=size, join=False, start_method=method)
+        before = {} if on_signal is None else {number: signal.signal(number, on_signal) for number in SIGNALS}
         try:
             if on_start is not None:
                 on_start()
@@ -62,7 +76,15 @@ def run_on_ranks(
         finally:
             for process in context.processes:
                 process.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return 0
+
+
+def _keep_to_this_host() -> None:
+    """Let ranks of this host listen on the loopback interface alone, and import nothing from the current folder."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def _device(device: str, local_rank: int, local_size: int) -> torch.device:
@@ -74,8 +96,11 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", local_rank) if enough and device != "cpu" else torch.device("cpu")
 
 
-def _start(rank: int, size: int, folder: str, devices: list[torch.device], function: Any, args: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C end at once, without a traceback
+def _start(
+    rank: int, size: int, folder: str, devices: list[torch.device], function: Any, args: tuple, on_signal: Any
+) -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):  # by default Ctrl-C ends a rank at once, without a traceback
+        signal.signal(number, on_signal)
 
     def call(*args: Any) -> int | None:
         try:
@@ -93,15 +118,24 @@ def _run_rank(rank: int, size: int, rendezvous: str | None, device: torch.device
     gc.enable()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif size > 1:
-        torch.set_num_threads(max((os.cpu_count() or 1) // size, 1))
+    else:
+        set_threads(size)
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, rendezvous, PEER_TIMEOUT, world_size=size, rank=rank, device_id=device_id)
+    try:
+        dist.init_process_group(backend, rendezvous, PEER_TIMEOUT, world_size=size, rank=rank, device_id=device_id)
+    except dist.DistError as error:  # torchrun's port is in use, for example
+        raise InputError(f"the ranks cannot meet: {error}") from None
     try:
         return function(*args, device) or 0
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def set_threads(ranks: int) -> None:
+    """Give each of this host's ranks its share of the CPUs, unless the user sets OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(usable_cpus() // ranks, 1))
 
 
 def _exit_code(end: ProcessExitedException | ProcessRaisedException, processes: list[Any], folder: Path) -> int:

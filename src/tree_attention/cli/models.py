@@ -2,15 +2,17 @@
 
 import socket
 from dataclasses import replace
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 
 from ..errors import InputError, TreeAttentionError
 from ..group import gather_objects
@@ -50,7 +52,11 @@ def load_model(model: str, dtype: str, device: torch.device, *, random: bool = F
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
     except TreeAttentionError:
         raise
-    except (OSError, ValueError) as error:
+    except UnpicklingError:  # torch advises to turn its safety off
+        raise InputError(
+            f"model {model} cannot be loaded: its weights are damaged, or more than plain tensors"
+        ) from None
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
         raise InputError(f"model {model} cannot be loaded: {error}") from None
     return loaded.to(device).eval()
 
@@ -60,6 +66,16 @@ def check_step_mode(compiled: bool, device: torch.device) -> str:
     if compiled and device.type != "cuda":
         raise InputError("compile is for GPUs, where steps are captured: leave it out")
     return "compiled" if compiled else "captured"
+
+
+class StopOnRequest(StoppingCriteria):
+    """Ends an answer when a shared value becomes true. `generate` asks it on the first rank alone."""
+
+    def __init__(self, requested: Any) -> None:
+        self.requested = requested
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), bool(self.requested.value), device=input_ids.device)
 
 
 class Prompt(NamedTuple):

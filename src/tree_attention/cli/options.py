@@ -5,9 +5,10 @@ type, the names of its flag if they differ from the field's, and the help. Nothi
 `--help` must be fast.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..errors import InputError
 
@@ -59,12 +60,15 @@ class GenerateOptions(DecodingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(DecodingOptions):
-    """Answer questions about a document, one per line of stdin. The answers stream to stdout."""
+    """Answer questions about a document, one per line of stdin. The answers stream to stdout.
+
+    Ctrl-C stops an answer; what was written is kept. A second Ctrl-C, or Ctrl-D, ends the chat.
+    """
 
     model: ModelName
     file: Annotated[Path | None, "A UTF-8 document to ask about."] = None
     load: Annotated[Path | None, "Folder of a saved session to continue."] = None
-    save: Annotated[Path | None, "Folder to save the session in, after the document is read and at the end."] = None
+    save: Annotated[Path | None, "Folder to save the session in, after the document and after each answer."] = None
     max_tokens: Annotated[int | None, "Capacity over all ranks. Default: document + 8192 on GPUs, else unlimited."] = (
         None
     )
@@ -202,6 +206,14 @@ def parse_numbers(name: str, text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise InputError(f"{name} must be integers separated by commas, got {text!r}") from None
+
+
+def check_files(values: dict[str, Any]) -> None:
+    """Raise InputError unless each file that a command will write, an option `output` or `plot`, can be written."""
+    for name in ("output", "plot"):
+        file = values.get(name)
+        if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+            raise InputError(f"{name} must be a file in a folder that can be written to, got {file}")
 
 
 def check_options(options: GenerateOptions | ChatOptions | VerifyOptions) -> None:

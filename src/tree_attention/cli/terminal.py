@@ -30,8 +30,8 @@ def run(command: Callable[[], int]) -> None:
 
 
 def under_torchrun() -> bool:
-    """Return True if this process is one of torchrun's ranks."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Return True if this process is one of torchrun's ranks; TORCHELASTIC_RUN_ID alone may be left from another."""
+    return {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
 
 
 def end_process(code: int) -> NoReturn:

@@ -12,7 +12,12 @@ For a long prompt, `prefill` also divides the computation over the ranks:
     model.generate(**inputs, cache=cache)
 """
 
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError("tree_attention.hf needs transformers: pip install 'tree-attention[hf]'") from None
 
 from .attention import tree_attention_forward
 from .cache import TreeCache

@@ -7,15 +7,12 @@
 
 A save writes a new sub-folder. When the files of every rank are on the disk, it replaces current.json in one step of
 the file system. Until then the previous save stays valid; after it, older saves are deleted, and nothing else in the
-folder is. All ranks must see the folder.
+folder is. Locks keep two processes apart (save_folder.py). All ranks must see the folder.
 """
 
 import contextlib
 import hashlib
 import json
-import os
-import re
-import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -36,12 +33,9 @@ from .hybrid_layer import HybridLayer
 from .inputs import adapters_of
 from .layer_state import export_state, import_state
 from .layers import ShardedLayer
+from .save_folder import delete_save, read_file, read_manifest, reading, replace_manifest, write_file, writing
 from .tensor_parallel import tensor_group, tensor_ranks
 
-VERSION = 2
-CURRENT = "current.json"
-NAME = re.compile(r"[0-9a-f]{32}")
-FILE = re.compile(r"layer-\d+(-rank-\d+)?(-tensor-\d+)?\.safetensors")
 SAMPLES = 64  # numbers of each weight that the digest of a model reads
 OF_LENGTH = "inv_freq"  # buffers that some models change with the length of the text
 # Config fields that do not affect outputs.
@@ -61,40 +55,40 @@ def save_cache(cache: TreeCache, folder: Path, model: Any, about: dict[str, Any]
     about = {"model": describe(model)} | about
     name = broadcast_from_first(uuid.uuid4().hex, *groups)
     target, digests, states, fault, cause = folder / name, {}, {}, None, None
-    try:
-        if is_first:
-            target.mkdir(parents=True)
-    except OSError as error:
-        fault = _cannot_write(0, folder, error)
-    if fault := first_fault(fault, *groups):
-        raise TreeAttentionError(fault)
-    try:
-        for index, layer in enumerate(cache.layers):
-            tensors, states[str(index)] = export_state(layer)
-            is_sharded = isinstance(layer, ShardedLayer)
-            if is_sharded or (tensors and ranks.rank == 0):
-                file = _file_name(index, ranks.rank if is_sharded else None, tensor)
-                data = save({key: each.contiguous().cpu() for key, each in tensors.items()})
-                digests[file] = _write(target / file, data)
-    except Exception as error:  # reported by the vote below: whatever it is, the other ranks must not wait
-        fault, cause = _cannot_write(ranks.rank, folder, error), error
-    results = gather_objects((fault, digests), *groups)
-    fault = next((text for text, _ in results if text), None)
-    if fault is None and is_first:
-        files = {file: digest for _, of_rank in results for file, digest in of_rank.items()}
-        manifest = {"version": VERSION, "name": name, "about": about, "tokens": cache.get_seq_length()}
-        manifest |= {"world_size": ranks.layout.world_size, "block": ranks.layout.block, "states": states}
-        manifest |= {"tensor_ranks": rank_and_size(tensor)[1], "files": files}
+    with contextlib.ExitStack() as held:
         try:
-            _replace_manifest(folder, manifest)
-        except Exception as error:  # reported by the vote below
-            fault, cause = _cannot_write(0, folder, error), error
-    fault = broadcast_from_first(fault, *groups)
-    if is_first:
-        with contextlib.suppress(OSError):  # a folder that cannot be listed stays
-            for path in [target] if fault else [path for path in folder.iterdir() if path.name != name]:
-                if _is_ours(path):
-                    shutil.rmtree(path, ignore_errors=True)
+            if is_first:
+                held.enter_context(writing(folder, name))
+        except OSError as error:
+            fault = _cannot_write(0, folder, error)
+        if fault := first_fault(fault, *groups):
+            raise TreeAttentionError(fault)
+        try:
+            for index, layer in enumerate(cache.layers):
+                tensors, states[str(index)] = export_state(layer)
+                is_sharded = isinstance(layer, ShardedLayer)
+                if is_sharded or (tensors and ranks.rank == 0):
+                    file = _file_name(index, ranks.rank if is_sharded else None, tensor)
+                    data = save({key: each.contiguous().cpu() for key, each in tensors.items()})
+                    digests[file] = write_file(target / file, data)
+        except Exception as error:  # reported by the vote below: whatever it is, the other ranks must not wait
+            fault, cause = _cannot_write(ranks.rank, folder, error), error
+        results = gather_objects((fault, digests), *groups)
+        fault = next((text for text, _ in results if text), None)
+        if fault is None and is_first:
+            files = {file: digest for _, of_rank in results for file, digest in of_rank.items()}
+            manifest = {"name": name, "about": about, "tokens": cache.get_seq_length(), "states": states}
+            manifest |= {"world_size": ranks.layout.world_size, "block": ranks.layout.block}
+            manifest |= {"tensor_ranks": rank_and_size(tensor)[1], "files": files}
+            try:
+                replace_manifest(folder, manifest)
+            except Exception as error:  # reported by the vote below
+                fault, cause = _cannot_write(0, folder, error), error
+        fault = broadcast_from_first(fault, *groups)
+        if is_first:
+            with contextlib.suppress(OSError):  # a folder that cannot be listed stays
+                for path in [target] if fault else [path for path in folder.iterdir() if path.name != name]:
+                    delete_save(path)
     if fault:
         raise TreeAttentionError(fault) from cause
 
@@ -108,40 +102,31 @@ def load_cache(cache: TreeCache, folder: Path, model: Any) -> dict[str, Any]:
         TreeAttentionError: on every rank if one cannot read: a file is missing or was changed, or memory is short.
     """
     groups, fault = (cache.ranks.group, tensor_group(model)), None
-    manifest = _read_manifest_of(model, folder, groups)
-    cache.ranks.check_capacity(manifest["tokens"])
-    try:
-        for index, layer in enumerate(cache.layers):
-            _fill(layer, index, folder / manifest["name"], manifest, model)
-    except Exception as error:  # reported by the vote below
-        explains_itself = isinstance(error, OSError | SafetensorError | InputError)
-        fault = f"rank {cache.ranks.rank}: {error if explains_itself else f'{type(error).__name__}: {error}'}"
-    if fault := first_fault(fault, *groups):
-        raise TreeAttentionError(fault)
-    return manifest["about"]
+    with contextlib.ExitStack() as held:
+        manifest = _read_manifest_of(model, folder, groups, held)
+        cache.ranks.check_capacity(manifest["tokens"])
+        try:
+            for index, layer in enumerate(cache.layers):
+                _fill(layer, index, folder / manifest["name"], manifest, model)
+        except Exception as error:  # reported by the vote below
+            explains_itself = isinstance(error, OSError | SafetensorError | InputError)
+            fault = f"rank {cache.ranks.rank}: {error if explains_itself else f'{type(error).__name__}: {error}'}"
+        if fault := first_fault(fault, *groups):
+            raise TreeAttentionError(fault)
+        return manifest["about"]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of the folder's save. Raises InputError if there is none, or one that was changed."""
-    try:
-        document = json.loads((folder / CURRENT).read_text(encoding="utf-8"))
-        manifest, digest = document["manifest"], document["sha256"]
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no save: there is no {CURRENT}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the save in {folder} cannot be read: {CURRENT} is damaged ({error})") from None
-    if digest != _digest(_as_json(manifest)):
-        raise InputError(f"the save in {folder} cannot be read: {CURRENT} was changed since it was written")
-    if manifest["version"] != VERSION:
-        raise InputError(f"the save in {folder} is of version {manifest['version']}, this library reads {VERSION}")
-    return manifest
+def _read_manifest_of(
+    model: Any, folder: Path, groups: tuple[ProcessGroup | None, ...], held: contextlib.ExitStack
+) -> dict[str, Any]:
+    """Return the first rank's manifest, and keep its files from being deleted until `held` is closed.
 
-
-def _read_manifest_of(model: Any, folder: Path, groups: tuple[ProcessGroup | None, ...]) -> dict[str, Any]:
-    """Return the manifest if the save is of this model; else raise InputError on all ranks: one may not see it."""
+    Raises InputError on all ranks if the save is of another model, or if one of them does not see it.
+    """
     described, manifest, fault = describe(model), {}, None
+    is_first = all(rank_and_size(group)[0] == 0 for group in groups)
     try:
-        manifest = read_manifest(folder)
+        manifest = held.enter_context(reading(folder)) if is_first else read_manifest(folder)
         saved, split = manifest["tensor_ranks"], tensor_ranks(model.config)
         if saved != split:
             raise InputError(
@@ -156,7 +141,7 @@ def _read_manifest_of(model: Any, folder: Path, groups: tuple[ProcessGroup | Non
         fault = str(error)
     if fault := first_fault(fault, *groups):
         raise InputError(fault)
-    return manifest
+    return broadcast_from_first(manifest, *groups)  # another process may have saved since
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -208,7 +193,7 @@ def _fill(layer: Any, index: int, source: Path, manifest: dict[str, Any], model:
     files, length, device, tensor = manifest["files"], manifest["tokens"], model.device, tensor_group(model)
     if not isinstance(layer, ShardedLayer):
         file, state = _file_name(index, None, tensor), manifest["states"][str(index)]
-        tensors = _read(source / file, files[file]) if file in files else {}
+        tensors = load(read_file(source / file, files[file])) if file in files else {}
         import_state(layer, {key: each.to(device) for key, each in tensors.items()}, state)
         return
     saved, layout, rank = Layout(manifest["world_size"], manifest["block"]), layer.ranks.layout, layer.ranks.rank
@@ -216,7 +201,7 @@ def _fill(layer: Any, index: int, source: Path, manifest: dict[str, Any], model:
     layer.count(length if state["length"] else 0)  # a layer that the model never feeds stays empty
     for other in [rank] if saved == layout else range(saved.world_size):
         file = _file_name(index, other, tensor)
-        tensors = _read(source / file, files[file])
+        tensors = load(read_file(source / file, files[file]))
         if not tensors:  # saved before anything was read
             continue
         if not layer.is_initialized:
@@ -238,47 +223,9 @@ def _file_name(index: int, rank: int | None, tensor: ProcessGroup | None) -> str
     return f"layer-{index}{shard}{heads}.safetensors"
 
 
-def _is_ours(folder: Path) -> bool:
-    """Return True if a save created the folder and nobody has added anything to it since."""
-    is_named_so = NAME.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
-    return bool(is_named_so) and all(FILE.fullmatch(file.name) and file.is_file() for file in folder.iterdir())
-
-
 def _cannot_write(rank: int, folder: Path, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, BlockingIOError):
+        reason = "another process is saving there"
     kept = "a save that was there before is as it was"
     return f"not saved, rank {rank} cannot write to {folder}: {reason or error}; {kept}"
-
-
-def _write(file: Path, data: bytes) -> str:
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return _digest(data)
-
-
-def _read(file: Path, digest: str) -> dict[str, Tensor]:
-    data = file.read_bytes()
-    if _digest(data) != digest:
-        raise InputError(f"{file} is cut off or was changed since it was written")
-    return load(data)
-
-
-def _replace_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    new = folder / f"{CURRENT}.new"
-    _write(new, json.dumps({"manifest": manifest, "sha256": _digest(_as_json(manifest))}).encode())
-    new.replace(folder / CURRENT)
-    listing = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(listing)
-    finally:
-        os.close(listing)
-
-
-def _as_json(manifest: dict[str, Any]) -> bytes:
-    return json.dumps(manifest, sort_keys=True).encode()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -4,6 +4,7 @@ Each rank writes packets of 8 bytes, half data and half epoch, which need no bar
 suffice: a rank writes epoch e + 2 only after every rank has written e + 1, and so has read e.
 """
 
+import contextlib
 import os
 import tempfile
 import time
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..cpus import usable_cpus
 from ..errors import TreeAttentionError, Unavailable
 from ..group import broadcast_from_first, check_agreement, gather_objects
 from ..partial import Partial, PartialSpec, merge
@@ -34,14 +36,14 @@ class SharedMemoryLink(NodeLink):
 
     Args:
         group: ranks on one host, with CPU tensors.
-        capacity_bytes: size of the largest partial. Memory: 4 x ranks x capacity, allocated on first use.
+        capacity_bytes: size of the largest partial. Memory: 4 x ranks x capacity, reserved here.
 
     Attributes:
         watch: called every 0.2 s while this rank waits. A wait that is in vain raises the error that it returns.
 
     Raises:
         RanksDisagree: on every rank, if capacity_bytes differs between ranks.
-        Unavailable: on every rank, if the ranks do not share memory (several hosts).
+        Unavailable: on every rank, if the ranks do not share memory (several hosts), or there is no room for it.
     """
 
     algorithms = ("shared_memory",)
@@ -53,18 +55,16 @@ class SharedMemoryLink(NodeLink):
         self.epoch = 0
         self.watch: Callable[[], Exception | None] = lambda: None
         # A rank that spins keeps the one that it waits for from running, if ranks outnumber cores.
-        self._spin_s = SPIN_S if self.world_size <= (os.cpu_count() or 1) else 0.0
-        name, memory = "", Path("/dev/shm")
-        if self.rank == 0:
-            descriptor, name = tempfile.mkstemp(prefix="tree-attention-", dir=memory if memory.is_dir() else None)
-            os.close(descriptor)
-        name = broadcast_from_first(name, group)
+        self._spin_s = SPIN_S if self.world_size <= usable_cpus() else 0.0
+        words = capacity_bytes // 4
+        name = broadcast_from_first(_reserve(2 * self.world_size * words * 8) if self.rank == 0 else None, group)
+        if name is None:
+            raise Unavailable("no folder for shared memory can be written to, or has room: see /dev/shm")
         seen = gather_objects(Path(name).exists(), group)
         try:
             if not all(seen):
                 elsewhere = [rank for rank, is_seen in enumerate(seen) if not is_seen]
                 raise Unavailable(f"shared memory needs all ranks on one host, ranks {elsewhere} are elsewhere")
-            words = capacity_bytes // 4
             mapped = torch.from_file(name, shared=True, size=2 * self.world_size * words, dtype=torch.int64)
             # on few numbers NumPy takes a fifth of torch's time
             self._slots = mapped.view(2, self.world_size, words).numpy()
@@ -120,3 +120,18 @@ class SharedMemoryLink(NodeLink):
                 time.sleep(NAP_S)
             else:
                 os.sched_yield()
+
+
+def _reserve(size: int) -> str | None:
+    """Return a new file of `size` bytes that cannot fail to be written to; None if there is no room for one."""
+    for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError):
+            descriptor, name = tempfile.mkstemp(prefix="tree-attention-", dir=folder)
+            try:
+                os.posix_fallocate(descriptor, 0, size)  # else a write beyond the free memory kills the rank by SIGBUS
+                return name
+            except OSError:
+                os.unlink(name)
+            finally:
+                os.close(descriptor)
+    return None
