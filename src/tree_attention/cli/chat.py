@@ -92,7 +92,7 @@ def _chat(options: ChatOptions, document: str, terminal: Terminal | None, device
     if document:
         with reading_bar(len(text), shown=is_first) as on_progress:
             session.read(text, chunk_tokens=options.chunk_tokens, on_progress=on_progress)
-    is_saved = options.save is None or _save(session, options.save, is_first)
+    is_saved = _save(session, options.save, is_first)
     torch.manual_seed(options.seed)
     requests: dict[str, Any] = {} if terminal is None else {"stopping_criteria": [StopOnRequest(terminal.stops)]}
     for question in questions:
@@ -107,17 +107,18 @@ def _chat(options: ChatOptions, document: str, terminal: Terminal | None, device
                 sys.stderr.write(f"tree-attention: {error}\n")
         if is_first:
             say("\n")
-        is_saved = options.save is None or _save(session, options.save, is_first)
+        is_saved = _save(session, options.save, is_first)
     is_saved = is_saved or _save(session, options.save, is_first)  # a disk that was full may have room again
     if options.save is not None and is_first and is_saved:
         sys.stderr.write(f"saved to {options.save}\n")
     return 0 if is_saved else 2
 
 
-def _save(session: Any, folder: Path, is_first: bool) -> bool:
-    """Save the session; return whether that was possible, on every rank alike."""
+def _save(session: Any, folder: Path | None, is_first: bool) -> bool:
+    """Save the session if there is a folder; return False if that failed, on every rank alike."""
     try:
-        session.save(folder)
+        if folder is not None:
+            session.save(folder)
     except TreeAttentionError as error:
         if is_first:
             sys.stderr.write(f"tree-attention: {error}\n")
