@@ -194,8 +194,8 @@ def test_a_figure(tmp_path, kind):
             ["--heads", 30],
             "keys, batch, heads, kv-heads and head-dim must be at least 1, heads a multiple of kv-heads, ",
         ),
-        (["--batch", "1;2"], "batch must be integers separated by commas, got '1;2'"),
-        (["--keys", "64,"], "keys must be integers separated by commas, got '64,'"),
+        (["--batch", "1;2"], "batch must be a number such as 131072, 128k, 1M or 1e6, got '1;2'"),
+        (["--keys", "64,"], "keys must be a number such as 131072, 128k, 1M or 1e6, got ''"),
         (["--layout", "HDN"], "layout must be NHD or HND, got 'HDN'"),
         (
             ["--peers", "cudnn,flash9"],

@@ -42,7 +42,7 @@ def test_bench_weighs_and_times_its_contestants(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--contexts", "64;96"], "contexts must be integers separated by commas, got '64;96'"),
+        (["--contexts", "64;96"], "contexts must be a number such as 131072, 128k, 1M or 1e6, got '64;96'"),
         (["--contexts", "0"], "contexts, decode-tokens and rounds must be at least 1, nproc at least 2"),
         (["--nproc", 1], "contexts, decode-tokens and rounds must be at least 1, nproc at least 2"),
     ],

@@ -85,6 +85,21 @@ def test_mistakes_in_chat(capfd, monkeypatch, tmp_path, folder, options, text):
     assert (code, out, err) == (2, "", f"tree-attention: {text.replace('{tmp}', str(tmp_path))}\n")
 
 
+@pytest.mark.slow
+def test_questions_can_be_taken_back(folder, document, tmp_path):
+    arguments = ["chat", "--model", folder, "--max-new-tokens", 9, "--nproc", 2, "--file", document]
+    once = run(*arguments, lines="Who?\n")
+    lines = "What?\n/rewind\nWhere?\nWhy?\n/new\n/rewind\n/what\n/save\nWho?\n/quit\nNobody is asked this.\n"
+    again = run(*arguments, "--save", tmp_path / "save", lines=lines)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.endswith(once.stdout)
+    told, _, saved = again.stderr.partition("/save ")
+    assert told == "there is no question to take back\n"
+    assert saved.endswith(f"Ctrl-C stops an answer.\nsaved to {tmp_path / 'save'}\n")
+    alone = run("chat", "--model", folder, "--load", tmp_path / "save", "--max-new-tokens", 9, lines="/save\nHow?\n")
+    assert alone.stdout == run(*arguments, lines="Who?\nHow?\n").stdout.removeprefix(once.stdout)
+
+
 @contextlib.contextmanager
 def chatting(folder, *arguments):
     """A chat in a process group of its own, as a terminal makes one, whose answers are long."""

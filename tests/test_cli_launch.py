@@ -30,15 +30,14 @@ def test_to_say_something_to_nobody_is_no_error(monkeypatch):
 
 
 @pytest.fixture
-def started(folder, document):
-    """Two ranks in the middle of writing 18,000 tokens; in a process group of their own."""
+def started(folder, document, tmp_path):
+    """Two ranks in the middle of writing 18,000 tokens; in a process group of their own, their files in tmp_path."""
     arguments = [
         COMMAND, "generate", "--model", folder, "--file", document, "--prompt", QUESTION, "--nproc", "2", "--sample",
         "--max-new-tokens", "18000",
     ]  # fmt: skip
-    with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, start_new_session=True
-    ) as parent:
+    pipes, environment = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE), os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(arguments, **pipes, bufsize=0, start_new_session=True, env=environment) as parent:
         try:
             assert select.select([parent.stdout], [], [], 90)[0]
             assert parent.stdout.read(1), parent.stderr.read().decode()  # the first words
@@ -58,6 +57,16 @@ def test_a_rank_that_is_killed_ends_the_others(started):
     assert err.decode().endswith("tree-attention: rank 1 was killed by SIGKILL; the others were ended\n")
     assert b"Traceback" not in err
     wait_for_all(started.pid, 5)
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_no_rank_and_no_file_behind(started, tmp_path):
+    assert any(tmp_path.iterdir())
+    started.send_signal(signal.SIGTERM)
+    started.communicate(timeout=30)
+    assert started.returncode == 128 + signal.SIGTERM
+    wait_for_all(started.pid, 5)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -201,7 +201,10 @@ def test_the_first_token_takes_the_arithmetic_at_least():
         assert least_s < estimate_first_token_s(LLAMA, H200, 131072, 1, mesh) < 2 * least_s
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("131072", 131072), ("128k", 131072), ("1M", M), ("1.5m", 3 * M // 2)])
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("131072", 131072), ("128k", 131072), ("1M", M), ("1.5m", 3 * M // 2), ("1e6", 10**6), ("1_000", 1000)],
+)
 def test_contexts(text, tokens):
     assert planned("--model", "llama-3.1-8b", "--context", text, "--gpu", "h200")["context_tokens"] == tokens
 
@@ -226,7 +229,7 @@ GOOD = {"--model": "llama-3.1-8b", "--context": "1M", "--gpu": "h200", "--gpus":
     ("change", "text"),
     [
         ({"--context": "0"}, "context, batch and gpus must be at least 1, got 0, 1 and 8"),
-        ({"--context": "long"}, "context must be a number of tokens such as 131072, 128k or 1M, got 'long'"),
+        ({"--context": "long"}, "context must be a number such as 131072, 128k, 1M or 1e6, got 'long'"),
         ({"--batch": "0"}, "at least 1, got 1048576, 0 and 8"),
         ({"--gpus": "12"}, "gpus must fit one node of 8 or fill whole nodes, got 12"),
         ({"--gpu": "h300"}, "GPU must be one of h100, h200, b200, mi300x, a100, rtx4090, got 'h300'"),

@@ -280,7 +280,7 @@ def half_a_disk(group, folder, save):
     session.read(TEXT)
     session.save(save)
     kept = ask(session, "And now?")
-    write = mock.patch.object(saving, "_write", side_effect=OSError(28, "No space left on device"))
+    write = mock.patch.object(saving, "write_file", side_effect=OSError(28, "No space left on device"))
     try:
         if group.rank() == 3:
             with write:

@@ -12,11 +12,12 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from ..errors import InputError
 from . import options
 from .terminal import run
 
 HELP = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP)
 bench = typer.Typer(help="Benchmarks. Each checks its results before it times them.", no_args_is_help=True)
 
 
@@ -52,12 +53,21 @@ def add_command(name: str, options_type: Any, work: str, *, needs_transformers: 
     (bench if name.startswith("bench ") else app).command(name.removeprefix("bench "))(command)
 
 
+def _tokens(given: str | int) -> int:
+    """Parse a number of tokens, unless it is a default."""
+    try:
+        return options.parse_size("tokens", given) if isinstance(given, str) else given
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def _signature(options_type: Any) -> inspect.Signature:
     """One parameter per field: the command's own first, then those that it shares."""
     parameters = []
     for field in sorted(fields(options_type), key=lambda field: field.name not in options_type.__annotations__):
         kind, *names, text = get_args(field.type)
-        flag = Annotated[kind, typer.Option(*names, help=text)]
+        parser = _tokens if field.name.endswith("_tokens") else None
+        flag = Annotated[kind, typer.Option(*names, help=text, parser=parser)]
         default = inspect.Parameter.empty if field.default is MISSING else field.default
         parameter = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=flag, default=default)
         parameters.append(parameter)

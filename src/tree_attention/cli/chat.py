@@ -7,17 +7,15 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing.sharedctypes import RawValue
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..errors import TreeAttentionError
 from ..group import broadcast_from_first
 from .launch import MODELS, run_on_ranks
 from .options import ChatOptions, check_options, read_document
-from .terminal import read_lines, reading_bar, say, under_torchrun
+from .terminal import read_lines, reading_bar, under_torchrun
 
 CONVERSATION_TOKENS = 8192  # default capacity after the document, for a static cache
 QUESTION_TIMEOUT = timedelta(days=365)  # the user may take long to type the next question
@@ -76,7 +74,8 @@ def _chat(options: ChatOptions, document: str, terminal: Terminal | None, device
 
     from ..hf.chat_template import ChatTemplate
     from ..hf.save_folder import read_manifest
-    from .models import StopOnRequest, check_positions, check_step_mode, generate_kwargs, load_model, open_session
+    from .conversation import Conversation
+    from .models import StopOnRequest, check_positions, check_step_mode, load_model, open_session
 
     is_first = dist.get_rank() == 0
     check_step_mode(options.compiled, device)
@@ -92,38 +91,14 @@ def _chat(options: ChatOptions, document: str, terminal: Terminal | None, device
     if document:
         with reading_bar(len(text), shown=is_first) as on_progress:
             session.read(text, chunk_tokens=options.chunk_tokens, on_progress=on_progress)
-    is_saved = _save(session, options.save, is_first)
     torch.manual_seed(options.seed)
     requests: dict[str, Any] = {} if terminal is None else {"stopping_criteria": [StopOnRequest(terminal.stops)]}
-    for question in questions:
-        try:
-            tokens = session.tokens.shape[1] + session.count_tokens(question)
-            check_positions(options, model.config, tokens, options.max_new_tokens)
-            for piece in session.ask(question, **generate_kwargs(options), **requests):
-                if is_first:
-                    say(piece)
-        except TreeAttentionError as error:  # the same on every rank, and the session is as it was
-            if is_first:
-                sys.stderr.write(f"tree-attention: {error}\n")
-        if is_first:
-            say("\n")
-        is_saved = _save(session, options.save, is_first)
-    is_saved = is_saved or _save(session, options.save, is_first)  # a disk that was full may have room again
-    if options.save is not None and is_first and is_saved:
-        sys.stderr.write(f"saved to {options.save}\n")
-    return 0 if is_saved else 2
-
-
-def _save(session: Any, folder: Path | None, is_first: bool) -> bool:
-    """Save the session if there is a folder; return False if that failed, on every rank alike."""
-    try:
-        if folder is not None:
-            session.save(folder)
-    except TreeAttentionError as error:
-        if is_first:
-            sys.stderr.write(f"tree-attention: {error}\n")
-        return False
-    return True
+    conversation = Conversation(session, options, requests)
+    for line in questions:
+        if line == "/quit":
+            break
+        conversation.take(line)
+    return conversation.end()
 
 
 def _questions(terminal: Terminal | None, group: Any) -> Iterator[str]:

@@ -151,8 +151,9 @@ def _report(figures: dict[str, Any]) -> None:
     megabytes = ", ".join(f"{nbytes / 1e6:.1f}" for nbytes in figures["kv_bytes_per_rank"])
     tpot, received = figures["tpot_s"], figures["received_bytes_per_token"]
     split = f", heads and weights over {figures['tensor_parallel']} of them" if figures["tensor_parallel"] > 1 else ""
+    ranks = "1 rank" if figures["ranks"] == 1 else f"{figures['ranks']} ranks"
     rows = {
-        "read": f"{figures['prompt_tokens']} tokens on {figures['ranks']} ranks ({figures['device']}){split}",
+        "read": f"{figures['prompt_tokens']} tokens on {ranks} ({figures['device']}){split}",
         "first token": f"{figures['ttft_s']:.2f} s",
         "wrote": f"{figures['new_tokens']} tokens" + (f", {1e3 * tpot:.1f} ms each" if tpot else ""),
         "KV cache": f"{megabytes} MB per rank",

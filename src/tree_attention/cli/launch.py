@@ -4,8 +4,9 @@ import contextlib
 import gc
 import os
 import signal
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from ..cpus import usable_cpus
 from ..errors import InputError, TreeAttentionError
-from .terminal import RankDied, end_process, under_torchrun
+from .terminal import RankDied, busy, end_process, under_torchrun
 
 MODELS = f"{__package__}.models"  # what the ranks of `generate` and `chat` preload
 RankFunction = Callable[..., int | None]  # returns an exit code, None for 0
@@ -59,13 +60,15 @@ def run_on_ranks(
         raise InputError(f"nproc may be {RANKS_PER_CPU} per CPU, of which this process has {usable_cpus()}, got {size}")
     with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
         arguments = (size, folder, devices, function, args, signal.SIG_DFL if on_signal is None else signal.SIG_IGN)
-        _keep_to_this_host()
         method = "spawn" if any(each.type == "cuda" for each in devices) else "fork"  # CUDA does not survive a fork
         if method == "fork":
-            import_module(preload)
+            with busy("starting"):
+                import_module(preload)
             gc.freeze()  # else collections of the forks copy this memory
-        context: Any = start_processes(_start, arguments, nprocs=size, join=False, start_method=method)
-        before = {} if on_signal is None else {number: signal.signal(number, on_signal) for number in SIGNALS}
+        with _environment_of_ranks():
+            context: Any = start_processes(_start, arguments, nprocs=size, join=False, start_method=method)
+        handlers = dict.fromkeys(SIGNALS, on_signal) if on_signal else dict.fromkeys(SIGNALS[1:], _exit)
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             if on_start is not None:
                 on_start()
@@ -76,15 +79,29 @@ def run_on_ranks(
         finally:
             for process in context.processes:
                 process.kill()
+            for file in filter(None, context.error_files):
+                Path(file).unlink(missing_ok=True)
             for number, handler in before.items():
                 signal.signal(number, handler)
     return 0
 
 
-def _keep_to_this_host() -> None:
-    """Let ranks of this host listen on the loopback interface alone, and import nothing from the current folder."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("PYTHONSAFEPATH", "1")
+def _exit(number: int, frame: Any) -> None:
+    """End by a signal, but leave no rank and no file behind."""
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def _environment_of_ranks() -> Iterator[None]:
+    """Ranks that start inside listen on the loopback interface alone, and import nothing from the current folder."""
+    added = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONSAFEPATH": "1"}
+    added = {name: value for name, value in added.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _device(device: str, local_rank: int, local_size: int) -> torch.device:

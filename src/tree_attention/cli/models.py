@@ -2,6 +2,7 @@
 
 import socket
 from dataclasses import replace
+from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from ..hf.chat_template import ChatTemplate
 from ..hf.tensor_parallel import AXES, check_tensor_parallel, sequence_axis
 from ..reduce import TwoLevel
 from .options import ChatOptions, DecodingOptions, GenerateOptions
+from .terminal import busy
 
 
 def load_model(model: str, dtype: str, device: torch.device, *, random: bool = False, tensor_parallel: int = 1) -> Any:
@@ -29,6 +31,11 @@ def load_model(model: str, dtype: str, device: torch.device, *, random: bool = F
     model: a folder or a name on the hub; with `random`, a config.json, and the weights are random but the same on every
     rank. dtype: "auto" means float32 on the CPU, else bfloat16. tensor_parallel: ranks that the weights are split over.
     """
+    with busy(f"loading {Path(model).name}", shown=not dist.is_initialized() or dist.get_rank() == 0):
+        return _load_model(model, dtype, device, random, tensor_parallel)
+
+
+def _load_model(model: str, dtype: str, device: torch.device, random: bool, tensor_parallel: int) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if dtype == "auto":

@@ -6,12 +6,14 @@ type, the names of its flag if they differ from the field's, and the help. Nothi
 """
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..errors import InputError
 
+SIZE, UNITS = re.compile(r"(-?\d[\d_]*(?:\.\d+)?(?:e\d+)?)([km]?)"), {"": 1, "k": 1 << 10, "m": 1 << 20}
 ModelName = Annotated[str, "Folder of a Hugging Face model, or its name on the hub."]
 Device = Annotated[str, "cpu, cuda or auto. auto: cuda if each rank gets a GPU, else cpu."]
 TensorParallel = Annotated[int, "Ranks that split weights and heads. NPROC / TENSOR_PARALLEL ranks shard the sequence."]
@@ -163,7 +165,7 @@ class PlanOptions:
     """
 
     model: Annotated[str, "A preset such as llama-3.1-8b, a config.json, or a folder that holds one."]
-    context: Annotated[str, "Tokens per sequence, such as 131072, 128k or 1M."]
+    context: Annotated[str, "Tokens per sequence, such as 131072, 128k, 1M or 1e6."]
     batch: Annotated[int, "Number of sequences decoded together."] = 1
     gpu: Annotated[str | None, "A preset such as h200. An unknown name lists the known ones."] = None
     machine: Annotated[Path | None, "A file written by `calibrate`, instead of --gpu."] = None
@@ -200,12 +202,17 @@ class InfoOptions:
     as_json: Json = False
 
 
+def parse_size(name: str, text: str) -> int:
+    """Parse a number such as "4096", "4_096", "128k" (131072), "1.5M" or "1e6". Raises InputError."""
+    found = SIZE.fullmatch(text.strip().lower())
+    if not found:
+        raise InputError(f"{name} must be a number such as 131072, 128k, 1M or 1e6, got {text!r}")
+    return round(float(found[1]) * UNITS[found[2]])
+
+
 def parse_numbers(name: str, text: str) -> list[int]:
-    """Parse an option that lists integers: "1,2,3" -> [1, 2, 3]. Raises InputError."""
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise InputError(f"{name} must be integers separated by commas, got {text!r}") from None
+    """Parse an option that lists numbers: "1,2k" -> [1, 2048]. Raises InputError."""
+    return [parse_size(name, number) for number in text.split(",")]
 
 
 def check_files(values: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """`tree-attention plan`: the meshes for a model and a context as a table, JSON or a plot. Imports no torch."""
 
 import json
-import re
 import sys
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -15,14 +14,12 @@ from ..cost.machine import MACHINES, Machine, load_calibration, override, preset
 from ..cost.model import ModelSpec, load_model_spec
 from ..cost.plan import MeshPlan, make_plan, over_contexts
 from ..errors import InputError, Unavailable
-from .options import PlanOptions
-
-UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+from .options import PlanOptions, parse_size
 
 
 def plan(options: PlanOptions) -> int:
     """Print the plan. Returns the exit code, 1 if nothing fits."""
-    context = parse_tokens(options.context)
+    context = parse_size("context", options.context)
     if options.plot is not None and find_spec("matplotlib") is None:
         raise Unavailable("plot needs matplotlib: pip install matplotlib")
     try:
@@ -41,14 +38,6 @@ def plan(options: PlanOptions) -> int:
     else:
         _print(made, f"{_title(options, model, on)}, {context} tokens each")
     return 0 if made.fewest is not None else 1
-
-
-def parse_tokens(text: str) -> int:
-    """Parse a number of tokens such as "4096", "128k" (131072) or "1.5M". Raises InputError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text.strip().lower())
-    if not found:
-        raise InputError(f"context must be a number of tokens such as 131072, 128k or 1M, got {text!r}")
-    return round(float(found[1]) * UNITS[found[2]])
 
 
 def _machine(options: PlanOptions) -> tuple[Machine, str]:

@@ -59,12 +59,24 @@ def read_lines() -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def busy(what: str, *, shown: bool = True) -> Iterator[None]:
+    """Say at the terminal, with something that moves, what takes long. Fork no process inside: a thread moves it."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(what) if shown and console.is_terminal else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def reading_bar(tokens: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """Show a progress bar with the remaining time. Yields a function to call with the number of tokens read so far."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    hidden = not (shown and console.is_terminal)  # elsewhere an empty line would be left
     columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as progress:
+    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task("", total=tokens)
         yield lambda done: progress.update(task, completed=done)
