@@ -85,6 +85,20 @@ def test_ctrl_c_may_reach_a_rank_first():
         run_on_ranks(interrupted, 1, "cpu")
 
 
+def hung_up(device):
+    for pid in (os.getppid(), os.getpid()):
+        os.kill(pid, signal.SIGHUP)
+
+
+@pytest.mark.slow
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_on_ranks(hung_up, 1, "cpu") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def mistaken(device):
     if dist.get_rank() == 1:
         raise InputError("this rank does not see the file")

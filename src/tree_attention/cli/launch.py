@@ -59,7 +59,8 @@ def run_on_ranks(
     if devices[0].type == "cpu" and size > RANKS_PER_CPU * usable_cpus():
         raise InputError(f"nproc may be {RANKS_PER_CPU} per CPU, of which this process has {usable_cpus()}, got {size}")
     with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
-        arguments = (size, folder, devices, function, args, signal.SIG_DFL if on_signal is None else signal.SIG_IGN)
+        ignored = () if on_signal is None else (signal.SIGINT, signal.SIGHUP)
+        arguments = (size, folder, devices, function, args, ignored)
         method = "spawn" if any(each.type == "cuda" for each in devices) else "fork"  # CUDA does not survive a fork
         if method == "fork":
             with busy("starting"):
@@ -68,7 +69,11 @@ def run_on_ranks(
         with _environment_of_ranks():
             context: Any = start_processes(_start, arguments, nprocs=size, join=False, start_method=method)
         handlers = dict.fromkeys(SIGNALS, on_signal) if on_signal else dict.fromkeys(SIGNALS[1:], _exit)
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        before = {
+            number: signal.signal(number, handler)
+            for number, handler in handlers.items()
+            if signal.getsignal(number) is not signal.SIG_IGN  # by nohup
+        }
         try:
             if on_start is not None:
                 on_start()
@@ -114,10 +119,11 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
 
 
 def _start(
-    rank: int, size: int, folder: str, devices: list[torch.device], function: Any, args: tuple, on_signal: Any
+    rank: int, size: int, folder: str, devices: list[torch.device], function: Any, args: tuple, ignored: tuple
 ) -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):  # by default Ctrl-C ends a rank at once, without a traceback
-        signal.signal(number, on_signal)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C end at once, without a traceback
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
     def call(*args: Any) -> int | None:
         try:
