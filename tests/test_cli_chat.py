@@ -35,7 +35,8 @@ def test_a_chat_is_put_away_and_taken_up_on_other_ranks(folder, document, tmp_pa
     begun = run(*arguments, "--file", document, "--nproc", 2, "--save", tmp_path / "save", lines="What?\n\nWho?\n")
     assert begun.returncode == 0, begun.stderr
     torchrun = (TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "3", COMMAND)
-    ended = run(*arguments, "--load", tmp_path / "save", lines="When?\n", command=torchrun)
+    again = "--load", tmp_path / "save", "--save", tmp_path / "save"
+    ended = run(*arguments, *again, lines="When?\n", command=torchrun)
     assert ended.returncode == 0, ended.stderr
     assert begun.stdout + ended.stdout == "".join(f"{answer}\n" for answer in answers)
 

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,19 @@ def test_ctrl_c_may_reach_a_rank_first():
 def hung_up(device):
     for pid in (os.getppid(), os.getpid()):
         os.kill(pid, signal.SIGHUP)
+
+
+def killed_parent(device):
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+@pytest.mark.slow
+def test_ranks_that_ignore_signals_end_with_their_parent():
+    code = "from test_cli_launch import *; run_on_ranks(killed_parent, 2, 'cpu', on_signal=print)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, start_new_session=True) as parent:
+        parent.wait(60)
+        wait_for_all(parent.pid, 10)
 
 
 @pytest.mark.slow
@@ -172,7 +186,7 @@ def test_what_torchrun_left_behind_is_no_torchrun(monkeypatch):
 
 
 def test_more_ranks_than_this_machine_can_run_are_refused():
-    with pytest.raises(InputError, match=r"nproc may be 8 per CPU, of which this process has \d+, got 9999"):
+    with pytest.raises(InputError, match=r"nproc may be at most \d+, 8 per CPU that this process may use, got 9999"):
         run_on_ranks(sockets, 9999, "cpu")
 
 

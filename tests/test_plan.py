@@ -229,6 +229,9 @@ GOOD = {"--model": "llama-3.1-8b", "--context": "1M", "--gpu": "h200", "--gpus":
     ("change", "text"),
     [
         ({"--context": "0"}, "context, batch and gpus must be at least 1, got 0, 1 and 8"),
+        ({"--context": "1__"}, "context must be a number such as 131072, 128k, 1M or 1e6, got '1__'"),
+        ({"--context": "1.3"}, "context must be a number such as 131072, 128k, 1M or 1e6, got '1.3'"),
+        ({"--context": "1e999"}, "context must be a number such as 131072, 128k, 1M or 1e6, got '1e999'"),
         ({"--context": "long"}, "context must be a number such as 131072, 128k, 1M or 1e6, got 'long'"),
         ({"--batch": "0"}, "at least 1, got 1048576, 0 and 8"),
         ({"--gpus": "12"}, "gpus must fit one node of 8 or fill whole nodes, got 12"),

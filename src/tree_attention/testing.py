@@ -146,7 +146,7 @@ _last_group: list[dist.ProcessGroup] = []
 def _call(count: int, function: Callable[..., Any], args: tuple) -> Any:
     if _last_group:  # only now have all ranks left it: one that ends it sooner cuts off a peer that still joins
         dist.destroy_process_group(_last_group.pop())
-        gc.collect()  # what refers to the group: gloo keeps three threads per group, one wakes 100 times a second
+        gc.collect()  # frees the old group: gloo keeps three threads per group, and one wakes 100 times a second
     group = dist.new_group(range(count))
     if not isinstance(group, dist.ProcessGroup):  # this rank is not among them
         return None

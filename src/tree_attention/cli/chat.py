@@ -17,6 +17,7 @@ from .launch import MODELS, run_on_ranks
 from .options import ChatOptions, check_options, read_document
 from .terminal import read_lines, reading_bar, under_torchrun
 
+LOOK_S = 0.2  # between two looks for a signal while the first rank waits for a line
 CONVERSATION_TOKENS = 8192  # default capacity after the document, for a static cache
 QUESTION_TIMEOUT = timedelta(days=365)  # the user may take long to type the next question
 
@@ -40,11 +41,19 @@ class Terminal:
     def on_signal(self, number: int, frame: Any = None) -> None:
         """Ctrl-C stops an answer, a second one ends the chat. Ranks that are still starting are killed."""
         if not self.is_started.value or self.ends.value:
-            raise KeyboardInterrupt
+            sys.exit(128 + number)
         if number != signal.SIGINT or self.stops.value or not self.is_answering.value:
             self.ends.value = number
-            self._writer.send(None)  # wakes a rank that waits for a line
         self.stops.value = True
+
+    def next_line(self) -> str | None:
+        """Wait for a line; return None after the last one, or when a signal ends the chat."""
+        self.is_answering.value, self.is_started.value = False, True
+        while not self.ends.value and not self.lines.poll(LOOK_S):
+            pass
+        line = None if self.ends.value else self.lines.recv()
+        self.stops.value, self.is_answering.value = False, True
+        return line
 
 
 def chat_on_ranks(options: ChatOptions) -> int:
@@ -55,12 +64,12 @@ def chat_on_ranks(options: ChatOptions) -> int:
         from ..hf.save_folder import read_manifest
 
         read_manifest(options.load)
+    if under_torchrun():  # the first rank reads stdin itself
+        return run_on_ranks(_chat, options.nproc, options.device, options, document, None)
     if options.save is not None:
         from ..hf.save_folder import check_writing
 
         check_writing(options.save)
-    if under_torchrun():  # the first rank reads stdin itself
-        return run_on_ranks(_chat, options.nproc, options.device, options, document, None)
     terminal = Terminal()
     sender = threading.Thread(target=terminal.send_lines, daemon=True)
     start: dict[str, Any] = {"preload": MODELS, "on_start": sender.start, "on_signal": terminal.on_signal}
@@ -103,23 +112,13 @@ def _chat(options: ChatOptions, document: str, terminal: Terminal | None, device
 
 def _questions(terminal: Terminal | None, group: Any) -> Iterator[str]:
     """Yield the first rank's lines on every rank, without the blank ones."""
-    source = read_lines() if terminal is None else iter(terminal.lines.recv, None)
+    source = read_lines() if terminal is None else iter(terminal.next_line, None)
     while True:
-        text = broadcast_from_first(_next_line(terminal, source) if group.rank() == 0 else None, group)
+        if group.rank() == 0 and sys.stderr.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        text = broadcast_from_first(next(source, None) if group.rank() == 0 else None, group)
         if text is None:
             return
         if text.strip():
             yield text.strip()
-
-
-def _next_line(terminal: Terminal | None, source: Iterator[str]) -> str | None:
-    """Return the user's next line; None at the end. Until it is there, a signal ends the chat."""
-    if sys.stderr.isatty():
-        sys.stderr.write("> ")
-        sys.stderr.flush()
-    if terminal is None:
-        return next(source, None)
-    terminal.is_answering.value, terminal.is_started.value = False, True
-    line = None if terminal.ends.value else next(source, None)
-    terminal.stops.value, terminal.is_answering.value = False, True
-    return None if terminal.ends.value else line

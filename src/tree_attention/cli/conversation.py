@@ -40,11 +40,11 @@ class Conversation:
     def tell(self, text: str) -> None:
         """Write to stderr."""
         if self.is_first:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            say(text, sys.stderr)
 
     def take(self, line: str) -> None:
         """Answer a question, or obey a command; then save. An error is told; the session is as it was before."""
+        before = self.session.tokens.shape[1]
         try:
             if line.startswith("/"):
                 self._obey(line)
@@ -53,7 +53,8 @@ class Conversation:
         except TreeAttentionError as error:  # the same on every rank
             self.tell(f"tree-attention: {error}\n")
             self._say("\n")
-        self.save()
+        if not self.is_saved or line == "/save" or self.session.tokens.shape[1] != before:
+            self.save()
 
     def save(self) -> None:
         """Save the session if there is a folder for it."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from ..cpus import usable_cpus
@@ -43,8 +44,9 @@ def run_on_ranks(
     `function` must be importable by name; it returns an exit code, None for 0. Returns the code of the first rank that
     ended with one, else 0. On CPUs the ranks are forks of this process, which first loads the module `preload`, since
     transformers takes seconds. A fork does not copy threads: start them in `on_start`. `on_signal` handles SIGINT,
-    SIGTERM and SIGHUP here while ranks ignore the terminal's; by default they end all. Raises InputError for an
-    impossible `nproc` or `device`, RankDied if an unexpected error or a signal ended a rank; the others are terminated.
+    SIGTERM and SIGHUP in this process, and the ranks ignore them. Without it each of these signals ends all ranks.
+    Raises InputError for an impossible `nproc` or `device`, RankDied if an unexpected error or a signal ended a rank;
+    the others are terminated.
     """
     if under_torchrun():
         size = int(os.environ["WORLD_SIZE"])
@@ -57,9 +59,10 @@ def run_on_ranks(
         raise InputError(f"nproc must be at least 1, got {size}")
     devices = [_device(device, rank, size) for rank in range(size)]
     if devices[0].type == "cpu" and size > RANKS_PER_CPU * usable_cpus():
-        raise InputError(f"nproc may be {RANKS_PER_CPU} per CPU, of which this process has {usable_cpus()}, got {size}")
+        most = RANKS_PER_CPU * usable_cpus()
+        raise InputError(f"nproc may be at most {most}, {RANKS_PER_CPU} per CPU that this process may use, got {size}")
     with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
-        ignored = () if on_signal is None else (signal.SIGINT, signal.SIGHUP)
+        ignored = () if on_signal is None else SIGNALS
         arguments = (size, folder, devices, function, args, ignored)
         method = "spawn" if any(each.type == "cuda" for each in devices) else "fork"  # CUDA does not survive a fork
         if method == "fork":
@@ -68,13 +71,11 @@ def run_on_ranks(
             gc.freeze()  # else collections of the forks copy this memory
         with _environment_of_ranks():
             context: Any = start_processes(_start, arguments, nprocs=size, join=False, start_method=method)
-        handlers = dict.fromkeys(SIGNALS, on_signal) if on_signal else dict.fromkeys(SIGNALS[1:], _exit)
-        before = {
-            number: signal.signal(number, handler)
-            for number, handler in handlers.items()
-            if signal.getsignal(number) is not signal.SIG_IGN  # by nohup
-        }
+        before = {number: signal.getsignal(number) for number in (SIGNALS[1:] if on_signal is None else SIGNALS)}
         try:
+            for number, handler in before.items():
+                if handler is not signal.SIG_IGN:  # by nohup
+                    signal.signal(number, on_signal or _exit)
             if on_start is not None:
                 on_start()
             while not context.join(grace_period=GRACE_S):
@@ -124,6 +125,7 @@ def _start(
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C end at once, without a traceback
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # when the parent ends; torch sets SIGINT, which may be ignored
 
     def call(*args: Any) -> int | None:
         try:
@@ -142,11 +144,14 @@ def _run_rank(rank: int, size: int, rendezvous: str | None, device: torch.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        set_threads(size)
+        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     try:
         dist.init_process_group(backend, rendezvous, PEER_TIMEOUT, world_size=size, rank=rank, device_id=device_id)
-    except dist.DistError as error:  # torchrun's port is in use, for example
+    except dist.DistError as error:
+        if rendezvous is not None:
+            raise
+        # torchrun's port is in use, for example
         raise InputError(f"the ranks cannot meet: {error}") from None
     try:
         return function(*args, device) or 0
@@ -156,8 +161,9 @@ def _run_rank(rank: int, size: int, rendezvous: str | None, device: torch.device
 
 
 def set_threads(ranks: int) -> None:
-    """Give each of this host's ranks its share of the CPUs, unless the user sets OMP_NUM_THREADS."""
-    if "OMP_NUM_THREADS" not in os.environ:
+    """Give each of this host's ranks its share of the CPUs, unless the user sets OMP_NUM_THREADS. torchrun sets 1."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given is None or (given == "1" and under_torchrun()):
         torch.set_num_threads(max(usable_cpus() // ranks, 1))
 
 
@@ -174,6 +180,6 @@ def _exit_code(end: ProcessExitedException | ProcessRaisedException, processes: 
     if isinstance(end, ProcessRaisedException):
         raise RankDied(f"rank {end.error_index} failed, the others were ended: {end.msg.strip()}") from None
     code = processes[end.error_index].exitcode
-    if code == 1:  # --verify found a difference
+    if code in (1, 2):  # --verify found a difference; a chat could not be saved
         return code
     raise RankDied(f"rank {end.error_index} ended with code {code}; the others were ended") from None

@@ -61,7 +61,7 @@ def _load_model(model: str, dtype: str, device: torch.device, random: bool, tens
         raise
     except UnpicklingError:  # torch advises to turn its safety off
         raise InputError(
-            f"model {model} cannot be loaded: its weights are damaged, or more than plain tensors"
+            f"model {model} cannot be loaded: its weights are damaged, or contain more than tensors"
         ) from None
     except (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
         raise InputError(f"model {model} cannot be loaded: {error}") from None

@@ -205,9 +205,13 @@ class InfoOptions:
 def parse_size(name: str, text: str) -> int:
     """Parse a number such as "4096", "4_096", "128k" (131072), "1.5M" or "1e6". Raises InputError."""
     found = SIZE.fullmatch(text.strip().lower())
-    if not found:
-        raise InputError(f"{name} must be a number such as 131072, 128k, 1M or 1e6, got {text!r}")
-    return round(float(found[1]) * UNITS[found[2]])
+    try:
+        number = float(found[1]) * UNITS[found[2]] if found else 0.5
+        if number == int(number):
+            return int(number)
+    except (ValueError, OverflowError):  # 1__0, 1e999
+        pass
+    raise InputError(f"{name} must be a number such as 131072, 128k, 1M or 1e6, got {text!r}")
 
 
 def parse_numbers(name: str, text: str) -> list[int]:
@@ -219,7 +223,7 @@ def check_files(values: dict[str, Any]) -> None:
     """Raise InputError unless each file that a command will write, an option `output` or `plot`, can be written."""
     for name in ("output", "plot"):
         file = values.get(name)
-        if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
             raise InputError(f"{name} must be a file in a folder that can be written to, got {file}")
 
 

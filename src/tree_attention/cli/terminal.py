@@ -5,7 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import typer
 
@@ -30,24 +30,26 @@ def run(command: Callable[[], int]) -> None:
 
 
 def under_torchrun() -> bool:
-    """Return True if this process is one of torchrun's ranks; TORCHELASTIC_RUN_ID alone may be left from another."""
+    """Return True if this process is one of torchrun's ranks; TORCHELASTIC_RUN_ID alone may be inherited."""
     return {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
 
 
 def end_process(code: int) -> NoReturn:
     """End this process at once. In a normal exit of the interpreter a gloo thread may abort after all work is done."""
-    say("")  # flush
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it is None if it was closed before this process started
+            say("", stream)  # flush
     os._exit(code)
 
 
-def say(text: str) -> None:
-    """Write to stdout and flush. Once the reader has closed it, write nowhere: a session may still be saved."""
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Write to stdout, or a stream, and flush. Once its reader is gone, write nowhere: a session may still be saved."""
+    stream = sys.stdout if stream is None else stream
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stream.write(text)
+        stream.flush()
+    except OSError:  # a broken pipe, a terminal that was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def read_lines() -> Iterator[str]:
@@ -60,7 +62,7 @@ def read_lines() -> Iterator[str]:
 
 @contextlib.contextmanager
 def busy(what: str, *, shown: bool = True) -> Iterator[None]:
-    """Say at the terminal, with something that moves, what takes long. Fork no process inside: a thread moves it."""
+    """Show a spinner with a text at the terminal. Do not fork inside: a thread draws the spinner."""
     from rich.console import Console
 
     console = Console(stderr=True)

@@ -57,7 +57,7 @@ class Channel:
 
     def renew(self) -> None:
         """Replace the group. All ranks call it together."""
-        c10d._world.pg_names[self.group] = self.group.group_name  # which `destroy_process_group` takes out
+        c10d._world.pg_names[self.group] = self.group.group_name  # `destroy_process_group` deletes it
         dist.destroy_process_group(self.group)
         self.renewals += 1
         self.group = self._new_group()

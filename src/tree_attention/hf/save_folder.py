@@ -1,4 +1,4 @@
-"""The folder of a save: one process writes to it at a time, and nobody sees a half of what it writes.
+"""The folder of a save: one process writes to it at a time, and nobody sees a half-written save.
 
     FOLDER/current.json     the manifest of the present save, with its SHA-256; replaced in one step of the file system
     FOLDER/lock             locked by the process that writes
@@ -9,6 +9,7 @@ The system releases the locks of a process that ends. A save contains the text: 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,13 +25,14 @@ from ..errors import InputError
 
 VERSION = 2
 CURRENT, LOCK = "current.json", "lock"
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what some file systems say
 NAME = re.compile(r"[0-9a-f]{32}")
 FILE = re.compile(r"layer-\d+(-rank-\d+)?(-tensor-\d+)?\.safetensors|lock")
 
 
 @contextlib.contextmanager
 def writing(folder: Path, name: str) -> Iterator[None]:
-    """Create FOLDER/<name>, and keep other processes from writing to the folder. Raises OSError, also if one does."""
+    """Create FOLDER/<name>, and keep other processes from writing to the folder. BlockingIOError: one does."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(folder / LOCK, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX | fcntl.LOCK_NB):
         (folder / name).mkdir(mode=0o700)
@@ -127,7 +129,11 @@ def _is_ours(folder: Path) -> bool:
 def _locked(file: Path, flags: int, operation: int) -> Iterator[None]:
     opened = _open(file, flags)
     try:
-        fcntl.flock(opened, operation)
+        try:
+            fcntl.flock(opened, operation)
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
         yield
     finally:
         os.close(opened)

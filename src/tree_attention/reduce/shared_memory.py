@@ -124,7 +124,7 @@ class SharedMemoryLink(NodeLink):
 
 def _reserve(size: int) -> str | None:
     """Return a new file of `size` bytes that cannot fail to be written to; None if there is no room for one."""
-    for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+    for folder in ("/dev/shm", None):  # None: the folder for temporary files
         with contextlib.suppress(OSError):
             descriptor, name = tempfile.mkstemp(prefix="tree-attention-", dir=folder)
             try:
