@@ -37,7 +37,7 @@ import sweep_table
 from sweep_models import VOCABULARY, model_types, tiny_config, tiny_model
 from tree_attention import TreeAttentionError
 from tree_attention.hf import TreeCache, prefill
-from tree_attention.hf.inputs import CACHE
+from tree_attention.hf.inputs import CACHE, VERSION
 from tree_attention.testing import RankPool
 
 TOKENS, SAID, NEW, BLOCK = 45, 14, 3, 4  # the prompt, the second turn, the tokens of an answer
@@ -47,7 +47,7 @@ GREEDY = {
     "max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
     "eos_token_id": None,
 }  # fmt: skip
-CHUNKS_FEED_AGAIN = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+CHUNKS_FEED_AGAIN = VERSION < (5, 23)
 WAYS: list[dict[str, Any]] = [
     {"padded": padded, "static": static, "reading": reading}
     for padded, static, reading in itertools.product((False, True), (False, True), ("whole", "chunked", "prefill"))
@@ -123,7 +123,7 @@ def ours(group: Any, model_type: str, expected: Expected) -> list[dict[str, Any]
     records, modules_run = [], [0]
     try:
         model = tiny_model(model_type, "tree_attention")
-    except Exception as error:
+    except Exception as error:  # whatever a model raises is a result of the sweep
         return [{"verdict": _verdict(error), "why": _text(error)} | way for way in WAYS]
     for module in model.modules():
         module.register_forward_pre_hook(functools.partial(_count, modules_run))
@@ -141,7 +141,7 @@ def ours(group: Any, model_type: str, expected: Expected) -> list[dict[str, Any]
             record |= {"difference": difference, "allowed": tolerance}
             record["bits"] = int(its_logits.view(torch.int32).long().sum())
             record["verdict"] = "exact" if difference <= tolerance and its_text.equal(text) else "FAIL"
-        except Exception as error:
+        except Exception as error:  # whatever a model raises is a result of the sweep
             record |= {"verdict": _verdict(error), "why": _text(error)}
             if modules_run[0] and record["verdict"] == "refused":
                 record |= {"verdict": "FAIL", "why": f"after {modules_run[0]} modules: {record['why']}"}
@@ -175,7 +175,7 @@ def examine(pool: RankPool, model_type: str, numbers_of_ranks: Sequence[int] = (
         timer.start()
         try:
             by_rank = pool.run(ours, model_type, expected, ranks=ranks)
-        except Exception as error:
+        except Exception as error:  # whatever a model raises is a result of the sweep
             hung = not timer.is_alive()
             return line | {"verdict": "FAIL", "why": f"{ranks} ranks: {'hang' if hung else _text(error)}"}
         finally:

@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from tree_attention.hf import TreeCache, prefill
-from tree_attention.hf.inputs import CACHE
+from tree_attention.hf.inputs import CACHE, VERSION
 from tree_attention.testing import RankPool
 
 COMMON = {
@@ -72,7 +72,7 @@ RESULTS_OF_A_STEP = {"llama": (4, 17), "gemma2": (2, 17), "deepseek_v3": (4, 13)
 # Relative to the largest logit. Measured over all architectures, ranks and ways of reading: at most 7.4e-7; a rank that
 # is left out, or merged with a wrong weight, gives 1e-2 and more.
 TOLERANCE = 2e-5
-OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+OLD = VERSION < (5, 23)
 
 
 def tiny(name, attn_implementation, layers=4):

@@ -53,7 +53,7 @@ def read(folder, stop, queue):
 
 @pytest.mark.slow
 def test_two_writers_and_two_readers(tmp_path):
-    """SAVE_FOLDER_SECONDS=60 for a minute of it."""
+    """SAVE_FOLDER_SECONDS=60 makes it last a minute."""
     session_of(TEXTS[0]).save(tmp_path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tree_attention.hf"])

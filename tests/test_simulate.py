@@ -241,7 +241,7 @@ def test_batches_that_cannot_be_are_refused(lengths, block):
     [("tree", 1024, 20), ("two_level", 1024, 20), ("all_reduce", 1024, 20), ("ring", 256, 5)],
 )
 def test_a_thousand_steps_take_less_than_a_minute(algorithm, ranks, steps):
-    """Of one core, with room for a machine ten times as slow. The ring sends `ranks` - 1 messages per rank and step."""
+    """CPU time, with room for a machine ten times as slow. The ring sends `ranks` - 1 messages per rank and step."""
     start_s = time.process_time()
     simulate(replace(SHAPE, keys=5120.0), H100, ranks, algorithm, steps=steps, **JITTER)
     assert (time.process_time() - start_s) * 1000 / steps < 60

@@ -23,7 +23,7 @@ QUESTION_TIMEOUT = timedelta(days=365)  # the user may take long to type the nex
 
 
 class Terminal:
-    """What the process at the terminal and the first rank say to each other: lines, and requests to stop or to end."""
+    """Carries lines, and requests to stop or to end, from the process at the terminal to the first rank."""
 
     def __init__(self) -> None:
         self.lines, self._writer = multiprocessing.Pipe(duplex=False)

@@ -1,4 +1,4 @@
-"""A conversation at the terminal: what the ranks of `chat` do with each line. All ranks do the same; one is heard."""
+"""What the ranks of `chat` do with each line of the user. All do the same; only the first one prints."""
 
 import sys
 from typing import Any

@@ -32,7 +32,10 @@ FILE = re.compile(r"layer-\d+(-rank-\d+)?(-tensor-\d+)?\.safetensors|lock")
 
 @contextlib.contextmanager
 def writing(folder: Path, name: str) -> Iterator[None]:
-    """Create FOLDER/<name>, and keep other processes from writing to the folder. BlockingIOError: one does."""
+    """Create FOLDER/<name>, and keep other processes from writing to the folder.
+
+    Raises OSError; BlockingIOError if another process is writing.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(folder / LOCK, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX | fcntl.LOCK_NB):
         (folder / name).mkdir(mode=0o700)
@@ -96,7 +99,7 @@ def replace_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def delete_save(path: Path) -> None:
-    """Delete the files of a save, unless a process reads them, or they are of something else."""
+    """Delete a save, unless a process is reading it, or its folder holds other files, too."""
     if _is_ours(path):
         with contextlib.suppress(OSError), _locked(path / LOCK, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX | fcntl.LOCK_NB):
             shutil.rmtree(path, ignore_errors=True)

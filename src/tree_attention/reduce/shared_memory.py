@@ -123,7 +123,7 @@ class SharedMemoryLink(NodeLink):
 
 
 def _reserve(size: int) -> str | None:
-    """Return a new file of `size` bytes that cannot fail to be written to; None if there is no room for one."""
+    """Create a file with `size` bytes reserved, and return its name; None if there is no room."""
     for folder in ("/dev/shm", None):  # None: the folder for temporary files
         with contextlib.suppress(OSError):
             descriptor, name = tempfile.mkstemp(prefix="tree-attention-", dir=folder)
