@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig
 
 from architectures import GREEDY, one_process, prompt, tiny
+from test_hf_calls import FAILING, HOW, attempt, raise_at, text
 from test_prefill_attention import of_a_rank as chunk_of_a_rank
 from tree_attention import (
     InputError,
@@ -696,3 +698,78 @@ def test_a_rank_that_never_arrives_is_named(tmp_path, algorithm):
         process.kill()
     text = "ranks [1] did not arrive within 2 s; CUDA has ended in this process: start it anew"
     assert said.read_text().splitlines() == [text, text]
+
+
+# What fails; the step of a static cache, "" for a dynamic cache; whether the model is split over the ranks.
+ALONE = [
+    ("progress", "", False),
+    ("layer of prefill", "", True),
+    ("layer", "", False),
+    ("streamer", "captured", False),
+    ("streamer", "captured", True),
+    ("streamer", "compiled", True),
+    ("killed", "captured", False),
+]
+
+
+def _fail_alone(rank, meeting, folder, case, queue):
+    """Rank 1 fails in a call, or is killed; what each rank is told then, and at the next call."""
+    way, step, is_split = case
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=meeting, rank=rank, world_size=2)
+    mesh = init_device_mesh("cuda", (1, 2) if is_split else (2, 1), mesh_dim_names=AXES)
+    model = load_tensor_parallel(folder, mesh)
+
+    def cache():
+        static = {"max_tokens": 512, "step": step} if step else {}
+        return TreeCache(model.config, mesh["sequence"], **static)
+
+    def fail_at(turn):
+        return raise_at(turn, rank == 1, ValueError("no room")) if way != "killed" else die_at(turn, rank == 1)
+
+    ids, used = text(300).cuda(), cache()
+    model.generate(ids, cache=cache(), **HOW)  # kernels are made
+    run = FAILING["streamer" if way == "killed" else way]
+    first = attempt(lambda: run(model, used, ids, fail_at(3)))
+    then = attempt(lambda: model.generate(ids, cache=used, **HOW))
+    torch.cuda.synchronize()  # CUDA goes on
+    queue.put((rank, first, then))
+    dist.destroy_process_group()
+
+
+def die_at(turn, is_mine):
+    def act():
+        turns.append(None)
+        if is_mine and len(turns) == turn:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    turns = []
+    return act
+
+
+@pytest.mark.parametrize("case", ALONE, ids=str)
+def test_a_rank_that_fails_alone_is_named_by_every_rank(tmp_path, case):
+    folder = str(tmp_path / "model")
+    tiny("llama", "eager", 2).save_pretrained(folder)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = f"file://{tmp_path}/meeting", folder, case, queue
+    ranks = [context.Process(target=_fail_alone, args=(rank, *arguments), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    is_killed = case[0] == "killed"
+    told = {rank: said for rank, *said in (queue.get(timeout=240) for _ in range(1 if is_killed else 2))}
+    for process in ranks:
+        process.join(30)
+        process.kill()
+    said = "rank 1 has ended without an error, it may have been killed: start all ranks again"
+    if not is_killed:
+        name = "prefill" if case[0] in ("progress", "layer of prefill") else "generate"
+        said = f"rank 1 failed in {name}: ValueError: no room"
+        assert told[1][0] == (("ValueError", "no room"), True)
+    assert told[0][0] == (("TreeAttentionError", said), True)
+    for first, (then, in_time) in told.values():
+        assert in_time, first
+        assert then[0] in ("InputError", "TreeAttentionError"), then
+    assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL if is_killed else 0]

@@ -55,6 +55,7 @@ DIFFERENT = {
     "masks": (lambda m, c, r: m.generate(text(40), attention_mask=mask(r), cache=c, **HOW), "attention_mask"),
     "options": (lambda m, c, r: m.generate(text(40), cache=c, top_k=9 + r, **HOW), "top_k"),
     "budgets": (lambda m, c, r: m.generate(text(40), cache=c, **HOW | {"max_new_tokens": 5 + r}), "max_"),
+    "autocast": (lambda m, c, r: with_autocast(r, lambda: m.generate(text(40), cache=c, **HOW)), "autocast"),
     "a cache on one rank": (lambda m, c, r: m.generate(text(40), cache=[c, None][r], **HOW), "cache"),
     "functions": (lambda m, c, r: [prefill, no_prefill][r](m, text(100), c), "call"),
     "adapters": (lambda m, c, r: adapted(model(), r).generate(text(40), cache=c, **HOW), "adapters must"),
@@ -80,6 +81,11 @@ def mask(rank):
     mask = torch.ones(1, 40, dtype=torch.long)
     mask[:, : 3 * rank] = 0
     return mask
+
+
+def with_autocast(enabled, call):
+    with torch.autocast("cpu", enabled=bool(enabled)):
+        call()
 
 
 def no_prefill(model, ids, cache):

@@ -2,6 +2,9 @@
 
 import contextlib
 import copy
+import functools
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +24,7 @@ from architectures import (
     sharded,
     tiny,
 )
-from tree_attention import Unsupported
+from tree_attention import TreeAttentionError, Unsupported
 from tree_attention.hf import TreeCache, can_prefill, prefill
 from tree_attention.hf.inputs import CACHE
 from tree_attention.hf.layer_state import copy_cache, restore_on_error
@@ -170,15 +173,54 @@ def test_a_text_with_images_is_refused_in_prefill(llama, name):
     prefill(model, ids, TreeCache(llama.config))
 
 
-def test_prefill_of_adapted_models(llama):
-    """As PEFT wraps them: LoRA inside of the model's layers, prompt learning around it."""
-    ids, cache = prompt(False)[0], TreeCache(llama.config, block_tokens=BLOCK)
-    lora = SimpleNamespace(active_peft_config=SimpleNamespace(is_prompt_learning=False), get_base_model=lambda: llama)
-    prefill(lora, ids, cache)
-    assert cache.get_seq_length() == (TOKENS - 1) // BLOCK * BLOCK
-    prompts = SimpleNamespace(active_peft_config=SimpleNamespace(is_prompt_learning=True), get_base_model=lambda: llama)
-    with pytest.raises(Unsupported, match="would leave out the virtual tokens of this adapter"):
-        prefill(prompts, ids, TreeCache(llama.config))
+def with_adapter(implementation, **how):
+    """A Llama with random weights as PEFT wraps it: LoRA in its layers, or prompt learning around it."""
+    import peft
+
+    if "num_virtual_tokens" in how:
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", **how)
+    else:
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, **how)
+    model = tiny("llama", implementation, 2)
+    torch.manual_seed(1)
+    with warnings.catch_warnings(action="ignore"):  # PEFT calls what transformers renamed
+        return peft.get_peft_model(model, config).eval()
+
+
+def adapted(group, folder):
+    folder = Path(folder)
+    ids, model = prompt(False)[0], with_adapter("tree_attention", r=4)
+    new = functools.partial(TreeCache, model.config, group, block_tokens=BLOCK)
+    cache = new()
+    prefill(model, ids, cache)
+    save_cache(cache, folder, model, {})
+    results = [model.generate(input_ids=ids, **{CACHE: cache}, **GREEDY).sequences]
+    others = with_adapter("tree_attention", r=4, lora_alpha=32), with_adapter("tree_attention", num_virtual_tokens=4)
+    results.append(others[1].generate(input_ids=ids, **{CACHE: new()}, **GREEDY).sequences)
+    for call in (
+        lambda: load_cache(new(), folder, others[0]),
+        lambda: prefill(others[1], ids, new()),
+        lambda: (model, others[0])[group.rank()].generate(input_ids=ids, **{CACHE: new()}, **GREEDY),
+    ):
+        with pytest.raises(TreeAttentionError) as refused:
+            call()
+        results.append(str(refused.value))
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_adapters_of_peft(pool, tmp_path):
+    ids = prompt(False)[0]
+    expected = [
+        with_adapter("eager", **how).generate(input_ids=ids, **GREEDY).sequences
+        for how in ({"r": 4}, {"num_virtual_tokens": 4})
+    ]
+    for *written, loaded, read, differ in pool.run(adapted, str(tmp_path), ranks=2):
+        assert all(map(torch.equal, written, expected))
+        assert "adapters" in loaded
+        assert "would leave out the virtual tokens of this adapter" in read
+        assert "adapters must be the same on every rank" in differ
 
 
 @pytest.mark.parametrize("name", ["phi3", "qwen2 dynamic"])

@@ -41,7 +41,8 @@ def receive(pointers, lse_pointers, mask, epoch, fault, timeout_ns):
     All tensors have one shape. Each thread waits for its own packets, and no control flow depends on what another
     thread read: threads that poll one address may see it change at different times. A thread polls all its packets at
     once, since one load takes as long as many. After timeout_ns it writes 1 to the packet's `fault` address, which the
-    host can read, and traps, which ends the CUDA context. With timeout_ns None it does not wait.
+    host can read, and traps, which ends the CUDA context. If the host writes there, it stops waiting, with undefined
+    numbers. With timeout_ns None it does not wait.
     """
     if timeout_ns is None:
         packets, lse_packets = tl.load(pointers, mask=mask, other=0), tl.load(lse_pointers, mask=mask, other=0)
@@ -83,6 +84,10 @@ def _receive_asm(each):
     epoch, faults, timeout = f"${4 * each}", 5 * each, f"${6 * each}"
     load = [f"@%has{i % each} ld.volatile.global.b64 ${i}, [${first + i}];" for i in range(packets)]
     test = [f"mov.b64 {{%low, %high}}, ${i}; setp.eq.and.u32 %all, %high, {epoch}, %all;" for i in range(packets)]
+    stop = [
+        f"mov.u32 %low, 0; @%has{i} ld.volatile.global.b32 %low, [${faults + i}]; setp.ne.or.u32 %late, %low, 0, %late;"
+        for i in range(each)
+    ]
     note = [
         f"mov.b64 {{%low, %high}}, ${i}; setp.ne.u32 %late, %high, {epoch};"
         f"@%late st.volatile.global.b32 [${faults + i % each}], 1;"
@@ -101,6 +106,8 @@ def _receive_asm(each):
             *test,
             "@%all bra DONE;",
             "add.u32 %looks, %looks, 1; and.b32 %low, %looks, 1023; setp.ne.u32 %late, %low, 0; @%late bra AGAIN;",
+            *stop,
+            "@%late bra DONE;",
             "mov.u64 %now, %globaltimer; setp.eq.u32 %late, %looks, 1024; @%late mov.u64 %begin, %now;",
             f"sub.u64 %now, %now, %begin; setp.lt.u64 %late, %now, {timeout}; @%late bra AGAIN;",
             *note,

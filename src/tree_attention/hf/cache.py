@@ -251,6 +251,8 @@ class TreeCache(Cache):
         attention_mask: as `generate` passes it. It is only read if the cursor must be set: that waits for the device.
         """
         state, length = self.step_state, self.get_seq_length()
+        if self.exchange.stopped is not None:
+            raise self.exchange.stopped
         self.ranks.check_capacity(length + 1)
         if self.is_unfinished or state.needs_cursor(batch):  # an unfinished step may have advanced the cursor
             self.check_ready(length + 1)

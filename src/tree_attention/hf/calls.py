@@ -3,12 +3,14 @@
 start   Each rank posts a digest of what must be equal. Only if digests differ do the ranks exchange what differs.
 end     Each rank posts how the call ended. A rank that waits in a link looks for the records of its peers.
 
-A rank that fails alone closes its connections, so that peers that wait in a collective raise, too.
+A rank that fails alone closes its connections, so that peers that wait in a collective raise, too. What waits on a GPU
+is ended by a thread that looks for the records of peers that failed.
 """
 
 import functools
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
@@ -22,8 +24,9 @@ from ..errors import RanksDisagree, TreeAttentionError
 from ..group import disagreement, resolve_group
 from .cache import TreeCache
 from .exchange import CacheExchange, Channel, channel_of, hang_up
-from .inputs import adapters_of, as_text, check_ids, check_rows
-from .peers import Peers, peers_of
+from .inputs import adapters_of, as_text, autocast_of, check_ids, check_rows
+from .link_sums import stop_links
+from .peers import LOOK_S, Peers, peers_of
 from .tensor_parallel import sequence_axis, tensor_group
 
 GRACE_S = 3.0  # for the other ranks to fail alike, which leaves nothing half done
@@ -50,7 +53,7 @@ class Call:
         self.exchanges = [cache.exchange] if isinstance(cache, TreeCache) else []  # of the caches that it uses
         self.given = cache.ranks.given if isinstance(cache, TreeCache) else resolve_group(sequence_axis(model))
         self.tensor, self.mesh = tensor_group(model), getattr(model, "tree_attention_mesh", None)
-        self.described: dict[str, Any] = {"call": name}
+        self.described: dict[str, Any] = {"call": name, "autocast": autocast_of(model)}
         if hasattr(model, "peft_config"):
             self.described["adapters"] = adapters_of(model)
         if isinstance(cache, TreeCache):
@@ -59,7 +62,8 @@ class Call:
         self.peers: Peers | None = None
         self.channel: Channel | None = None
         self.is_started = self.is_open = self.goes_on = False
-        self._told: Exception | None = None
+        self._told: Exception | None = None  # what other ranks did
+        self._ended = threading.Event()
         self._token: Token | None = None
 
     @property
@@ -108,6 +112,8 @@ class Call:
         self.channel = channel_of(self.given)
         if any(vote.endswith("1") for vote in votes):
             self._renew()
+        if any(dist.get_backend(group) != "gloo" for group in self.groups):
+            threading.Thread(target=self._stop_waiting_in_vain, args=(self.peers.for_thread(),), daemon=True).start()
 
     def use(self, exchange: CacheExchange) -> None:
         """Use the exchange of a cache. All ranks call it together."""
@@ -144,18 +150,33 @@ class Call:
     def _why_wait(self) -> Exception | None:
         """Return the error of a rank that waits for a peer which has ended the call, or has died; None if none has."""
         assert self.peers is not None
-        name = f"{self.number}/end"
-        ended = self.peers.posted(name)
-        self._told = None
-        if ended:
-            rank, record = min(ended.items(), key=lambda item: (not _is_cause(json.loads(item[1])), item[0]))
-            self._told = TreeAttentionError(self._reason(rank, json.loads(record)))
-        else:
-            try:
-                self.peers.check_alive(name)
-            except TreeAttentionError as error:
-                self._told = error
+        self._told = self._why(self.peers, self.peers.posted(f"{self.number}/end"))
         return self._told
+
+    def _why(self, peers: Peers, records: Mapping[int, str]) -> Exception | None:
+        ends = {rank: json.loads(record) for rank, record in records.items()}
+        if ends:
+            rank = min(ends, key=lambda rank: (not _is_cause(ends[rank]), rank))
+            return TreeAttentionError(self._reason(rank, ends[rank]))
+        try:
+            peers.check_alive(f"{self.number}/end")
+        except TreeAttentionError as died:
+            return died
+        return None
+
+    def _stop_waiting_in_vain(self, peers: Peers) -> None:
+        """In a thread: end what waits on the GPU for a peer that failed or died, unless this rank fails, too."""
+        while not self._ended.wait(LOOK_S):
+            posted = peers.posted(f"{self.number}/end")  # peers that end in order may be a little faster
+            reason = self._why(peers, {rank: end for rank, end in posted.items() if json.loads(end)["fault"]})
+            if reason is not None and not self._ended.wait(GRACE_S):
+                self._told = reason
+                for exchange in self.exchanges:
+                    exchange.stop_waiting(reason)
+                if self.tensor is not None:
+                    stop_links(self.tensor)
+                self._hang_up()
+                return
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._token is not None:
@@ -179,7 +200,8 @@ class Call:
     def _end(self, error: BaseException | None) -> None:
         """Post how the call ended on this rank. Raise, on every rank, unless all ended it alike."""
         assert self.peers is not None
-        was_told = error is not None and (error is self._told or _lost_connection(error))
+        self._ended.set()
+        was_told = error is not None and (self._told is not None or _lost_connection(error))
         progress = " ".join(exchange.progress() for exchange in self.exchanges)
         result = as_text(self.result)
         fault = None if error is None else str(error) if was_told else _text(error)
@@ -226,12 +248,16 @@ class Call:
         self.peers.must_renew = True
         for exchange in self.exchanges:
             exchange.fail(reason)
-        groups = [] if self.channel is None else [self.channel.group] * self.channel.renewable
-        if self.tensor is not None:
-            groups += [group for group in (self.given, self.tensor) if group is not None]
-        for group in groups:
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close the connections that a peer may wait for. Only groups over gloo can be used again."""
+        groups = self.groups if self.tensor is None else [*self.groups, self.given]
+        for group in {group for group in groups if group is not None}:
             if dist.get_backend(group) == "gloo":
                 hang_up(group)
+            else:  # waits for graphs that hold collectives of the group
+                threading.Thread(target=group.abort, daemon=True).start()
 
     def _reason(self, rank: int, end: Mapping[str, Any]) -> str:
         if end["fault"] is None:

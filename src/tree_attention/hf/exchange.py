@@ -129,6 +129,7 @@ class CacheExchange:
         self.link: Link | None = None  # None if the process group is used
         self.link_pending = topology is None and ranks.layout.world_size > 1  # a SymmetricLink, made at the first step
         self.failure: str | None = None  # what broke off a call that used the cache, until `recover`
+        self.stopped: Exception | None = None  # why a call that still runs must end, on GPUs
         self.number = 0  # among the caches over these ranks
         if ranks.channel is not None:
             ranks.channel.caches += 1
@@ -156,6 +157,12 @@ class CacheExchange:
             if isinstance(link, SharedMemoryLink):
                 link.watch = question
 
+    def stop_waiting(self, reason: Exception) -> None:
+        """End what waits on the GPU for a rank that failed, with undefined numbers. For another thread to call."""
+        self.stopped = reason
+        if isinstance(self.link, SymmetricLink):
+            self.link.stop_waiting()
+
     def reconnect(self) -> None:
         """Use the channel's present group, after a failed call replaced it. All ranks call it together."""
         if self.ranks.channel is not None and self.ranks.channel.renewals != self._renewals:
@@ -167,7 +174,7 @@ class CacheExchange:
 
     def recover(self) -> None:
         """Forget the failure; the cache is empty, or holds the same tokens on every rank again."""
-        self.failure = None
+        self.failure = self.stopped = None
 
     def check_usable(self) -> None:
         if self.failure is not None:

@@ -50,6 +50,12 @@ def as_text(value: Any) -> str:
     return f"{shape} with digest {hashlib.sha256(flat.cpu().contiguous().numpy().tobytes()).hexdigest()[:8]}"
 
 
+def autocast_of(model: Any) -> str | None:
+    """Return the dtype that `torch.autocast` computes in on the model's device; None outside of it."""
+    device = getattr(getattr(model, "device", None), "type", "cpu")
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+
+
 def adapters_of(model: Any) -> tuple[list[str], str]:
     """Return the names of the active adapters (LoRA and others of PEFT), and a digest of how each layer uses them."""
     names, layers = set(), []

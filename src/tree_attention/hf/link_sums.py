@@ -44,6 +44,13 @@ def close_links(group: Any) -> None:
             del _links[name]
 
 
+def stop_links(group: Any) -> None:
+    """End what waits on the GPU for a rank of this group that failed."""
+    for link, _ in list(_links.values()):
+        if link.group is group:
+            link.stop_waiting()
+
+
 def link_size(group_name: str) -> int:
     """Number of ranks that the link of a group connects."""
     return _links[group_name][0].world_size

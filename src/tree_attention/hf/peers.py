@@ -1,5 +1,6 @@
 """`Peers`: the ranks that call together. They post records in torch's store, which no failed rank can block."""
 
+import copy
 import hashlib
 import os
 import time
@@ -26,6 +27,7 @@ class Peers:
         self.calls = 0  # made so far, in the same order on every rank
         self.must_renew = False  # a call failed: exchanges may be half done, on another rank if not here
         self._posted: list[str] = []
+        self._connection: Any = None  # to the store; None for the default group's
         name = "tree_attention/" + hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
         lives = _default_store().add(f"{name}/{self.rank}", 1)  # the store may outlive a default group
         self.name = f"{name}/{lives}/"
@@ -34,7 +36,14 @@ class Peers:
 
     @property
     def _store(self) -> Any:
-        return dist.PrefixStore(self.name, _default_store())  # not kept: rank 0's would keep its port
+        # The default group's is not kept: rank 0's would keep its port.
+        return dist.PrefixStore(self.name, self._connection or _default_store())
+
+    def for_thread(self) -> "Peers":
+        """Return the same peers for another thread: while a store waits, it answers nobody else."""
+        other = copy.copy(self)
+        other._connection = _default_store().clone()
+        return other
 
     def post(self, name: str, text: str) -> None:
         """Post this rank's record `name` for all peers, and delete old ones."""

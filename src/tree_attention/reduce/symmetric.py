@@ -23,6 +23,7 @@ from .link import NodeLink
 MIN_COLUMNS, MAX_ROWS = 16, 8  # of a unit, what one program merges at once
 PARTS_BYTES = 1 << 25
 WARPS = 4
+LATE, STOPPED = 1, 2
 MULTICAST_OFF = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
 
@@ -32,7 +33,7 @@ class KernelState(NamedTuple):
     buffers: list[Tensor]  # every rank's, int64 `[2 slots, ranks, capacity]` flat, in rank order
     epochs: Tensor  # int32, one counter per program
     parts: Tensor  # int64, workspace of a decode step
-    fault: Tensor  # int32 `[ranks]`, pinned: 1 for a rank that did not arrive
+    fault: Tensor  # int32 `[ranks]`, pinned: LATE for a rank that did not arrive, STOPPED to stop the kernels' waiting
     numbers: list[int]  # capacity, rank, programs, is_alone, timeout_ns
 
 
@@ -114,10 +115,20 @@ class SymmetricLink(NodeLink):
         """Raise TreeAttentionError naming the ranks that did not arrive in time. No device synchronization."""
         if torch.compiler.is_compiling():
             return
-        absent = [rank for rank, flag in enumerate(self._kernel_state.fault.tolist()) if flag]
+        faults = self._kernel_state.fault.tolist()
+        if STOPPED in faults:
+            raise TreeAttentionError("this SymmetricLink was stopped, because a rank failed: create a new one")
+        absent = [rank for rank, fault in enumerate(faults) if fault == LATE]
         if absent:
             after = f"{self.timeout_s:g} s; CUDA has ended in this process: start it anew"
             raise TreeAttentionError(f"ranks {absent} did not arrive within {after}")
+
+    def stop_waiting(self) -> None:
+        """Let kernels that wait for other ranks end at once, with undefined numbers. Every later call raises.
+
+        Any thread may call this, once it knows that a rank failed. CUDA goes on in this process.
+        """
+        self._kernel_state.fault.fill_(STOPPED)
 
     def synchronize(self) -> None:
         """Wait for the device; a wait that ended in a trap raises TreeAttentionError, as `check` does."""
