@@ -1,13 +1,9 @@
 """What the tests of the command share: a small model in a folder, and how the command is run."""
 
-import atexit
-import functools
 import json
 import multiprocessing
 import os
 import runpy
-import select
-import signal
 import socket
 import subprocess
 import sys
@@ -31,21 +27,7 @@ SMALL = {
     "num_key_value_heads": H_KV, "max_position_embeddings": POSITIONS, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 QUESTION = "What is this about?"
-SERVER = """
-import json, os, sys
-import tree_attention.cli.generate, tree_attention.cli.models
-
-for line in sys.stdin:
-    request = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for number, file in enumerate(request["files"]):
-            os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", 1)
-        sys.argv = request["argv"]
-        tree_attention.cli.main()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+PRELOAD = ("tree_attention.hf", "tree_attention.testing", "tree_attention.cli.generate", "tree_attention.cli.models")
 
 
 def write_model(folder, layers):
@@ -72,35 +54,36 @@ def run(*arguments, command=None, timeout_s=120, lines=""):
         return subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False, input=lines)
     words = [str(COMMAND), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
-        files[0].write_text(lines)
-        server = _server()
-        server.stdin.write(json.dumps({"argv": words, "files": [*map(str, files)]}) + "\n")
-        server.stdin.flush()
-        if not select.select([server.stdout], [], [], timeout_s)[0]:
-            os.killpg(server.pid, signal.SIGKILL)
-            _server.cache_clear()
-            raise subprocess.TimeoutExpired(words, timeout_s, *(file.read_text() for file in files[1:]))
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(words, code, *(file.read_text() for file in files[1:]))
+        stdin, stdout, stderr = files = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+        stdin.write_text(lines)
+        process = _forked(words, files, {})
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(words, timeout_s, stdout.read_text(), stderr.read_text())
+        return subprocess.CompletedProcess(words, process.exitcode, stdout.read_text(), stderr.read_text())
 
 
-def run_as_ranks(file, *arguments, ranks=2, timeout_s=120):
-    """A Python program on ranks, with torchrun's variables but in forks of a process that has loaded what it needs."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tree_attention.hf"])
+def run_as_ranks(file, *arguments, ranks=2, timeout_s=120, lines=""):
+    """A Python program on ranks, with torchrun's variables but in forks of a process that has loaded what it needs.
+
+    Returns what the ranks wrote to stdout, in rank order. lines: stdin of each rank.
+    """
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
+        Path(folder, "stdin").write_text(lines)
         outputs = [Path(folder, f"{name}-{rank}") for rank in range(ranks) for name in ("stdout", "stderr")]
         words = [str(file), *map(str, arguments)]
-        processes = [
-            context.Process(target=_as_rank, args=(rank, ranks, port, words, outputs[2 * rank : 2 * rank + 2]))
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
+        processes = []
+        for rank in range(ranks):
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            variables = dict(zip(names, map(str, (rank, rank, ranks, ranks, "127.0.0.1", port)), strict=True))
+            files = [Path(folder, "stdin"), *outputs[2 * rank : 2 * rank + 2]]
+            processes.append(
+                _forked(words, files, variables | {"TORCHELASTIC_RUN_ID": "a test", "OMP_NUM_THREADS": "1"})
+            )
         for process in processes:
             process.join(timeout_s)
             process.kill()
@@ -109,22 +92,23 @@ def run_as_ranks(file, *arguments, ranks=2, timeout_s=120):
         return "".join(said[::2])
 
 
-def _as_rank(rank, ranks, port, words, outputs):
-    for number, file in enumerate(outputs, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-    torch.set_num_threads(1)
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    os.environ |= dict(zip(names, map(str, (rank, rank, ranks, ranks, "127.0.0.1", port)), strict=True))
+def _forked(words, files, variables):
+    """Start a script in a fork of a process that has loaded what it needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD])
+    process = context.Process(target=_run_script, args=(words, files, variables))
+    process.start()
+    return process
+
+
+def _run_script(words, files, variables):
+    for number, file in enumerate(files):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
+    sys.stdin = open(0)  # noqa: SIM115
+    os.environ |= variables
+    torch.set_num_threads(int(variables.get("OMP_NUM_THREADS", torch.get_num_threads())))
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
-
-
-@functools.cache
-def _server():
-    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-    server = subprocess.Popen([sys.executable, "-c", SERVER], **pipes, text=True, start_new_session=True)
-    atexit.register(server.communicate)  # it ends where its stdin does
-    return server
 
 
 def last_json(ended):

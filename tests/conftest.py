@@ -23,7 +23,9 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def pool():
-    ranks = RankPool(4, preload=("tree_attention.hf", "tree_attention.testing"))
+    from command import PRELOAD
+
+    ranks = RankPool(4, preload=PRELOAD)
     yield ranks
     ranks.close()
 

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from command import COMMAND, QUESTION, TORCHRUN, alive_in, call, run
+from command import COMMAND, QUESTION, alive_in, call, run, run_as_ranks
 from tree_attention.cli.chat import Terminal
 from tree_attention.cli.terminal import read_lines
 from tree_attention.hf import Session, save_folder
@@ -34,11 +34,9 @@ def test_a_chat_is_put_away_and_taken_up_on_other_ranks(folder, document, tmp_pa
     answers = ["".join(session.ask(question, max_new_tokens=9)) for question in ("What?", "Who?", "When?")]
     begun = run(*arguments, "--file", document, "--nproc", 2, "--save", tmp_path / "save", lines="What?\n\nWho?\n")
     assert begun.returncode == 0, begun.stderr
-    torchrun = (TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "3", COMMAND)
     again = "--load", tmp_path / "save", "--save", tmp_path / "save"
-    ended = run(*arguments, *again, lines="When?\n", command=torchrun)
-    assert ended.returncode == 0, ended.stderr
-    assert begun.stdout + ended.stdout == "".join(f"{answer}\n" for answer in answers)
+    ended = run_as_ranks(COMMAND, *arguments, *again, lines="When?\n", ranks=3)
+    assert begun.stdout + ended == "".join(f"{answer}\n" for answer in answers)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`tree-attention generate` as a user runs it: answers, figures, invalid options."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer, Gemma2Config, LlamaConfig
 
-from command import COMMAND, H_KV, LAYERS, POSITIONS, QUESTION, SMALL, TORCHRUN, D, H, call, last_json, run
+from command import COMMAND, H_KV, LAYERS, POSITIONS, QUESTION, SMALL, D, H, call, last_json, run, run_as_ranks
 from tree_attention import InputError
 from tree_attention.cli.models import check_positions, check_step_mode, text_prompt
 from tree_attention.cli.options import GenerateOptions
@@ -72,9 +73,8 @@ def test_a_seed_draws_the_same_text_again_and_under_torchrun(folder, document):
         "generate", "--model", folder, "--file", document, "--prompt", QUESTION, "--max-new-tokens", 24,
         "--sample", "--json", "--seed",
     ]  # fmt: skip
-    torchrun = (TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "2", COMMAND)
     drawn = last_json(run(*arguments, 5, "--nproc", 2))
-    again = last_json(run(*arguments, 5, command=torchrun))
+    again = json.loads(run_as_ranks(COMMAND, *arguments, 5).splitlines()[-1])
     other = last_json(run(*arguments, 6))
     assert [figures["ranks"] for figures in (drawn, again, other)] == [2, 2, 1]
     assert drawn["tokens"] == again["tokens"] != other["tokens"]

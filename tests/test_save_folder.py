@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from architectures import tiny
+from command import PRELOAD
 from test_session import contents, tokenizer
 from tree_attention import TreeAttentionError
 from tree_attention.hf import Session, save_folder
@@ -56,7 +57,7 @@ def test_two_writers_and_two_readers(tmp_path):
     """SAVE_FOLDER_SECONDS=60 makes it last a minute."""
     session_of(TEXTS[0]).save(tmp_path)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tree_attention.hf"])
+    context.set_forkserver_preload([*PRELOAD])
     queue, stop = context.Queue(), context.Value("d", time.monotonic() + SECONDS)
     works = [(write, (tmp_path, 0)), (write, (tmp_path, 1)), (read, (tmp_path,)), (read, (tmp_path,))]
     processes = [context.Process(target=work, args=(*given, stop, queue)) for work, given in works]
