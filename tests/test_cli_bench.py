@@ -11,13 +11,20 @@ from tree_attention import Unsupported
 from tree_attention.bench.model import measure_steps
 
 
+def assert_is_a_chart(file, *texts):
+    """matplotlib draws texts as shapes, each with the text in a comment before it."""
+    drawn = file.read_text()
+    assert [text for text in texts if f"<!-- {text} -->" not in drawn] == []
+
+
 @pytest.mark.slow
 def test_bench_weighs_and_times_its_contestants(folder, tmp_path):
     output = tmp_path / "records.jsonl"
     ended = run(
         "bench", "generate", "--model", folder, "--contexts", "96,64", "--decode-tokens", 2, "--rounds", 1,
-        "--output", output,
+        "--output", output, "--plot", tmp_path / "chart.svg",
     )  # fmt: skip
+    assert_is_a_chart(tmp_path / "chart.svg", "tokens per second", "stock, 1 rank", "tree_attention, 2 ranks")
     records = last_json(ended)["records"]
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [{key: line[key] for key in record} for line, record in zip(written, records, strict=True)] == records
@@ -58,8 +65,9 @@ def test_bench_steps_times_every_variant(folder, tmp_path):
     variants = ["ours eager", "ours captured", "stock eager"]
     ended = run(
         "bench", "steps", "--config", folder / "config.json", "--contexts", "700,64", "--tokens", 4, "--nproc", 2,
-        "--ways", ",".join(variants), "--device", "cpu", "--output", output,
+        "--ways", ",".join(variants), "--device", "cpu", "--output", output, "--plot", tmp_path / "chart.svg",
     )  # fmt: skip
+    assert_is_a_chart(tmp_path / "chart.svg", "ms per token", "stock eager, 1 rank", "ours captured, 2 ranks")
     records = last_json(ended)["records"]
     assert [(each["context_tokens"], each["what"]) for each in records] == [
         (n, variant) for n in (64, 700) for variant in variants
@@ -77,7 +85,9 @@ def test_bench_steps_times_every_variant(folder, tmp_path):
 def test_bench_prefill_reads_whole_cycles_on_all_ranks(capfd, monkeypatch, folder, tmp_path):
     output = tmp_path / "records.jsonl"
     arguments = ["bench", "prefill", "--config", folder / "config.json", "--device", "cpu", "--nproc", 2]
-    ended = run(*arguments, "--contexts", "512,64", "--chunk-tokens", 128, "--rounds", 2, "--output", output)
+    written = "--output", output, "--plot", tmp_path / "chart.svg"
+    ended = run(*arguments, "--contexts", "512,64", "--chunk-tokens", 128, "--rounds", 2, *written)
+    assert_is_a_chart(tmp_path / "chart.svg", "seconds to read", "stock, 1 rank", "ours, 2 ranks")
     records = last_json(ended)["records"]
     assert [(each["context_tokens"], each["what"]) for each in records] == [
         (64, "ours"), (64, "stock"), (512, "ours"), (512, "stock"),

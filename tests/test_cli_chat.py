@@ -4,10 +4,13 @@ import contextlib
 import io
 import json
 import os
+import pty
+import re
 import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from unittest import mock
 
@@ -158,6 +161,41 @@ def test_who_is_told_to_end_saves(folder, tmp_path, number):
         _, err = parent.communicate()
         assert (parent.returncode, err.decode()) == (128 + number, f"saved to {tmp_path / 'save'}\n")
         assert len(QUESTION) < saved_tokens(tmp_path / "save") < 15_000
+
+
+def read_until(terminal, text):
+    """What the command writes to the terminal until `text`, and that."""
+    said, deadline = b"", time.monotonic() + 60
+    while text not in said:
+        assert time.monotonic() < deadline, said
+        if select.select([terminal], [], [], 0.1)[0]:
+            said += os.read(terminal, 4096)
+    return said.decode()
+
+
+@pytest.mark.slow
+def test_a_person_at_a_terminal(folder, document):
+    """Progress, a greeting, lines that can be edited and come back, and a terminal that is left as it was."""
+    terminal, ours = pty.openpty()
+    before = termios.tcgetattr(ours)
+    words = [COMMAND, "chat", "--model", folder, "--nproc", 2, "--file", document, "--max-new-tokens", 9]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), ours)
+    with subprocess.Popen([*map(str, words)], **streams, start_new_session=True) as chat:
+        greeting = read_until(terminal, b"> ")
+        for part in ("starting", "loading model", " GB", "reading", " tokens/s"):
+            assert part in greeting
+        assert re.search(
+            rf"{folder.name} on 2 ranks \(cpu\), \d+ tokens, 0\.\d MB of keys and values per rank", greeting
+        )
+        os.write(terminal, b"Whot?\x02\x02\x7fa\n")  # two back, delete o, a
+        read_until(terminal, b"> ")
+        os.write(terminal, b"\x1b[A\n")  # the line before
+        assert "What?" in read_until(terminal, b"> ")
+        chat.send_signal(signal.SIGINT)
+        assert chat.wait(30) == 128 + signal.SIGINT
+    assert termios.tcgetattr(ours) == before
+    os.close(terminal)
+    os.close(ours)
 
 
 def test_a_folder_that_cannot_be_saved_to_is_refused_before_the_model_is_loaded(capfd, monkeypatch, tmp_path, folder):

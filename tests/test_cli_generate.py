@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, Gemma2Config, LlamaConfig
 
 from command import COMMAND, H_KV, LAYERS, POSITIONS, QUESTION, SMALL, D, H, call, last_json, run, run_as_ranks
 from tree_attention import InputError
+from tree_attention.cli import models
 from tree_attention.cli.models import check_positions, check_step_mode, text_prompt
-from tree_attention.cli.options import GenerateOptions
+from tree_attention.cli.options import GenerateOptions, weight_bytes
 
 
 @pytest.mark.slow
@@ -45,13 +46,14 @@ def test_two_ranks_write_what_one_process_writes(folder, document):
 
 
 @pytest.mark.slow
-def test_random_weights_are_timed_and_named(folder):
+def test_random_weights_are_timed_and_named(folder, tmp_path):
     """The same on all ranks, for as many tokens as asked for, beyond the positions that the model was made for."""
     arguments = [
         "generate", "--random-weights", "--config", folder / "config.json", "--max-prompt-tokens", POSITIONS,
         "--max-new-tokens", 3, "--json", "--nproc", 2, "--chunk-tokens", 4096,
     ]  # fmt: skip
-    ended = run(*arguments, "--extrapolate", "--verify")
+    ended = run(*arguments, "--extrapolate", "--verify", "--plot", tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     figures = last_json(ended)
     assert (figures["random_weights"], figures["prompt_tokens"], figures["new_tokens"]) == (True, POSITIONS, 3)
     assert figures["verify"]["identical"]
@@ -78,6 +80,17 @@ def test_a_seed_draws_the_same_text_again_and_under_torchrun(folder, document):
     other = last_json(run(*arguments, 6))
     assert [figures["ranks"] for figures in (drawn, again, other)] == [2, 2, 1]
     assert drawn["tokens"] == again["tokens"] != other["tokens"]
+
+
+@pytest.mark.slow
+def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(capfd, monkeypatch, folder):
+    size = weight_bytes(str(folder))
+    monkeypatch.setattr(models, "free_bytes", lambda: 2 * size - 1)
+    code, _, err = call(capfd, monkeypatch, "generate", "--model", folder, "--prompt", "a", "--nproc", 2)
+    assert code == 2
+    assert err.startswith(f"tree-attention: the weights of {folder} take 0.0 GB for 2 ranks, and this host has 0.0 GB")
+    code, out, _ = call(capfd, monkeypatch, "generate", "--model", folder, "--prompt", "a", "--max-new-tokens", 2)
+    assert (code, bool(out)) == (0, True)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import torch.distributed as dist
 
 import tree_attention
 from command import COMMAND, QUESTION, alive_in, run, wait_for_all
-from tree_attention import InputError, cpus
+from tree_attention import InputError, host
+from tree_attention.cli import launch
 from tree_attention.cli.launch import run_on_ranks, set_threads
 from tree_attention.cli.terminal import say, under_torchrun
+from tree_attention.group import gather_values
 
 
 def test_to_say_something_to_nobody_is_no_error(monkeypatch):
@@ -155,8 +158,7 @@ def sockets(device):
             words = line.split()
             if words[3] == "0A" and f"socket:[{words[9]}]" in own:
                 found.append(words[1].partition(":")[0])
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
+    gathered = gather_values(found, dist.group.WORLD)
     if dist.get_rank() == 0:
         sys.stdout.write(f"{gathered}\n")
 
@@ -192,7 +194,7 @@ def test_more_ranks_than_this_machine_can_run_are_refused():
 
 def test_threads_are_those_that_this_process_may_use(monkeypatch, tmp_path):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cpus, "CGROUP", tmp_path)
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     given = []
@@ -214,3 +216,22 @@ def test_the_package_runs_as_the_command():
     ended = run("--version", command=(sys.executable, "-m", "tree_attention"))
     assert (ended.returncode, ended.stdout) == (0, f"tree-attention {tree_attention.__version__}\n"), ended.stderr
     assert run("no-such-command", command=(sys.executable, "-m", "tree_attention")).returncode == 2
+
+
+def test_folders_of_killed_commands_are_deleted(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    ended, own = tmp_path / "tree-attention-99999999-a", tmp_path / f"tree-attention-{os.getpid()}-a"
+    for folder in (ended, own):
+        (folder / "inside").mkdir(parents=True)
+    launch._delete_leftovers()
+    assert [*tmp_path.iterdir()] == [own]
+
+
+def test_free_memory_is_that_of_the_control_group(monkeypatch, tmp_path):
+    assert host.free_bytes() > 1e6
+    for name, text in {"max": "1000000", "current": "600000", "stat": "anon 500000\ninactive_file 50000\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    assert host.free_bytes() == 450_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host.free_bytes() > 1e6

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tree_attention.cli.app import app
+from tree_attention.cli.plots import short
 from tree_attention.cost.decode import AttentionShape, RankGroup, all_reduce_cost, decode_cost
 from tree_attention.cost.machine import Calibration, load_calibration, override, preset_machine, save_calibration
 from tree_attention.cost.mesh import HOST_S, RESERVED_BYTES, estimate_first_token_s, estimate_mesh
@@ -278,6 +279,9 @@ def test_a_calibration_is_used_and_named(tmp_path):
 def test_a_plot(tmp_path):
     planned("--model", "llama-3.1-8b", "--context", "1M", "--gpu", "h200", "--plot", tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    of_experts = "--model", "qwen3-30b-a3b", "--context", "1M", "--batch", 4, "--gpu", "h200"
+    pays_from = planned(*of_experts, "--plot", tmp_path / "plan.svg")["pays_from_tokens"]
+    assert f"sequence sharding pays from {short(pays_from)} tokens on" in (tmp_path / "plan.svg").read_text()
 
 
 def test_planning_loads_neither_torch_nor_transformers():

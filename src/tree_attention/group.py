@@ -4,12 +4,16 @@ Functions with `*groups` work over the product of several groups, such as the se
 of a mesh; None stands for an axis of one rank.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import pad
 
 from .errors import InputError, RanksDisagree
 
@@ -43,29 +47,52 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
-def gather_objects(mine: Item, *groups: ProcessGroup | None) -> list[Item]:
-    """Return the objects of all ranks, the same list on each: in rank order, the first group varying fastest."""
+def gather_values(mine: Item, *groups: ProcessGroup | None) -> list[Item]:
+    """Return the JSON values of all ranks, the same list on each: in rank order, the first group varying fastest.
+
+    No rank runs what another one sends, as it would with pickle. JSON makes tuples to lists.
+    """
     gathered = [mine]
     for group in groups:
         if group is not None and group.size() > 1:
-            by_rank = [gathered] * group.size()
-            dist.all_gather_object(by_rank, gathered, group=group)
-            gathered = [item for items in by_rank for item in items]
+            data = _encoded(gathered, group)
+            own_size = torch.tensor([data.numel()], device=data.device)
+            sizes = [torch.empty_like(own_size) for _ in range(group.size())]
+            dist.all_gather(sizes, own_size, group=group)
+            longest = max(map(int, sizes))
+            by_rank = [data.new_empty(longest) for _ in sizes]
+            dist.all_gather(by_rank, pad(data, (0, longest - data.numel())), group=group)
+            gathered = [item for data, size in zip(by_rank, sizes, strict=True) for item in _decoded(data[: int(size)])]
     return gathered
+
+
+def _encoded(value: object, group: ProcessGroup) -> Tensor:
+    """JSON as uint8, on the device that the group communicates from."""
+    on_cpu = "gloo" in str(dist.get_backend_config(group))
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return data if on_cpu else data.cuda()
+
+
+def _decoded(data: Tensor) -> Any:
+    return json.loads(data.cpu().numpy().tobytes())
 
 
 def first_fault(fault: str | None, *groups: ProcessGroup | None) -> str | None:
     """Return the first rank's fault, None if no rank has one. All ranks get the same answer and can raise together."""
-    return next((text for text in gather_objects(fault, *groups) if text), None)
+    return next((text for text in gather_values(fault, *groups) if text), None)
 
 
 def broadcast_from_first(value: Item, *groups: ProcessGroup | None) -> Item:
-    """Return the object of the rank that is first in every group."""
-    values = [value]
+    """Return the JSON value of the rank that is first in every group."""
     for group in groups:
-        if group is not None:
-            dist.broadcast_object_list(values, group=group, group_src=0)
-    return values[0]
+        if group is not None and group.size() > 1:
+            data = _encoded(value, group)
+            size = torch.tensor([data.numel()], device=data.device)
+            dist.broadcast(size, group=group, group_src=0)
+            data = data if group.rank() == 0 else data.new_empty(int(size))
+            dist.broadcast(data, group=group, group_src=0)
+            value = _decoded(data)
+    return value
 
 
 def check_agreement(described: Mapping[str, object], group: ProcessGroup | None, *, error: str | None = None) -> None:
@@ -74,7 +101,7 @@ def check_agreement(described: Mapping[str, object], group: ProcessGroup | None,
     described: name -> value that must be equal on all ranks; values are compared as text. error: a fault that this rank
     found by itself; if it raised alone, it would leave the others waiting.
     """
-    votes = gather_objects(({name: str(value) for name, value in described.items()}, error), group)
+    votes = gather_values(({name: str(value) for name, value in described.items()}, error), group)
     if text := disagreement(votes):
         raise RanksDisagree(text)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..decode import tree_decode
-from ..group import first_fault, gather_objects
+from ..group import first_fault, gather_values
 from ..local import attend
 from ..partial import merge
 from ..reduce import SymmetricLink
@@ -168,7 +168,7 @@ def _try(contestant: Contestant, pairs: Sequence[Pair], exact: Pair, ranks: Comm
     if fault is not None:
         unknown = dict.fromkeys(("peak_extra_bytes", "relative_error", "same_bits"))
         return [], unknown | {"wrong": False, "note": fault}
-    extras = [count for count in gather_objects(extra, ranks.world) if count is not None]
+    extras = [count for count in gather_values(extra, ranks.world) if count is not None]
     verdict = _verdict(contestant, outs[0], exact, ranks.world)
     return [] if verdict["wrong"] else steps, {"peak_extra_bytes": max(extras, default=None)} | verdict
 

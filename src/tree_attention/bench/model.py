@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, StaticCache
 
 from ..errors import Unsupported
-from ..group import first_fault, gather_objects
+from ..group import first_fault, gather_values
 from ..hf import TreeCache, prefill
 from ..hf.inputs import CACHE
 from ..hf.tensor_parallel import sequence_axis, tensor_ranks
@@ -135,7 +135,7 @@ def _time_steps(model: Any, context: int, variant: str, tokens: int) -> dict[str
     note = first_fault(note, dist.group.WORLD)
     if note is None and cache is not None:
         mine = _decode(model, cache, context, tokens)
-    by_rank = [figures for figures in gather_objects(mine, dist.group.WORLD) if figures is not None]
+    by_rank = [figures for figures in gather_values(mine, dist.group.WORLD) if figures is not None]
     del cache
     gc.collect()
     torch.cuda.empty_cache()
@@ -242,7 +242,7 @@ def _time_prefill(
     layer_weights = sum(weight.numel() for name, weight in model.named_parameters() if "layers." in name)
     mine = (taken_s, note, kv_bytes, torch.cuda.max_memory_allocated())  # a peak of 0 on the CPU
     torch.cuda.empty_cache()
-    by_rank = gather_objects(mine, dist.group.WORLD)[: 1 if alone else None]
+    by_rank = gather_values(mine, dist.group.WORLD)[: 1 if alone else None]
     times_s, notes, kv_bytes, peak_bytes = zip(*by_rank, strict=True)
     slowest_s = list(map(max, zip(*times_s, strict=True)))
     first_s, seconds = slowest_s[0], statistics.median(slowest_s[1:] or slowest_s)

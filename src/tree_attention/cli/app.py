@@ -14,7 +14,7 @@ import typer
 
 from ..errors import InputError
 from . import options
-from .terminal import run
+from .terminal import busy, run
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP)
@@ -44,7 +44,9 @@ def add_command(name: str, options_type: Any, work: str, *, needs_transformers: 
 
         def call() -> int:
             options.check_files(values)
-            return getattr(import_module(f".{module}", __package__), function)(options_type(**values))
+            with busy("starting"):
+                started = getattr(import_module(f".{module}", __package__), function)
+            return started(options_type(**values))
 
         run(call)
 

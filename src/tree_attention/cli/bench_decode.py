@@ -15,6 +15,7 @@ from ..errors import InputError, Unavailable
 from . import environment
 from .launch import run_on_ranks
 from .options import BenchDecodeOptions, parse_numbers
+from .plots import draw_records
 from .records import Record, print_table, publish
 
 LABELS = {"fused": "ours, fused", "apart": "ours, two launches"}
@@ -74,6 +75,10 @@ def _on_rank(cases: list[Case], peers: list[str], options: BenchDecodeOptions, d
         about |= {"link_workspace_bytes": ranks.link.workspace_bytes}
     batches = measure_decode(cases, ranks, peers=peers, rounds=options.rounds, eager=options.eager)
     records = publish(batches, _show, about, options.output, "surroundings")
+    if options.plot is not None and dist.get_rank() == 0:
+        title = f"{options.heads} / {options.kv_heads} heads x {options.head_dim}, bfloat16, {about['gpus'][0]}"
+        drawn = [record for record in records if record["batch"] == records[0]["batch"]]
+        draw_records(options.plot, drawn, "graph_s", 1e6, title=title, x=("keys", "keys per rank"), y="µs per step")
     return int(any(record["wrong"] for record in records if record["kind"] in ("ours", "alone")))
 
 

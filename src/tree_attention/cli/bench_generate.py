@@ -6,11 +6,13 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..errors import InputError
 from . import environment
 from .launch import run_on_ranks
 from .options import BenchGenerateOptions, check_model_folder, parse_numbers
+from .plots import draw_records
 from .records import print_table, publish
 
 CHUNK_TOKENS = 1024
@@ -39,7 +41,11 @@ def _on_rank(options: BenchGenerateOptions, contexts: list[int], device: torch.d
     about |= {"python": platform.python_version()} | environment.package_versions("torch", "transformers")
     how = {"decode_tokens": options.decode_tokens, "chunk_tokens": CHUNK_TOKENS, "rounds": options.rounds}
     batches = [measure_generation(options.model, ids, contexts, **how)]
-    publish(batches, lambda batch: _show(batch, options.nproc), about, options.output)
+    records = publish(batches, lambda batch: _show(batch, options.nproc), about, options.output)
+    if options.plot is not None and dist.get_rank() == 0:
+        rates = [record | {"tokens_per_s": 1 / record["tpot_s"]} for record in records]
+        title, x = f"{about['model']}, CPU, float32, one core per rank", ("context_tokens", "tokens of context")
+        draw_records(options.plot, rates, "tokens_per_s", 1, title=title, x=x, y="tokens per second")
 
 
 def _show(records: list[dict[str, Any]], nproc: int) -> None:

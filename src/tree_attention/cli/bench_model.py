@@ -12,6 +12,7 @@ from . import environment
 from .launch import run_on_ranks
 from .models import load_model
 from .options import BenchModelOptions, BenchPrefillOptions, BenchStepsOptions, parse_numbers
+from .plots import draw_records
 from .records import Record, print_table, publish
 from .terminal import reading_bar
 
@@ -58,7 +59,11 @@ def _on_rank(options: BenchModelOptions, contexts: list[int], variants: list[str
     about |= environment.package_versions("torch", "transformers")
     about |= {"tokens": options.tokens, **split} if isinstance(options, BenchStepsOptions) else {}
     batches = (_measure(options, model, context, variants) for context in contexts)
-    publish(batches, _show_steps if split else _show_prefill, about, options.output)
+    records = publish(batches, _show_steps if split else _show_prefill, about, options.output)
+    if options.plot is not None and dist.get_rank() == 0:
+        title, x = f"{about['model']}, {about['dtype']}, {about['device']}", ("context_tokens", "tokens of context")
+        value, scale, y = ("tpot_s", 1e3, "ms per token") if split else ("seconds", 1, "seconds to read")
+        draw_records(options.plot, records, value, scale, title=title, x=x, y=y)
 
 
 def _measure(options: BenchModelOptions, model: Any, context: int, variants: list[str]) -> list[Record]:

@@ -1,9 +1,13 @@
 """`tree-attention chat`. Only functions that run on the ranks import transformers: it takes seconds to load."""
 
+import contextlib
+import itertools
 import multiprocessing
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing.sharedctypes import RawValue
@@ -27,28 +31,47 @@ class Terminal:
 
     def __init__(self) -> None:
         self.lines, self._writer = multiprocessing.Pipe(duplex=False)
-        # Shared memory. Only the first rank writes `is_started` and `is_answering`, only this process `ends`.
-        self.is_started, self.is_answering, self.stops, self.ends = (RawValue("b") for _ in range(4))
+        self.is_typed = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+        # Shared memory. Only the first rank writes `asked` and `is_answering`, only this process `ends`.
+        self.asked = RawValue("i")  # number of lines that the first rank asked for
+        self.is_answering, self.stops, self.ends = (RawValue("b") for _ in range(3))
 
     def send_lines(self) -> None:
         """Send the lines of stdin. They end with None."""
         try:
-            for line in read_lines():
+            for line in self._typed_lines() if self.is_typed else read_lines():
                 self._writer.send(line)
         finally:
             self._writer.send(None)
 
+    def _typed_lines(self) -> Iterator[str]:
+        """Yield lines that the user edits; earlier ones come back with the arrow keys."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  `input` uses it
+
+        for count in itertools.count(1):
+            while self.asked.value < count:
+                time.sleep(0.02)
+            try:
+                yield input("> ")
+            except EOFError:
+                sys.stdout.write("\n")
+                return
+
     def on_signal(self, number: int, frame: Any = None) -> None:
         """Ctrl-C stops an answer, a second one ends the chat. Ranks that are still starting are killed."""
-        if not self.is_started.value or self.ends.value:
+        if not self.asked.value or self.ends.value:
             sys.exit(128 + number)
         if number != signal.SIGINT or self.stops.value or not self.is_answering.value:
             self.ends.value = number
+            if self.is_typed and not self.is_answering.value:
+                os.write(1, b"\n")  # after the prompt
         self.stops.value = True
 
     def next_line(self) -> str | None:
         """Wait for a line; return None after the last one, or when a signal ends the chat."""
-        self.is_answering.value, self.is_started.value = False, True
+        self.is_answering.value = False
+        self.asked.value += 1
         while not self.ends.value and not self.lines.poll(LOOK_S):
             pass
         line = None if self.ends.value else self.lines.recv()
@@ -73,8 +96,24 @@ def chat_on_ranks(options: ChatOptions) -> int:
     terminal = Terminal()
     sender = threading.Thread(target=terminal.send_lines, daemon=True)
     start: dict[str, Any] = {"preload": MODELS, "on_start": sender.start, "on_signal": terminal.on_signal}
-    code = run_on_ranks(_chat, options.nproc, options.device, options, document, terminal, **start)
+    with _unchanged_terminal():
+        code = run_on_ranks(_chat, options.nproc, options.device, options, document, terminal, **start)
     return 128 + terminal.ends.value if terminal.ends.value and not code else code
+
+
+@contextlib.contextmanager
+def _unchanged_terminal() -> Iterator[None]:
+    """Restore the terminal's settings, which an interrupted `input` leaves changed."""
+    if not (sys.stdin is not None and sys.stdin.isatty()):
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _chat(options: ChatOptions, document: str, terminal: Terminal | None, device: torch.device) -> int:
@@ -114,7 +153,7 @@ def _questions(terminal: Terminal | None, group: Any) -> Iterator[str]:
     """Yield the first rank's lines on every rank, without the blank ones."""
     source = read_lines() if terminal is None else iter(terminal.next_line, None)
     while True:
-        if group.rank() == 0 and sys.stderr.isatty():
+        if not (terminal and terminal.is_typed) and group.rank() == 0 and sys.stderr.isatty():
             sys.stderr.write("> ")
             sys.stderr.flush()
         text = broadcast_from_first(next(source, None) if group.rank() == 0 else None, group)

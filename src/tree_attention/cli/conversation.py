@@ -1,6 +1,7 @@
 """What the ranks of `chat` do with each line of the user. All do the same; only the first one prints."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -33,8 +34,11 @@ class Conversation:
         self.is_first = dist.get_rank() == 0
         self._before: list[tuple[int, bool]] = []  # each question: number of tokens, and whether a message was open
         if sys.stderr.isatty():
+            ranks = "1 rank" if dist.get_world_size() == 1 else f"{dist.get_world_size()} ranks"
             tokens, megabytes = session.tokens.shape[1], session.cache.kv_bytes / 1e6
-            self.tell(f"{tokens} tokens, {megabytes:.1f} MB of keys and values per rank; /help shows the commands\n")
+            self.tell(f"{Path(options.model).name} on {ranks} ({session.model.device.type}), ")
+            self.tell(f"{tokens} tokens, {megabytes:.1f} MB of keys and values per rank\n")
+            self.tell("Ask a question. /help shows the commands, Ctrl-C stops an answer, Ctrl-D ends the chat.\n")
         self.save()
 
     def tell(self, text: str) -> None:

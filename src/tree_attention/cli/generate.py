@@ -1,8 +1,10 @@
 """`tree-attention generate`. Only functions that run on the ranks import transformers: it takes seconds to load."""
 
 import copy
+import itertools
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from rich.table import Table
 from torch import Tensor
 
 from ..errors import InputError
-from ..group import gather_objects
+from ..group import gather_values
 from .launch import MODELS, run_on_ranks, set_threads
 from .options import GenerateOptions, check_options, read_document
+from .plots import draw
 from .terminal import reading_bar, say
 
 
@@ -52,7 +55,7 @@ def _generate(options: GenerateOptions, document: str, device: torch.device) -> 
     session = open_session(options, model, prompt.tokenizer, capacity, prompt.template)
     session.cache.reserve(max_tokens)
     dist.barrier()
-    figures, is_first = _answer(options, session, prompt), dist.get_rank() == 0
+    (figures, steps_s), is_first = _answer(options, session, prompt), dist.get_rank() == 0
     input_ids, logits = session.tokens[:, : prompt.tokens], session.logits
     dist.destroy_process_group()
     if not is_first:
@@ -65,13 +68,20 @@ def _generate(options: GenerateOptions, document: str, device: torch.device) -> 
             model = load_model(name, options.dtype, device)
         figures["verify"] = _verify(options, model, input_ids, figures["tokens"], logits)
     _report(figures)
+    if options.plot is not None:
+        points = [(float(token), 1e3 * step_s) for token, step_s in enumerate(steps_s, 2)]
+        label = f"{figures['ranks']} ranks ({figures['device']}), {figures['prompt_tokens']} tokens read"
+        draw(options.plot, {label: points}, title=Path(name).name, x="token", y="ms per token", of_size=False)
     if options.as_json:
         say(json.dumps(figures) + "\n")
     return 0 if figures.get("verify", {}).get("exact", True) else 1
 
 
-def _answer(options: GenerateOptions, session: Any, prompt: Any) -> dict[str, Any]:
-    """Read and answer; the first rank shows the bar and the text. Returns the figures, times of the slowest rank."""
+def _answer(options: GenerateOptions, session: Any, prompt: Any) -> tuple[dict[str, Any], list[float]]:
+    """Read and answer; the first rank shows the bar and the text.
+
+    Returns the figures, with times of the slowest rank, and what each token after the first took on this rank.
+    """
     from .models import generate_kwargs
 
     is_first, cache = dist.get_rank() == 0, session.cache
@@ -99,9 +109,9 @@ def _answer(options: GenerateOptions, session: Any, prompt: Any) -> dict[str, An
     figures |= {"ranks": dist.get_world_size(), "tensor_parallel": options.tensor_parallel}
     figures |= {"device": slowest.device.type, "prompt_tokens": prompt.tokens, "new_tokens": len(tokens)}
     figures |= {"ttft_s": float(slowest[0]), "tpot_s": float(slowest[1]) if steps else None}
-    figures |= {"kv_bytes_per_rank": gather_objects(cache.kv_bytes, dist.group.WORLD)}
+    figures |= {"kv_bytes_per_rank": gather_values(cache.kv_bytes, dist.group.WORLD)}
     figures |= {"received_bytes_per_token": (received[-1] - received[0]) / steps if steps else None}
-    return figures | {"tokens": list(tokens)}
+    return figures | {"tokens": list(tokens)}, [after - before for before, after in itertools.pairwise(times_s)]
 
 
 def _verify(options: GenerateOptions, model: Any, input_ids: Tensor, tokens: list[int], ours: Any) -> dict[str, Any]:

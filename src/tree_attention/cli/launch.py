@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,12 +18,13 @@ import torch.distributed as dist
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
-from ..cpus import usable_cpus
 from ..errors import InputError, TreeAttentionError
+from ..host import usable_cpus
 from .terminal import RankDied, busy, end_process, under_torchrun
 
 MODELS = f"{__package__}.models"  # what the ranks of `generate` and `chat` preload
 RankFunction = Callable[..., int | None]  # returns an exit code, None for 0
+FOLDER = "tree-attention-"  # in the folder for temporary files, then the number of the process that started the ranks
 PRINTED = "printed"  # a file: a rank has printed what is wrong
 RANKS_PER_CPU = 8
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -61,7 +63,8 @@ def run_on_ranks(
     if devices[0].type == "cpu" and size > RANKS_PER_CPU * usable_cpus():
         most = RANKS_PER_CPU * usable_cpus()
         raise InputError(f"nproc may be at most {most}, {RANKS_PER_CPU} per CPU that this process may use, got {size}")
-    with tempfile.TemporaryDirectory(prefix="tree-attention-") as folder:
+    _delete_leftovers()
+    with tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-") as folder:
         ignored = () if on_signal is None else SIGNALS
         arguments = (size, folder, devices, function, args, ignored)
         method = "spawn" if any(each.type == "cuda" for each in devices) else "fork"  # CUDA does not survive a fork
@@ -92,6 +95,14 @@ def run_on_ranks(
     return 0
 
 
+def _delete_leftovers() -> None:
+    """Delete the folders of commands that were killed by SIGKILL."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*-*"):
+        process = folder.name.removeprefix(FOLDER).partition("-")[0]
+        if process.isdecimal() and not Path("/proc", process).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _exit(number: int, frame: Any) -> None:
     """End by a signal, but leave no rank and no file behind."""
     sys.exit(128 + number)
@@ -100,7 +111,7 @@ def _exit(number: int, frame: Any) -> None:
 @contextlib.contextmanager
 def _environment_of_ranks() -> Iterator[None]:
     """Ranks that start inside listen on the loopback interface alone, and import nothing from the current folder."""
-    added = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONSAFEPATH": "1"}
+    added = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "PYTHONSAFEPATH": "1"}
     added = {name: value for name, value in added.items() if name not in os.environ}
     os.environ.update(added)
     try:

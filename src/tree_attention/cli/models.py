@@ -1,5 +1,6 @@
 """What the ranks of `generate` and `chat` take from transformers: the model, the prompt, the session, the sampling."""
 
+import os
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 
 from ..errors import InputError, TreeAttentionError
-from ..group import gather_objects
+from ..group import gather_values
 from ..hf import Session, load_tensor_parallel
 from ..hf.chat_template import ChatTemplate
 from ..hf.tensor_parallel import AXES, check_tensor_parallel, sequence_axis
+from ..host import free_bytes
 from ..reduce import TwoLevel
-from .options import ChatOptions, DecodingOptions, GenerateOptions
+from .options import ChatOptions, DecodingOptions, GenerateOptions, weight_bytes
 from .terminal import busy
 
 
@@ -31,7 +33,8 @@ def load_model(model: str, dtype: str, device: torch.device, *, random: bool = F
     model: a folder or a name on the hub; with `random`, a config.json, and the weights are random but the same on every
     rank. dtype: "auto" means float32 on the CPU, else bfloat16. tensor_parallel: ranks that the weights are split over.
     """
-    with busy(f"loading {Path(model).name}", shown=not dist.is_initialized() or dist.get_rank() == 0):
+    size = f", {weight_bytes(model) / 1e9:.2f} GB" if weight_bytes(model) else ""
+    with busy(f"loading {Path(model).name}{size}", shown=not dist.is_initialized() or dist.get_rank() == 0):
         return _load_model(model, dtype, device, random, tensor_parallel)
 
 
@@ -43,6 +46,8 @@ def _load_model(model: str, dtype: str, device: torch.device, random: bool, tens
     model_kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "tree_attention"}
     try:
         config: Any = AutoConfig.from_pretrained(model)
+        if not random:
+            _check_memory(model, config, model_kwargs["dtype"], device, tensor_parallel)
         if tensor_parallel != 1:
             check_tensor_parallel(config, tensor_parallel)
             ranks = dist.get_world_size()
@@ -66,6 +71,22 @@ def _load_model(model: str, dtype: str, device: torch.device, random: bool, tens
     except (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
         raise InputError(f"model {model} cannot be loaded: {error}") from None
     return loaded.to(device).eval()
+
+
+def _check_memory(model: str, config: Any, dtype: torch.dtype, device: torch.device, tensor_parallel: int) -> None:
+    """Raise InputError unless the weights fit: those of all ranks into this host, or a rank's into its GPU."""
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    size = weight_bytes(model) * dtype.itemsize / (config.dtype or torch.float32).itemsize / tensor_parallel
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size() if dist.is_initialized() else 1))
+    needed, free, where = size * ranks, free_bytes(), f"for {ranks} ranks, and this host has"
+    if device.type == "cuda":
+        needed, free, where = size, torch.cuda.mem_get_info(device)[0], "per rank, and its GPU has"
+    if needed > free:
+        raise InputError(
+            f"the weights of {model} take {needed / 1e9:.1f} GB {where} {free / 1e9:.1f} GB free: start fewer ranks, "
+            "use a 16-bit --dtype, or split the weights with --tensor-parallel"
+        )
 
 
 def check_step_mode(compiled: bool, device: torch.device) -> str:
@@ -121,7 +142,7 @@ def open_session(
     options: GenerateOptions | ChatOptions, model: Any, tokenizer: Any, max_tokens: int | None, template: Any = None
 ) -> Session:
     """Open a session on all ranks, or load the saved one that `chat --load` names."""
-    group, hosts = sequence_axis(model), set(gather_objects(socket.gethostname(), dist.group.WORLD))
+    group, hosts = sequence_axis(model), set(gather_values(socket.gethostname(), dist.group.WORLD))
     if group is None and len(hosts) > 1:
         group = TwoLevel()
     step, block_tokens = check_step_mode(options.compiled, model.device), options.block_tokens
@@ -134,10 +155,13 @@ def open_session(
 def check_positions(options: DecodingOptions, config: Any, tokens: int, new_tokens: int) -> None:
     """Raise InputError if a text of `tokens` and `new_tokens` exceeds the model's positions, unless --extrapolate."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    less = "give it less text, with --max-prompt-tokens, or --extrapolate beyond its training"
+    if isinstance(options, ChatOptions):
+        less = "allow shorter answers with --max-new-tokens, take questions back with /new, or --extrapolate"
     if not options.extrapolate and positions is not None and tokens + new_tokens > positions:
         raise InputError(
             f"the model has {positions} positions, and {tokens} prompt tokens with {new_tokens} new ones do not fit: "
-            "give it less text (generate truncates it with --max-prompt-tokens), or --extrapolate beyond its training"
+            + less
         )
 
 

@@ -8,16 +8,18 @@ type, the names of its flag if they differ from the field's, and the help. Nothi
 import os
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..errors import InputError
+from ..errors import InputError, Unavailable
 
 SIZE, UNITS = re.compile(r"(-?\d[\d_]*(?:\.\d+)?(?:e\d+)?)([km]?)"), {"": 1, "k": 1 << 10, "m": 1 << 20}
 ModelName = Annotated[str, "Folder of a Hugging Face model, or its name on the hub."]
 Device = Annotated[str, "cpu, cuda or auto. auto: cuda if each rank gets a GPU, else cpu."]
 TensorParallel = Annotated[int, "Ranks that split weights and heads. NPROC / TENSOR_PARALLEL ranks shard the sequence."]
 Output = Annotated[Path | None, "Append the records to this file, one JSON document per line."]
+Plot = Annotated[Path | None, "Draw a chart: a .png or .svg file. Needs matplotlib."]
 Json = Annotated[bool, "--json", "Print one JSON document as the last line of stdout."]
 
 
@@ -57,6 +59,7 @@ class GenerateOptions(DecodingOptions):
     random_weights: Annotated[bool, "Time a model without its weights: random weights and random tokens."] = False
     config: Annotated[Path | None, "config.json for --random-weights; --max-prompt-tokens sets the prompt."] = None
     verify: Annotated[bool, "Compare the logits with those of one process, within the dtype's rounding."] = False
+    plot: Plot = None
     as_json: Json = False
 
 
@@ -104,6 +107,7 @@ class BenchGenerateOptions:
     decode_tokens: Annotated[int, "Tokens to decode per round."] = 32
     rounds: Annotated[int, "Rounds per contestant and context length."] = 3
     output: Output = None
+    plot: Plot = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +130,7 @@ class BenchDecodeOptions:
     rounds: Annotated[int, "Rounds per contestant."] = 15
     eager: Annotated[bool, "Also time the steps launched one by one, without a CUDA graph."] = True
     output: Output = None
+    plot: Plot = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +142,7 @@ class BenchModelOptions:
     nproc: Annotated[int, "Number of ranks to start."] = 2
     device: Device = "auto"
     output: Output = None
+    plot: Plot = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +179,7 @@ class PlanOptions:
     per_node: Annotated[int | None, "GPUs per node. Default: the preset's."] = None
     inside: Annotated[str | None, "Link within a node, such as pcie5."] = None
     across: Annotated[str | None, "Link between nodes, such as ethernet-100g."] = None
-    plot: Annotated[Path | None, "Plot the time per token over the context: a .png or .svg file."] = None
+    plot: Plot = None
     as_json: Json = False
 
 
@@ -220,11 +226,16 @@ def parse_numbers(name: str, text: str) -> list[int]:
 
 
 def check_files(values: dict[str, Any]) -> None:
-    """Raise InputError unless each file that a command will write, an option `output` or `plot`, can be written."""
+    """Raise unless each file that a command will write, an option `output` or `plot`, can be written."""
     for name in ("output", "plot"):
         file = values.get(name)
         if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
             raise InputError(f"{name} must be a file in a folder that can be written to, got {file}")
+    plot = values.get("plot")
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise InputError(f"plot must be a .png or .svg file, got {plot}")
+    if plot is not None and find_spec("matplotlib") is None:
+        raise Unavailable("plot needs matplotlib: pip install matplotlib")
 
 
 def check_options(options: GenerateOptions | ChatOptions | VerifyOptions) -> None:
@@ -249,6 +260,12 @@ def check_model_folder(model: str) -> None:
         raise InputError(f"model folder {model} must hold a config.json: is it a transformers model?")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise InputError(f"model folder {model} has no tokenizer (tokenizer.json): save it there with save_pretrained")
+
+
+def weight_bytes(model: str) -> int:
+    """Size of the weights in a model's folder; 0 for a name on the hub."""
+    files = [*Path(model).glob("*.safetensors")] or [*Path(model).glob("*.bin")]
+    return sum(file.stat().st_size for file in files)
 
 
 def read_document(file: Path | None) -> str:

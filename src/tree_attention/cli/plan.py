@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,21 @@ from rich.table import Table
 from ..cost.machine import MACHINES, Machine, load_calibration, override, preset_machine
 from ..cost.model import ModelSpec, load_model_spec
 from ..cost.plan import MeshPlan, make_plan, over_contexts
-from ..errors import InputError, Unavailable
+from ..errors import InputError
 from .options import PlanOptions, parse_size
+from .plots import Lines, draw, short
 
 
 def plan(options: PlanOptions) -> int:
     """Print the plan. Returns the exit code, 1 if nothing fits."""
     context = parse_size("context", options.context)
-    if options.plot is not None and find_spec("matplotlib") is None:
-        raise Unavailable("plot needs matplotlib: pip install matplotlib")
     try:
         model = load_model_spec(options.model)
         on, note = _machine(options)
         made = make_plan(model, on, context=context, batch=options.batch, gpus=options.gpus)
         if options.plot is not None:
             rows = over_contexts(model, on, batch=options.batch, gpus=options.gpus)
-            _plot(rows, _title(options, model, on), options.plot)
+            _plot(rows, made.pays_from_tokens, _title(options, model, on), options.plot)
     except ValueError as error:
         raise InputError(str(error)) from None
     made = replace(made, notes=(*made.notes, *([note] if note else [])))
@@ -84,30 +82,9 @@ def _print(made: MeshPlan, title: str) -> None:
         console.print(f"note: {note}", markup=False)
 
 
-def _plot(rows: list[tuple[int, float | None, float | None]], title: str, out: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for column, label, colour in ((1, "tensor parallelism only", "tab:blue"), (2, "sequence sharded", "tab:red")):
-        points = [(row[0], 1e3 * token_s) for row in rows if (token_s := row[column]) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker="o", markersize=4)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(lambda token_ms, _: f"{token_ms:g}")
-    contexts = [row[0] for row in rows][::2]
-    axes.set_xticks(contexts, [f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}k" for n in contexts])
-    axes.minorticks_off()
-    axes.set(xlabel="tokens per sequence", ylabel="ms per token on the fastest mesh that fits")
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(out, dpi=160)
-    except OSError as error:
-        raise ValueError(f"plot {out} cannot be written: {error.strerror}") from None
-    finally:
-        plt.close(figure)
+def _plot(rows: list[tuple[int, float | None, float | None]], pays_from: int | None, title: str, out: Path) -> None:
+    lines: Lines = {}
+    for column, label in ((1, "tensor parallelism only"), (2, "sequence sharded")):
+        lines[label] = [(row[0], 1e3 * token_s) for row in rows if (token_s := row[column]) is not None]
+    mark = None if pays_from is None else (pays_from, f"sequence sharding pays from {short(pays_from)} tokens on")
+    draw(out, lines, title=title, x="tokens per sequence", y="ms per token on the fastest mesh that fits", mark=mark)

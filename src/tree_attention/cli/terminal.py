@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
@@ -74,11 +75,17 @@ def busy(what: str, *, shown: bool = True) -> Iterator[None]:
 def reading_bar(tokens: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """Show a progress bar with the remaining time. Yields a function to call with the number of tokens read so far."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console, start_s = Console(stderr=True), time.monotonic()
     hidden = not (shown and console.is_terminal)  # elsewhere an empty line would be left
-    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    columns = (SpinnerColumn(), TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    columns = (*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
-        task = progress.add_task("", total=tokens)
-        yield lambda done: progress.update(task, completed=done)
+        task = progress.add_task("", total=tokens, rate="")
+
+        def on_progress(done: int) -> None:
+            rate = done / max(time.monotonic() - start_s, 1e-6)
+            progress.update(task, completed=done, rate=f"{rate:.0f} tokens/s")
+
+        yield on_progress

@@ -4,14 +4,14 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import InputError, TreeAttentionError
-from ..group import Group, gather_objects
+from ..group import Group, gather_values
 from .cache import TreeCache
 from .inputs import CACHE
 from .parallel_prefill import prefill
@@ -26,8 +26,7 @@ FLOAT32_FLOOR = 2e-5  # of the largest logit, for the rounding of the merge: 7e-
 ROUNDINGS = 4  # how many times what transformers' own ways of reading differ by
 
 
-@dataclass(frozen=True)
-class Departure:
+class Departure(NamedTuple):
     """How far logits are from those of one process.
 
     Attributes:
@@ -116,7 +115,7 @@ def check_model(
             cache = _cache(model, group, ids.shape[1] if writing == "static" else None)
             ours = _our_logits(model, ids, cache, reading)
             departure = Departure.of(ours, stock[-len(ours) :], again[-len(ours) :], model.dtype)
-            everyones = gather_objects(departure, cache.ranks.group)
+            everyones = [Departure(*each) for each in gather_values(departure, cache.ranks.group)]
             largest = max(everyones, key=lambda each: each.difference / each.allowed)
             ways.append(CheckedWay(reading, writing, largest))
         except TreeAttentionError as error:  # raised on every rank alike

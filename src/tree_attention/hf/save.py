@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 from ..errors import InputError, TreeAttentionError
-from ..group import broadcast_from_first, first_fault, gather_objects, rank_and_size
+from ..group import broadcast_from_first, first_fault, gather_values, rank_and_size
 from ..layout import Layout
 from .cache import TreeCache
 from .hybrid_layer import HybridLayer
@@ -73,7 +73,7 @@ def save_cache(cache: TreeCache, folder: Path, model: Any, about: dict[str, Any]
                     digests[file] = write_file(target / file, data)
         except Exception as error:  # reported by the vote below: whatever it is, the other ranks must not wait
             fault, cause = _cannot_write(ranks.rank, folder, error), error
-        results = gather_objects((fault, digests), *groups)
+        results = gather_values((fault, digests), *groups)
         fault = next((text for text, _ in results if text), None)
         if fault is None and is_first:
             files = {file: digest for _, of_rank in results for file, digest in of_rank.items()}

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..cpus import usable_cpus
 from ..errors import TreeAttentionError, Unavailable
-from ..group import broadcast_from_first, check_agreement, gather_objects
+from ..group import broadcast_from_first, check_agreement, gather_values
+from ..host import usable_cpus
 from ..partial import Partial, PartialSpec, merge
 from .collectives import pack, unpack
 from .link import NodeLink
@@ -60,7 +60,7 @@ class SharedMemoryLink(NodeLink):
         name = broadcast_from_first(_reserve(2 * self.world_size * words * 8) if self.rank == 0 else None, group)
         if name is None:
             raise Unavailable("no folder for shared memory can be written to, or has room: see /dev/shm")
-        seen = gather_objects(Path(name).exists(), group)
+        seen = gather_values(Path(name).exists(), group)
         try:
             if not all(seen):
                 elsewhere = [rank for rank, is_seen in enumerate(seen) if not is_seen]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..errors import InputError, TreeAttentionError, Unavailable
-from ..group import Group, check_agreement, gather_objects, rank_and_size, resolve_group
+from ..group import Group, check_agreement, gather_values, rank_and_size, resolve_group
 from ..partial import Partial, PartialSpec
 from .link import NodeLink
 
@@ -171,7 +171,7 @@ def _agree_on_programs(group: ProcessGroup | None, requested: int | None) -> int
     properties = None if device is None else torch.cuda.get_device_properties(device)
     programs = 0 if properties is None else min(properties.multi_processor_count, requested or 1 << 30)
     mine = (link_obstacle(), socket.gethostname(), device, str(getattr(properties, "uuid", device)), programs)
-    ranks = gather_objects(mine, group)
+    ranks = gather_values(mine, group)
     found = [f"rank {rank} {obstacle}" for rank, (obstacle, *_) in enumerate(ranks) if obstacle]
     hosts = {host for _, host, *_ in ranks}
     devices: list[Any] = [device for _, _, device, *_ in ranks]

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
 from ..errors import InputError
-from ..group import Group, check_agreement, gather_objects, rank_and_size, resolve_group
+from ..group import Group, check_agreement, gather_values, rank_and_size, resolve_group
 from ..partial import Partial, merge, spec_of
 from .collectives import pack, swap, unpack
 from .link import Link, NodeLink, rows_of
@@ -61,7 +61,7 @@ class TwoLevel(Link):
         rank, size = rank_and_size(self.group)
         check_agreement({"nodes": nodes, "link": type(link).__name__}, self.group)
         given = None if nodes is None else given_nodes(nodes, size)  # raises on every rank or on none
-        seats = gather_objects(own_seat(link), self.group)
+        seats = [Seat(*seat) for seat in gather_values(own_seat(link), self.group)]
         self.nodes: Nodes = given or found_nodes(seats)
         check_links(self.nodes, seats)
         self.peers = next(node for node in self.nodes if rank in node)
@@ -142,8 +142,8 @@ class Seat(NamedTuple):
     rank: int  # global
     host: str
     device: str  # its GPU, "" if it has none
-    reach: tuple[str, ...] | None  # the GPUs whose memory its GPU can access; None if this process sees only one GPU
-    linked: tuple[int, ...] | None  # the global ranks of its link, None without a link
+    reach: list[str] | None  # the GPUs whose memory its GPU can access; None if this process sees only one GPU
+    linked: list[int] | None  # the global ranks of its link, None without a link
 
 
 def own_seat(link: Link | None) -> Seat:
@@ -151,14 +151,14 @@ def own_seat(link: Link | None) -> Seat:
     rank = dist.get_rank() if dist.is_initialized() else 0
     linked = None
     if link is not None:
-        linked = (rank,) if link.group is None else tuple(dist.get_process_group_ranks(link.group))
+        linked = [rank] if link.group is None else dist.get_process_group_ranks(link.group)
     device, reach = "", None
     if torch.cuda.is_available():
         names = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
         here = torch.cuda.current_device()
         device = names[here]
         if len(names) > 1:  # with one visible GPU, peer access is unknown
-            reach = tuple(n for i, n in enumerate(names) if i == here or torch.cuda.can_device_access_peer(here, i))
+            reach = [n for i, n in enumerate(names) if i == here or torch.cuda.can_device_access_peer(here, i)]
     return Seat(rank, socket.gethostname(), device, reach, linked)
 
 
@@ -191,11 +191,11 @@ def given_nodes(nodes: int | Sequence[Sequence[int]], size: int) -> Nodes:
 def check_links(nodes: Nodes, seats: Sequence[Seat]) -> None:
     """Raise InputError, on every rank, unless each link is over exactly the ranks of its node."""
     for node in nodes:
-        ranks = tuple(seats[rank].rank for rank in node)
+        ranks = [seats[rank].rank for rank in node]
         for rank in node:
             linked = seats[rank].linked
             if linked is not None and linked != ranks:
                 raise InputError(
-                    f"a link must be over the ranks of its node, got one over {list(linked)} on rank {rank} "
-                    f"of the node {list(ranks)}: make it over a group of those, or give nodes"
+                    f"a link must be over the ranks of its node, got one over {linked} on rank {rank} "
+                    f"of the node {ranks}: make it over a group of those, or give nodes"
                 )
