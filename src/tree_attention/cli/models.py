@@ -46,10 +46,11 @@ def _load_model(model: str, dtype: str, device: torch.device, random: bool, tens
     model_kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "tree_attention"}
     try:
         config: Any = AutoConfig.from_pretrained(model)
+        if tensor_parallel != 1:
+            check_tensor_parallel(config, tensor_parallel)
         if not random:
             _check_memory(model, config, model_kwargs["dtype"], device, tensor_parallel)
         if tensor_parallel != 1:
-            check_tensor_parallel(config, tensor_parallel)
             ranks = dist.get_world_size()
             if ranks % tensor_parallel:
                 got = f"got {ranks} and {tensor_parallel}: start a multiple of {tensor_parallel} ranks"
