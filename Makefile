@@ -44,7 +44,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 $(EMPTY)/installed: pyproject.toml constraints.txt  # a fresh environment whenever the dependencies may have changed
@@ -53,7 +53,7 @@ $(EMPTY)/installed: pyproject.toml constraints.txt  # a fresh environment whenev
 	touch $@
 
 $(OLDEST)/installed: Makefile | install
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(OLDEST) \
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade --no-deps --target $(OLDEST) \
 		transformers==5.17.0 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 	touch $@
 

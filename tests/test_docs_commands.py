@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import typer
 
-from command import run, run_as_ranks
+from command import call, run, run_as_ranks
 from test_docs import DOCS, ROOT, as_file
 from tree_attention.cli.app import app
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS]
+PLANNING = ROOT / "docs" / "planning.md"
 OURS = "tree-attention"
 
 
@@ -43,6 +44,15 @@ def test_a_command_that_is_not_real_is_found():
     assert sum(len(commands(page)) for page in PAGES) >= 15
     with pytest.raises(Exception, match="No such option: --modell"):
         parse(["generate", "--modell", "x"])
+
+
+def test_recorded_plans_are_what_plan_prints(capfd, monkeypatch):
+    recorded = re.findall(rf"^```\n\$ {OURS} (plan .*?)\n(.*?)^```", PLANNING.read_text("utf-8"), re.S | re.M)
+    assert len(recorded) == 3
+    for words, text in recorded:
+        code, out, err = call(capfd, monkeypatch, *shlex.split(words))
+        assert (code, err) == (0, "")
+        assert [line.rstrip() for line in out.splitlines()] == text.splitlines()
 
 
 @pytest.mark.slow
