@@ -20,7 +20,7 @@ test: check $(OLDEST)/installed  ## everything: what `check` does, the slow test
 	$(MAKE) docs dist
 
 check: install lint  ## format, lint, types, fast tests
-	$(BIN)/python -m pytest $(TWO) -m "not slow and not model"
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile -m "not slow and not model"
 
 lint: install
 	$(BIN)/ruff format --check .
