@@ -15,7 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from architectures import BLOCK, tiny
 from tree_attention import InputError, TreeAttentionError, Unsupported
@@ -873,3 +873,36 @@ def test_kill_9_in_the_middle_leaves_a_save(tmp_path):
         assert isinstance(found, list)
         if moment % 3 == 2:
             shutil.rmtree(tmp_path / "save")
+
+
+def without_position_ids(group, static):
+    """A decoder that counts positions from the cache's length: every rank reads all tokens, in chunks."""
+    model, ids = decoder_of_bart("tree_attention"), torch.arange(100) % 90 + 3
+    session = Session.open(model, tokenizer(), group, block_tokens=BLOCK, max_tokens=140 if static else None)
+    with mock.patch("tree_attention.hf.session.STATE_CHUNK_TOKENS", 32):
+        session.read(ids)
+    list(session.ask("Why?", max_new_tokens=8, do_sample=False, eos_token_id=None, forced_eos_token_id=None))
+    return session.tokens[0].tolist()
+
+
+def decoder_of_bart(implementation):
+    config = AutoConfig.for_model(
+        "bart", vocab_size=256, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=32,
+        is_decoder=True, is_encoder_decoder=False, max_position_embeddings=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(10)
+    return model
+
+
+def test_a_model_without_position_ids_is_read_too(pool):
+    for static in (False, True):
+        written, again = pool.run(without_position_ids, static, ranks=2)
+        assert written == again
+        ids = torch.tensor([written])[:, :-8]
+        how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "forced_eos_token_id": None}
+        assert decoder_of_bart("eager").generate(ids, **how)[0].tolist() == written

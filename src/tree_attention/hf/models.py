@@ -79,13 +79,16 @@ def takes_cache(model: Any) -> bool:
     return supports is None or supports()
 
 
+def takes_positions(model: Any) -> bool:
+    """Whether the model is told the positions of its tokens; others count them from the cache's length."""
+    return "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+
 def check_prefill(model: Any, input_ids: Tensor) -> None:
     """Raise Unsupported if a rank cannot feed just its own tokens of `input_ids`."""
-    body = model.base_model
-    if "position_ids" not in inspect.signature(body.forward).parameters:
-        raise Unsupported(
-            f"context-parallel prefill needs position_ids, which {type(body).__name__} does not take: {INSTEAD}"
-        )
+    if not takes_positions(model):
+        name = type(model.base_model).__name__
+        raise Unsupported(f"context-parallel prefill needs position_ids, which {name} does not take: {INSTEAD}")
     for name, token in vars(model.config).items():
         if PLACEHOLDER.fullmatch(name) and isinstance(token, int) and bool((input_ids == token).any()):
             raise Unsupported(f"context-parallel prefill reads text only, got {name} {token} in input_ids: {INSTEAD}")

@@ -54,7 +54,7 @@ def prefill(
         InputError: `input_ids` has no more tokens than the cache, or more than a static cache can hold; or
             `chunk_tokens` is below 1.
     """
-    model = _without_adapters(model)
+    model = without_adapters(model)
     _check(model, input_ids, cache, chunk_tokens)
     chunk_tokens = chunk_tokens or _default_chunk_tokens(input_ids, cache, attention_mask)
     cycle, done = cache.ranks.layout.cycle, cache.get_seq_length()
@@ -96,7 +96,7 @@ def _obstacle(cache: TreeCache) -> str | None:
     return None
 
 
-def _without_adapters(model: Any) -> Any:
+def without_adapters(model: Any) -> Any:
     """The transformers model inside of a PEFT model, with the adapters that PEFT put into its layers."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise Unsupported(

@@ -19,7 +19,8 @@ from .chat_template import ChatTemplate
 from .inputs import CACHE, check_ids
 from .layer_state import copy_cache, restore_on_error
 from .layers import ShardedLayer
-from .parallel_prefill import can_prefill, prefill
+from .models import takes_positions
+from .parallel_prefill import can_prefill, prefill, without_adapters
 from .save import load_cache, save_cache
 from .tensor_parallel import check_axes, sequence_axis
 from .window_layer import ReplicatedWindowLayer
@@ -68,7 +69,7 @@ class Session:
         """Read a text, or tokens `[n]`, as the next user message or a further part of it; options as in `prefill`.
 
         The last tokens may stay unread until the next call; `ask` reads them. Models with layers that carry a state
-        along the sequence (linear attention) are run in full on every rank.
+        along the sequence (linear attention), or that take no `position_ids`, are run in full on every rank.
         """
         self._finish()
         with self._restored_on_error(), Call("read", self.model, self.cache) as call:
@@ -205,8 +206,9 @@ class Session:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _feed(self, tokens: Tensor, chunk_tokens: int | None = None, on_progress: Listener = None) -> None:
-        """Read all but the last tokens."""
-        if can_prefill(self.cache):
+        """Read all but the last tokens: each rank its share, or if the model does not allow that, all of them."""
+        model = without_adapters(self.model)
+        if can_prefill(self.cache) and takes_positions(model):
             prefill(self.model, tokens, self.cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
             return
         check_axes(self.model, self.cache.ranks.group)
@@ -216,10 +218,10 @@ class Session:
         self.cache.reserve(last)
         for start in range(done, last, chunk_tokens):
             stop = min(start + chunk_tokens, last)
-            positions = torch.arange(start, stop, device=tokens.device)[None]
-            self.model.base_model(
-                input_ids=tokens[:, start:stop], position_ids=positions, use_cache=True, **{CACHE: self.cache}
-            )
+            inputs = {"input_ids": tokens[:, start:stop], CACHE: self.cache}
+            if takes_positions(model):
+                inputs["position_ids"] = torch.arange(start, stop, device=tokens.device)[None]
+            model.base_model(**inputs, use_cache=True)
             if on_progress is not None:
                 on_progress(stop)
 
