@@ -96,7 +96,7 @@ def _module(file):
 
 
 def test_ranks_exchange_no_pickled_objects():
-    """Whoever reaches a port of a rank could make it run what they like."""
+    """With pickle, anyone who reaches a port of a rank could make it run arbitrary code."""
     for file in SOURCE.rglob("*.py"):
         text = file.read_text()
         assert not re.search(r"_object(_list)?\(|pickle\.loads?|Unpickler\b|torch\.load\(", text), file

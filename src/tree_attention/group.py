@@ -50,7 +50,7 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
 def gather_values(mine: Item, *groups: ProcessGroup | None) -> list[Item]:
     """Return the JSON values of all ranks, the same list on each: in rank order, the first group varying fastest.
 
-    No rank runs what another one sends, as it would with pickle. JSON makes tuples to lists.
+    No rank runs what another one sends, as it would with pickle. JSON turns tuples into lists.
     """
     gathered = [mine]
     for group in groups:

@@ -33,7 +33,8 @@ def load_model(model: str, dtype: str, device: torch.device, *, random: bool = F
     model: a folder or a name on the hub; with `random`, a config.json, and the weights are random but the same on every
     rank. dtype: "auto" means float32 on the CPU, else bfloat16. tensor_parallel: ranks that the weights are split over.
     """
-    size = f", {weight_bytes(model) / 1e9:.2f} GB" if weight_bytes(model) else ""
+    nbytes = weight_bytes(model)
+    size = f", {nbytes / 1e9:.2f} GB" if nbytes else ""
     with busy(f"loading {Path(model).name}{size}", shown=not dist.is_initialized() or dist.get_rank() == 0):
         return _load_model(model, dtype, device, random, tensor_parallel)
 

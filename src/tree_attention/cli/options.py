@@ -264,7 +264,8 @@ def check_model_folder(model: str) -> None:
 
 def weight_bytes(model: str) -> int:
     """Size of the weights in a model's folder; 0 for a name on the hub."""
-    files = [*Path(model).glob("*.safetensors")] or [*Path(model).glob("*.bin")]
+    # A folder may hold the same weights again, in other formats.
+    files = [*Path(model).glob("model*.safetensors")] or [*Path(model).glob("pytorch_model*.bin")]
     return sum(file.stat().st_size for file in files)
 
 

@@ -208,7 +208,8 @@ class Session:
     def _feed(self, tokens: Tensor, chunk_tokens: int | None = None, on_progress: Listener = None) -> None:
         """Read all but the last tokens: each rank its share, or if the model does not allow that, all of them."""
         model = without_adapters(self.model)
-        if can_prefill(self.cache) and takes_positions(model):
+        has_positions = takes_positions(model)
+        if can_prefill(self.cache) and has_positions:
             prefill(self.model, tokens, self.cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
             return
         check_axes(self.model, self.cache.ranks.group)
@@ -219,7 +220,7 @@ class Session:
         for start in range(done, last, chunk_tokens):
             stop = min(start + chunk_tokens, last)
             inputs = {"input_ids": tokens[:, start:stop], CACHE: self.cache}
-            if takes_positions(model):
+            if has_positions:
                 inputs["position_ids"] = torch.arange(start, stop, device=tokens.device)[None]
             model.base_model(**inputs, use_cache=True)
             if on_progress is not None:
