@@ -26,10 +26,9 @@ from .cache import TreeCache
 from .exchange import CacheExchange, Channel, channel_of, hang_up
 from .inputs import adapters_of, as_text, autocast_of, check_ids, check_rows
 from .link_sums import stop_links
-from .peers import LOOK_S, Peers, peers_of
+from .peers import GRACE_S, LOOK_S, Peers, peers_of
 from .tensor_parallel import sequence_axis, tensor_group
 
-GRACE_S = 3.0  # for the other ranks to fail alike, which leaves nothing half done
 current: ContextVar["Call | None"] = ContextVar("current", default=None)
 
 
@@ -190,10 +189,12 @@ class Call:
             self.goes_on = False
             return
         if self.is_open:
+            assert self.peers is not None
             self.is_open = False
             try:
                 self._end(error)
             finally:
+                self.peers.leave(f"{self.number}/left")
                 for exchange in self.exchanges:
                     exchange.watch_by(lambda: None)
 
@@ -206,10 +207,10 @@ class Call:
         result = as_text(self.result)
         fault = None if error is None else str(error) if was_told else _text(error)
         own = {"fault": fault, "told": was_told, "progress": progress, "result": result}
-        self.peers.post(f"{self.number}/end", json.dumps(own))
         ends, reason = {self.peers.rank: own}, ""
         try:
-            ends = self._ends(error, was_told)
+            self.peers.post(f"{self.number}/end", json.dumps(own))
+            ends |= self._ends(error, was_told)
         except TreeAttentionError as died:
             reason = str(died)
         if len(ends) == len(self.peers.ranks):

@@ -15,7 +15,9 @@ from ..errors import TreeAttentionError
 
 LOOK_S = 0.2  # between two looks for ranks that have ended
 LONGEST_WAIT_S = 1800.0  # for a rank that makes the call late, as torch's own groups wait
-KEPT_RECORDS = 64  # a call has two, and peers read them while the next calls are made
+GRACE_S = 3.0  # for the other ranks to fail alike, or to have seen that this one did
+DYING_S = 1.0  # a killed process closes its connections first and has ended a moment later
+KEPT_RECORDS = 64  # a call has three, and peers read them while the next calls are made
 _known: weakref.WeakKeyDictionary[Any, dict[Any, "Peers"]] = weakref.WeakKeyDictionary()  # by default group, ranks
 
 
@@ -47,50 +49,79 @@ class Peers:
 
     def post(self, name: str, text: str) -> None:
         """Post this rank's record `name` for all peers, and delete old ones."""
-        store = self._store
-        self._posted.append(f"{name}/{self.rank}")
-        store.set(self._posted[-1], text)
-        if len(self._posted) > KEPT_RECORDS:
-            store.delete_key(self._posted.pop(0))
+        try:
+            store = self._store
+            self._posted.append(f"{name}/{self.rank}")
+            store.set(self._posted[-1], text)
+            if len(self._posted) > KEPT_RECORDS:
+                store.delete_key(self._posted.pop(0))
+        except dist.DistError as error:
+            raise self._lost_store(name) from error
 
     def gather(self, name: str) -> list[str]:
         """Return the records `name` of all ranks, in rank order. Waits for them, but not for a process that ended."""
-        store, keys, start = self._store, [f"{name}/{rank}" for rank in range(len(self.ranks))], time.monotonic()
+        keys, start = self._keys(name), time.monotonic()
         try:
+            store = self._store
             while not _arrived(store, keys):
                 self.check_alive(name)
                 if time.monotonic() - start > LONGEST_WAIT_S:
                     late = [rank for rank in range(len(keys)) if not store.check([keys[rank]])]
                     raise TreeAttentionError(f"ranks {late} did not make the call within {LONGEST_WAIT_S:.0f} s")
+            if len(self._processes) < len(keys):  # once: without the store nobody could ask who died
+                self._processes = dict(enumerate(map(bytes.decode, store.multi_get(self._keys("process")))))
             return [value.decode() for value in store.multi_get(keys)]
         except dist.DistError as error:
-            self.check_alive(name)
-            raise TreeAttentionError("lost the store of the process group: the process that holds it ended") from error
+            raise self._lost_store(name) from error
+
+    def leave(self, name: str) -> None:
+        """Post that this rank needs the store no more. Rank 0, whose process may hold the store, leaves last."""
+        stop, keys = time.monotonic() + GRACE_S, self._keys(name)
+        try:
+            self.post(name, "")
+            while dist.get_rank() == 0 and not _arrived(self._store, keys) and time.monotonic() < stop:
+                keys = [f"{name}/{rank}" for rank, process in self._processes.items() if not _has_ended(process)]
+        except (dist.DistError, TreeAttentionError):  # the process that held the store has ended
+            return
 
     def posted(self, name: str) -> dict[int, str]:
         """Return the records `name` that were posted so far, by rank."""
-        store = self._store
-        keys = {rank: f"{name}/{rank}" for rank in range(len(self.ranks))}
         try:
-            return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+            store = self._store
+            return {rank: store.get(key).decode() for rank, key in enumerate(self._keys(name)) if store.check([key])}
         except dist.DistError:
             return {}
 
     def check_alive(self, name: str) -> None:
         """Raise TreeAttentionError if the process of a peer on this host has ended and posted no record `name`."""
-        for rank in range(len(self.ranks)):
-            if rank not in self._processes and rank != self.rank:
+        for rank, key in enumerate(self._keys("process")):
+            if rank not in self._processes:
                 try:
-                    store = self._store
-                    if not store.check([f"process/{rank}"]):
+                    if not self._store.check([key]):
                         continue
-                    self._processes[rank] = store.get(f"process/{rank}").decode()
+                    self._processes[rank] = self._store.get(key).decode()
                 except dist.DistError:
                     continue
-            if _has_ended(self._processes.get(rank, "")) and rank not in self.posted(name):
+            if _has_ended(self._processes[rank]) and rank not in self.posted(name):
                 raise TreeAttentionError(
                     f"rank {rank} has ended without an error, it may have been killed: start all ranks again"
                 )
+
+    def _keys(self, name: str) -> list[str]:
+        return [f"{name}/{rank}" for rank in range(len(self.ranks))]
+
+    def _lost_store(self, name: str) -> TreeAttentionError:
+        """Return the error of a rank that cannot reach the store: a peer died, if one is known to."""
+        stop = time.monotonic() + DYING_S
+        while time.monotonic() < stop:
+            try:
+                self.check_alive(name)
+            except TreeAttentionError as died:
+                return died
+            time.sleep(0.01)
+        return TreeAttentionError(
+            "lost the store of the process group, the process that holds it has ended: start all ranks again"
+        )
 
 
 def peers_of(ranks: Sequence[int]) -> Peers:
