@@ -27,8 +27,8 @@ from .exchange import CacheExchange, CacheRanks, channel_of
 from .hybrid_layer import HybridLayer, HybridWindowLayer
 from .layer_state import copy_cache
 from .layers import KeyLayer, ShardedLayer, keep_writable, mark
-from .models import INSTEAD, OTHERWISE, check_config, warn_of
-from .refusing import Refusing
+from .models import OTHERWISE, check_config, warn_of
+from .refusing import LengthInChunk
 from .tensor_parallel import tensor_ranks
 from .window_layer import ReplicatedWindowLayer
 
@@ -272,6 +272,15 @@ class TreeCache(Cache):
             layer.count(1)
         self.is_unfinished = False
 
+    def can_take_back(self) -> bool:
+        """True if the cache can forget the last token that it was fed by itself, without copying anything."""
+        return not self.state_layers and all(layer.can_take_back() for layer in self.fed_layers)
+
+    def take_back(self) -> None:
+        """Forget the last token. All ranks call it together."""
+        for layer in self.fed_layers:
+            layer.take_back()
+
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that this rank has allocated."""
@@ -282,17 +291,6 @@ class TreeCache(Cache):
     def received_bytes(self) -> float:
         """Bytes that this rank received for attention so far."""
         return self.exchange.received_bytes
-
-
-class LengthInChunk(Refusing):
-    """The cache's length in `parallel_chunk`. Models may ask for it, and not use it because they have position ids."""
-
-    @classmethod
-    def error(cls, what: str) -> Unsupported:
-        return Unsupported(
-            f"the model computes with the cache's length ({what}), but in context-parallel prefill each rank is fed "
-            f"positions of its own: {INSTEAD}"
-        )
 
 
 def _is_all_true(mask: Any) -> bool:

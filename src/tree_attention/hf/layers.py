@@ -47,6 +47,14 @@ class KeyLayer(DynamicLayer):
         """Add `tokens` slots to the length."""
         self.last_update_tokens, self.length = tokens, self.length + tokens
 
+    def can_take_back(self) -> bool:
+        """True if `take_back` can forget the last token."""
+        return True
+
+    def take_back(self) -> None:
+        """Forget the last token."""
+        self._set_length(self.length - 1)
+
     @property
     def rows(self) -> int:
         """Number of batch rows, 0 before the first update."""

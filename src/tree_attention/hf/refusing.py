@@ -1,6 +1,9 @@
-"""`Refusing`: a stand-in for a tensor or a number, which a model may pass on but not compute with."""
+"""`Refusing`: a stand-in for a tensor or a number, which a model may pass on but not compute with. `LengthInChunk`."""
 
 from typing import Any
+
+from ..errors import Unsupported
+from .models import INSTEAD
 
 
 class Refusing:
@@ -32,3 +35,14 @@ class Refusing:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = __neg__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __len__ = __iter__ = __setitem__ = _refuse
     __bool__ = __float__ = __int__ = __index__ = _refuse
+
+
+class LengthInChunk(Refusing):
+    """The cache's length in `parallel_chunk`. Models may ask for it, and not use it because they have position ids."""
+
+    @classmethod
+    def error(cls, what: str) -> Unsupported:
+        return Unsupported(
+            f"the model computes with the cache's length ({what}), but in context-parallel prefill each rank is fed "
+            f"positions of its own: {INSTEAD}"
+        )

@@ -16,6 +16,7 @@ from .answer import Answer, Listener
 from .cache import TreeCache
 from .calls import Call
 from .chat_template import ChatTemplate
+from .decode_loop import DecodeLoop
 from .inputs import CACHE, check_ids
 from .layer_state import copy_cache, restore_on_error
 from .layers import ShardedLayer
@@ -232,9 +233,8 @@ class Session:
             torch.cuda.set_device(tokens.device)  # every thread has its own current device
         self._feed(tokens)
         mask = torch.ones_like(tokens)
-        written = self.model.generate(
-            tokens, attention_mask=mask, streamer=streamer, **{CACHE: self.cache}, **generate_kwargs
-        )
+        how = {"attention_mask": mask, "custom_generate": DecodeLoop(streamer), CACHE: self.cache}
+        written = self.model.generate(tokens, **how, **generate_kwargs)
         logits = getattr(written, "logits", None)
         self.logits = None if logits is None else torch.cat(logits)
         written = getattr(written, "sequences", written)  # with return_dict_in_generate

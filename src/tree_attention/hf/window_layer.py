@@ -76,6 +76,14 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
         """The places of the last `count` tokens in the ring."""
         return torch.arange(self.length - count, self.length, device=self.device) % self.sliding_window
 
+    def can_take_back(self) -> bool:
+        """True between steps: the key that the last token replaced in the ring is outside of its own window, too."""
+        return self.is_ring
+
+    def take_back(self) -> None:
+        super().take_back()
+        self.cumulative_length = self.length
+
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         self.from_ring()
         tensors = {"keys": self.keys, "values": self.values} if self.keys is not None else {}
