@@ -54,7 +54,8 @@ if not ON_CUDA:
 CAPPED = ("reference", "triton")  # the backends that have a softcap
 CHOICES = ("plain", "scale", "softcap")
 HIDDEN = (
-    "ragged", "causal", "causal rows", "window", "mask", "mask for all heads", "one mask", "late keys", "everything"
+    "ragged", "ragged queries", "causal", "causal rows", "window", "mask", "mask for all heads", "one mask",
+    "late keys", "everything",
 )  # fmt: skip
 
 
@@ -103,6 +104,7 @@ def choices(name, q, k):
         "scale": {"scale": scale},
         "softcap": {"softcap": 2.5},
         "ragged": {"local_seqlens": lengths.int()},
+        "ragged queries": {"local_seqlens": (lengths[:, None] + torch.arange(1 - T, 1, **here)).clamp(min=0)},
         "causal": {"q_positions": across, "k_positions": 2 * keys + 1},
         "causal rows": by_row,
         "window": {"q_positions": across, "k_positions": 2 * keys + 1, "window": S // 3 + 2},
@@ -116,7 +118,8 @@ def choices(name, q, k):
 
 def poisoned(cache, local_seqlens):
     """The same, with NaN behind the lengths."""
-    unused = torch.arange(cache.shape[1], device=cache.device) >= local_seqlens[:, None]
+    lengths = local_seqlens if local_seqlens.ndim == 1 else local_seqlens[:, -1]
+    unused = torch.arange(cache.shape[1], device=cache.device) >= lengths[:, None]
     return cache.masked_fill(unused[:, :, None, None], math.nan)
 
 

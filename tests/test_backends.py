@@ -141,7 +141,7 @@ def bad_calls():
     """name -> (what replaces arguments of a good call, what the error says)"""
     q, k, v = peaked_inputs(**CALL)
     queries, keys, mask = torch.arange(2), torch.arange(8), torch.ones(2, 4, 2, 8, dtype=torch.bool)
-    seqlens, positions = "local_seqlens must be int32 or int64 [2], got", {"q_positions": queries, "k_positions": keys}
+    seqlens, positions = "local_seqlens must be int32 or int64 [2] or", {"q_positions": queries, "k_positions": keys}
     table, lengths = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([3, 8])
     pages = {"page_table": table, "local_seqlens": lengths}
     is_window = "window must be at least 1, and needs q_positions and k_positions, got"
@@ -174,9 +174,10 @@ def bad_calls():
         "no dim of v": ({"v": v[..., :0]}, "head dims must be at least 1, got 16 of k and 0 of v"),
         "negative": ({"local_seqlens": torch.tensor([-1, 3])}, "between 0 and S_local = 8, got -1 to 3"),
         "too large": ({"local_seqlens": torch.tensor([0, 9])}, "between 0 and S_local = 8, got 0 to 9"),
-        "seqlens' shape": ({"local_seqlens": torch.tensor([1, 2, 3])}, f"{seqlens} torch.int64 [3]"),
-        "seqlens' dims": ({"local_seqlens": torch.tensor(4)}, f"{seqlens} torch.int64 []"),
-        "seqlens' dtype": ({"local_seqlens": torch.tensor([1.0, 2.0])}, f"{seqlens} torch.float32 [2]"),
+        "fewer": ({"local_seqlens": torch.tensor([[2, 3], [3, 2]])}, "local_seqlens must not decrease along a row"),
+        "seqlens' shape": ({"local_seqlens": torch.tensor([1, 2, 3])}, f"{seqlens} [2, 2], got torch.int64 [3]"),
+        "seqlens' dims": ({"local_seqlens": torch.tensor(4)}, f"{seqlens} [2, 2], got torch.int64 []"),
+        "seqlens' dtype": ({"local_seqlens": torch.tensor([1.0, 2.0])}, f"{seqlens} [2, 2], got torch.float32 [2]"),
         "one position": ({"q_positions": queries}, "q_positions and k_positions must be given together, or neither"),
         "other position": ({"k_positions": keys}, "q_positions and k_positions must be given together, or neither"),
         "positions' shape": (

@@ -56,6 +56,18 @@ def test_hidden_keys(backend, dtype, shape):
     assert_right(compared)
 
 
+@pytest.mark.parametrize("backend", [marked(backend) for backend in MASKED])
+def test_each_query_may_see_a_number_of_keys_of_its_own(backend):
+    q, k, v = inputs(backend, B=2, T=4, S=70, H=4, H_kv=2, D=32)
+    lengths = torch.tensor([[0, 0, 1, 9], [66, 67, 68, 70]], device=q.device)
+    together = attend(q, poisoned(k, lengths), poisoned(v, lengths), local_seqlens=lengths, backend=backend)
+    compared = []
+    for t in range(4):
+        one = Partial(together.out[:, t : t + 1], together.lse[:, t : t + 1])
+        compared.append(compare(backend, one, q[:, t : t + 1], k, v, local_seqlens=lengths[:, t]))
+    assert_right(compared)
+
+
 LARGEST = {
     "64 rows": {"B": 1, "T": 16, "S": 256, "H": 4, "H_kv": 1, "D": 64},
     "64 rows of 256": {"B": 1, "T": 4, "S": 40, "H": 16, "H_kv": 1, "D": 256, "D_v": 64},

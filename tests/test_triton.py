@@ -77,7 +77,7 @@ def division(lengths, equal, H_kv, programs, tiles):
     first, owner = torch.full((programs + 1,), -1, **here), torch.full((tiles,), -1, **here)
     tiles_of, groups_of = torch.full((tiles, 4), -1, **here), torch.full((B * H_kv, 2), -1, **here)
     division_kernel[(1,)](
-        None if equal else torch.tensor(lengths, **here), (B, 1, max(lengths), H_kv, 1), programs,
+        None if equal else torch.tensor(lengths, **here), (B, 1, max(lengths), H_kv, 1, 1), programs,
         first, owner, tiles_of, groups_of, BN=BN, B_PAD=0 if equal else max(triton.next_power_of_2(B), 2),
         PROGRAMS=triton.next_power_of_2(programs + 1), TILES=triton.next_power_of_2(tiles),
     )  # fmt: skip
@@ -510,6 +510,7 @@ def meta_call(dtype="bfloat16", W=2, B=1, T=1, S=4096, H=32, H_kv=8, D=128, D_v=
     positions["k_positions"] = torch.empty(B, S, dtype=torch.long, **here)
     told = {
         "ragged": {"local_seqlens": lens},
+        "ragged queries": {"local_seqlens": torch.empty(B, T, dtype=torch.int32, **here)},
         "paged": {"local_seqlens": lens, "page_table": table},
         "causal": positions,
         "window": {"window": 100},
@@ -567,6 +568,7 @@ FEW = [
     ("exchange", {}),
     ("split", {"keys": ["ragged"]}),  # B = 1, which Triton makes a constant
     ("split", {"keys": ["paged", "causal"], "B": 2, "T": 2, "D": 64}),
+    ("fused", {"keys": ["ragged queries"], "T": 8}),
     ("merge", {"D": 64}),
     ("products", {"K": 4096}),
 ]

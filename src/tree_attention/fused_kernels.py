@@ -26,7 +26,7 @@ def fused_kernel(
     steps to run; all, except in tests, where programs run one after the other and cannot wait for each other.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    B, T, _, H_kv, _ = sizes
+    B, T, _, H_kv, _, _ = sizes
     M, H = T * G, H_kv * G
     rows = B * T * H
     per_row: tl.constexpr = (DV + UD - 1) // UD

@@ -61,7 +61,8 @@ def attend(
             KV head `h // (H / H_kv)`). S_local may be 0.
         v: `[B, S_local, H_kv, D_v]`.
         local_seqlens: int32 or int64 `[B]`: only the first `local_seqlens[b]` keys of row b are used; the others may be
-            unused memory, including NaN. Default: all keys.
+            unused memory, including NaN. Or `[B, T]`, not decreasing along T: query t sees the first
+            `local_seqlens[b, t]` keys, as several new tokens at the end of a cache do. Default: all keys.
         q_positions, k_positions: integers `[T]` or `[B, T]`, and `[S_local]` or `[B, S_local]`, given together: causal
             attention, where a query sees the keys whose position is at most its own.
         window: requires positions: a query sees only the last `window` positions up to its own.

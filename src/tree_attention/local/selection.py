@@ -31,6 +31,12 @@ class KeySelection:
         return [self.local_seqlens, self.page_table, self.q_positions, self.k_positions, self.mask]
 
     @property
+    def row_lengths(self) -> Tensor | None:
+        """Number of keys of each row, `[B]`: those that its last query sees."""
+        lengths = self.local_seqlens
+        return lengths if lengths is None or lengths.ndim == 1 else lengths[:, -1]
+
+    @property
     def has_rules(self) -> bool:
         """True if a rule other than `causal`, which fused operators apply without a mask, may hide keys."""
         return any(rule is not None for rule in (self.local_seqlens, self.k_positions, self.mask))
@@ -41,8 +47,8 @@ class KeySelection:
         if self.causal:
             conditions.append(torch.ones(k.shape[1], k.shape[1], dtype=torch.bool, device=k.device).tril()[None, None])
         if self.local_seqlens is not None:
-            keys = torch.arange(k.shape[1], device=k.device)
-            conditions.append((keys < self.local_seqlens.to(k.device)[:, None])[:, None, None, :])
+            lengths = self.local_seqlens if self.local_seqlens.ndim == 2 else self.local_seqlens[:, None]
+            conditions.append((torch.arange(k.shape[1], device=k.device) < lengths.to(k.device)[:, :, None])[:, None])
         if self.q_positions is not None and self.k_positions is not None:
             queries, keys = self.q_positions[:, None, :, None], self.k_positions[:, None, None, :]
             conditions.append(keys <= queries)
@@ -62,11 +68,12 @@ class KeySelection:
 
         Zero, because a mask hides finite values only: 0 * NaN is NaN.
         """
-        if self.local_seqlens is None:
+        lengths = self.row_lengths
+        if lengths is None:
             return cache
         if self.page_table is not None:
             cache = cache[self.page_table.clamp(0, cache.shape[0] - 1)].flatten(1, 2)
-        unused = torch.arange(cache.shape[1], device=cache.device) >= self.local_seqlens.to(cache.device)[:, None]
+        unused = torch.arange(cache.shape[1], device=cache.device) >= lengths.to(cache.device)[:, None]
         return cache.masked_fill(unused[:, :, None, None], 0.0)
 
 
@@ -167,14 +174,18 @@ def _check_page_table(page_table: Tensor, q: Tensor, local_seqlens: Tensor | Non
 
 def _check_lengths(local_seqlens: Tensor, q: Tensor, k: Tensor, page_table: Tensor | None) -> None:
     """Check the shape; on the CPU also the values, which on a GPU would need a synchronization."""
-    if local_seqlens.shape != q.shape[:1] or local_seqlens.dtype not in INTEGERS:
-        got = f"{local_seqlens.dtype} {list(local_seqlens.shape)}"
-        raise InputError(f"local_seqlens must be int32 or int64 [{q.shape[0]}], got {got}")
-    if local_seqlens.device.type != "cpu" or not q.shape[0] or torch.compiler.is_compiling():
+    if local_seqlens.shape not in (q.shape[:1], q.shape[:2]) or local_seqlens.dtype not in INTEGERS:
+        got, (B, T) = f"{local_seqlens.dtype} {list(local_seqlens.shape)}", q.shape[:2]
+        raise InputError(f"local_seqlens must be int32 or int64 [{B}] or [{B}, {T}], got {got}")
+    if local_seqlens.device.type != "cpu" or not local_seqlens.numel() or torch.compiler.is_compiling():
         return
     low, high, keys = int(local_seqlens.min()), int(local_seqlens.max()), key_count(k, page_table)
     if low < 0 or high > keys:
         raise InputError(f"local_seqlens must be between 0 and S_local = {keys}, got {low} to {high}")
+    if local_seqlens.ndim == 2:
+        if (local_seqlens.diff() < 0).any():
+            raise InputError("local_seqlens must not decrease along a row: a query sees what the one before it sees")
+        local_seqlens = local_seqlens[:, -1]
     if page_table is not None and page_table.device.type == "cpu":
         begins = torch.arange(page_table.shape[1]) * k.shape[1]
         used = page_table[begins < local_seqlens[:, None]]

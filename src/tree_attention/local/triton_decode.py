@@ -117,9 +117,11 @@ def _tile(BM: int, widest: int, *, paged: bool, large: bool) -> tuple[int, int]:
 def split_arguments(call: AttentionCall) -> tuple[tuple, tuple, tuple, tuple]:
     """Return the arguments (tensors, strides, sizes, factors) of the kernel `split`."""
     selection, page_table, lens, mask = call.selection, call.selection.page_table, call.selection.local_seqlens, None
+    by_query = None  # lens, if each query has its own
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q, call.k, call.v))
     if lens is not None:
         lens = lens.to(k.device).contiguous()
+        by_query = lens if lens.ndim == 2 and lens.shape[1] > 1 else None
     table_stride = 0
     if page_table is None:
         k, v = (t.contiguous() if t.stride(1) > MAX_STRIDE else t for t in (k, v))
@@ -131,9 +133,10 @@ def split_arguments(call: AttentionCall) -> tuple[tuple, tuple, tuple, tuple]:
     positions = (selection.q_positions, selection.k_positions)
     by_rule = (table_stride, *(_strides(rows, 2) for rows in positions), _strides(mask, 4))
     strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], *by_rule)
-    sizes = (q.shape[0], q.shape[1], k.shape[1], k.shape[2], k.shape[1] if page_table is not None else 1)
+    lens_stride = 1 if by_query is None else q.shape[1]
+    sizes = (q.shape[0], q.shape[1], k.shape[1], k.shape[2], k.shape[1] if page_table is not None else 1, lens_stride)
     factors = (call.scale * LOG2_E, call.softcap, selection.window)
-    return (q, k, v, lens, page_table, *positions, mask), strides, sizes, factors
+    return (q, k, v, lens, page_table, *positions, mask, by_query), strides, sizes, factors
 
 
 @torch.library.custom_op("tree_attention::split_decode", mutates_args=())

@@ -63,14 +63,15 @@ def split(
 ):
     """Compute this program's parts and store them as packets of `epoch`.
 
-    tensors: q, k, v; and each of these or None: lens `[B]`, page_table `[B, pages]`, q_positions `[B or 1, T]`,
-        k_positions `[B or 1, S]`, mask `[B or 1, H or 1, T, S]`.
+    tensors: q, k, v; and each of these or None: lens `[B]` or `[B, T]`, page_table `[B, pages]`, q_positions
+        `[B or 1, T]`, k_positions `[B or 1, S]`, mask `[B or 1, H or 1, T, S]`, and lens again if it is `[B, T]`.
     strides: of q (b, t, h), k (b or page, s, h), v likewise, page_table (b), q_positions (b, t), k_positions (b, s),
         mask (b, h, t, s); 0 where a dim is broadcast.
-    sizes: B, T, S, H_kv, page_size. factors: scale log2(e), softcap and window, the last two or None. work: `divide`.
+    sizes: B, T, S, H_kv, page_size, and the stride of lens. factors: scale log2(e), softcap and window, the last two or
+        None. work: `divide`.
     parts: packets, int64: `[programs + groups, M, DV]` numbers, then `[programs + groups, M]` log-sum-exps in base 2.
     """
-    B, T, _, H_kv, _ = sizes
+    B, T, _, H_kv, _, _ = sizes
     M = T * G
     program, programs = tl.program_id(0), tl.num_programs(0)
     peak, total = tl.full([BM], NO_SCORE, tl.float32), tl.zeros([BM], tl.float32)
@@ -129,9 +130,9 @@ def attend_tile(
 
     EVEN: all tiles are full and all dims are powers of two, so no load needs a mask.
     """
-    _, k, v, _, page_table, q_positions, k_positions, mask = tensors
+    _, k, v, _, page_table, q_positions, k_positions, mask, by_query = tensors
     _, k_strides, v_strides, table_stride, q_pos_strides, k_pos_strides, mask_strides = strides
-    B, T, _, _, page_size = sizes
+    B, T, _, _, page_size, _ = sizes
     scale, softcap, window = factors
     m, offsets, dims, v_dims = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
     t, g = m // G, m % G
@@ -154,6 +155,9 @@ def attend_tile(
         scores = cap - 2 * cap / (tl.exp2(scores * (2 / softcap)) + 1)
     if not EVEN:
         seen = live[None, :] & (m < T * G)[:, None]
+        if by_query is not None:
+            limits = tl.load(by_query + b * T + t, mask=t < T, other=0)
+            seen &= keys[None, :] < limits[:, None]
         if k_positions is not None:
             q_pos = tl.load(q_positions + b * q_pos_strides[0] + t * q_pos_strides[1], mask=t < T, other=0)
             k_pos = tl.load(k_positions + b * k_pos_strides[0] + keys * k_pos_strides[1], mask=live, other=0)
@@ -238,7 +242,7 @@ def merge_parts(
     G: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Merge the parts of programs `first` to `last` in order, PARTS at a time: out and natural lse, both `[UR, UD]`."""
-    B, T, _, H_kv, _ = sizes
+    B, T, _, H_kv, _, _ = sizes
     M = T * G
     shape: tl.constexpr = [m.shape[0], cols.shape[0]]
     peak, total, acc = tl.full(shape, NO_SCORE, tl.float32), tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)
@@ -281,16 +285,16 @@ def divide(lens, sizes, programs, BN: tl.constexpr, B_PAD: tl.constexpr):
     Each `span` consecutive tiles are split evenly among `splits` programs. If the groups have equal lengths and fill
     most of the programs, a span is a group, and no program has parts of two groups; otherwise it is all tiles. A group
     without keys has one tile, so that it gets a result too. With one row or without lens, B_PAD is 0 and the first
-    three are scalars.
+    three are scalars. Of lens `[B, T]` the last query's count, which sees all keys of its row.
     """
-    B, _, S, H_kv, _ = sizes
+    B, _, S, H_kv, _, lens_stride = sizes
     if B_PAD == 0:
-        keys = S if lens is None else tl.load(lens).to(tl.int32)
+        keys = S if lens is None else tl.load(lens + lens_stride - 1).to(tl.int32)
         tiles, ends = tl.maximum(tl.cdiv(keys, BN), 1), 0
         longest, total = tiles, tiles * B * H_kv
     else:
         row = tl.arange(0, B_PAD)
-        keys = tl.load(lens + row, mask=row < B, other=0).to(tl.int32)
+        keys = tl.load(lens + (row + 1) * lens_stride - 1, mask=row < B, other=0).to(tl.int32)
         tiles = tl.where(row < B, tl.maximum(tl.cdiv(keys, BN), 1), 0)
         ends = tl.cumsum(tiles, 0)
         longest, total = tl.max(tiles, 0), tl.sum(tiles, 0) * H_kv
