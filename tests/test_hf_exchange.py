@@ -123,8 +123,8 @@ class FakeLink:
         return None if spec.rows() <= self.rows and spec.shape[3] <= self.head_dim else "too small"
 
 
-def links_of_steps(group, batches):
-    """Return for each batch size whether a step on GPUs makes a link, and that link's rows and head dim.
+def links_of_steps(group, steps):
+    """Return for each step (rows, tokens) whether it makes a link on GPUs, and that link's rows and head dim.
 
     The group has gloo, like many groups of GPUs, so the cache starts with a link for CPU tensors.
     """
@@ -132,24 +132,27 @@ def links_of_steps(group, batches):
     with mock.patch.object(exchange, "SymmetricLink", FakeLink):
         cache = TreeCache(tiny("deepseek_v3", "tree_attention").config, group, max_tokens=40)
         assert isinstance(cache.exchange.link, SharedMemoryLink)
-        for batch in batches:
-            is_new = cache.exchange.link_for_steps(batch, torch.device("cuda"))
+        for rows, tokens in steps:
+            is_new = cache.exchange.link_for_steps(rows, tokens, torch.device("cuda"))
             link = cache.exchange.link
             made.append((is_new, getattr(link, "rows", None), getattr(link, "head_dim", None)))
     return made
 
 
 def test_steps_on_gpus_make_a_link_that_holds_them(pool):
-    expected = [(True, 4, 12), (False, 4, 12), (True, 12, 12), (False, 12, 12)]
-    assert pool.run(links_of_steps, [1, 1, 3, 2], ranks=2) == [expected] * 2
-    assert pool.run(links_of_steps, [99, 1], ranks=2) == [[(False, None, None)] * 2] * 2  # unavailable: asked once
+    """The first one has room for the largest step of one row."""
+    expected = [(True, 64, 12), (False, 64, 12), (False, 64, 12), (True, 72, 12), (False, 72, 12)]
+    assert pool.run(links_of_steps, [(1, 1), (1, 16), (3, 5), (9, 2), (18, 1)], ranks=2) == [expected] * 2
+    assert (
+        pool.run(links_of_steps, [(99, 1), (1, 1)], ranks=2) == [[(False, None, None)] * 2] * 2
+    )  # unavailable: asked once
 
 
 def steps_with_links(batches):
     """Return the batch sizes for which the steps of one cache ask for a link, and the tokens."""
     model, asked, written = tiny("llama", "tree_attention"), [], []
     cache = TreeCache(model.config, max_tokens=TOKENS + NEW_TOKENS)
-    with mock.patch.object(cache.exchange, "link_for_steps", side_effect=lambda batch, device: asked.append(batch)):
+    with mock.patch.object(cache.exchange, "link_for_steps", side_effect=lambda rows, *_: asked.append(rows)):
         for batch in batches:
             cache.reset()
             ids = prompt(False)[0][:batch]

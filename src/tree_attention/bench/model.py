@@ -4,11 +4,13 @@ ours     over all ranks: the steps of a static TreeCache, eager, captured or com
 stock    transformers' sdpa on the first rank only: DynamicCache, or StaticCache and compiled; prefill in one pass
 """
 
+import functools
 import gc
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,9 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, StaticCache
 from ..errors import Unsupported
 from ..group import first_fault, gather_values
 from ..hf import TreeCache, prefill
+from ..hf.decode_loop import DecodeLoop
 from ..hf.inputs import CACHE
+from ..hf.lookup import Lookup
 from ..hf.tensor_parallel import sequence_axis, tensor_ranks
 from .timing import one_line, restart_peak
 
@@ -103,13 +107,15 @@ def _slowest(turns: list[dict[str, Any]], what: str, group: Any, context: int) -
 
 
 @torch.no_grad()
-def measure_steps(model: Any, context: int, variants: list[str], *, tokens: int) -> list[dict[str, Any]]:
-    """Return one record per variant at a context length, the same on every rank.
+def measure_steps(
+    model: Any, context: int, variants: list[str], *, tokens: int, step_tokens: Sequence[int] = (1,)
+) -> list[dict[str, Any]]:
+    """Return one record per variant and size of a step at a context length, the same on every rank.
 
     model: with attn_implementation="tree_attention", on this rank's device. A model that is split over ranks supports
-    TENSOR_PARALLEL_VARIANTS only. tpot_s: the median over `tokens` tokens, on the slowest rank. bytes: read per token
-    and rank: the weights without the embedding, and the rank's keys and values. If the memory does not suffice, the
-    record has a note and no figures.
+    TENSOR_PARALLEL_VARIANTS only. step_tokens: tokens per step of ours, of which all but one are wrong guesses. tpot_s:
+    the median over `tokens` steps, on the slowest rank. bytes: read per step and rank: the weights without the
+    embedding, and the rank's keys and values. If the memory does not suffice, the record has a note and no figures.
 
     Raises Unsupported if a layer of the model is not full attention.
     """
@@ -120,21 +126,26 @@ def measure_steps(model: Any, context: int, variants: list[str], *, tokens: int)
     if others:
         listed, instead = ", ".join(sorted(others)), "use generate --random-weights, which runs a prefill"
         raise Unsupported(f"bench steps fills caches of full attention only, this model has {listed}: {instead}")
-    return [{"context_tokens": context, "what": name} | _time_steps(model, context, name, tokens) for name in variants]
+    records = []
+    for name, size in itertools.product(variants, step_tokens):
+        if size == 1 or not name.startswith("stock"):
+            record = {"context_tokens": context, "what": name, "step_tokens": size}
+            records.append(record | _time_steps(model, context, name, tokens, size))
+    return records
 
 
-def _time_steps(model: Any, context: int, variant: str, tokens: int) -> dict[str, Any]:
+def _time_steps(model: Any, context: int, variant: str, tokens: int, size: int) -> dict[str, Any]:
     alone, cache, note, mine = variant.startswith("stock"), None, None, None
     model.set_attn_implementation("sdpa" if alone else "tree_attention")
     restart_peak(model.device)
     if not alone or dist.get_rank() == 0:
         try:
-            cache = _filled(model, context, variant, context + WARM_UP_TOKENS + tokens)
+            cache = _filled(model, context, variant, context + WARM_UP_TOKENS + tokens + size)
         except torch.OutOfMemoryError as error:
             note = one_line(error)
     note = first_fault(note, dist.group.WORLD)
     if note is None and cache is not None:
-        mine = _decode(model, cache, context, tokens)
+        mine = _decode(model, cache, context, tokens, size)
     by_rank = [figures for figures in gather_values(mine, dist.group.WORLD) if figures is not None]
     del cache
     gc.collect()
@@ -173,19 +184,34 @@ def _filled(model: Any, context: int, variant: str, max_tokens: int) -> Cache:
     return cache
 
 
-def _decode(model: Any, cache: Any, context: int, tokens: int) -> dict[str, Any]:
+class _WrongGuesses(Lookup):
+    """Guesses the same number of tokens at every step, none of them right."""
+
+    def __init__(self, size: int, ids: Tensor) -> None:
+        super().__init__(ids[:0])
+        self.size = size
+
+    def guess(self, room: int) -> list[int]:
+        return [] if room < self.size - 1 else [0] * (self.size - 1)
+
+
+def _decode(model: Any, cache: Any, context: int, tokens: int, size: int) -> dict[str, Any]:
     ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=torch.Generator().manual_seed(0))
     ids, times_s = ids.to(model.device), []
-    clock = SimpleNamespace(put=lambda token: times_s.append(time.perf_counter()), end=lambda: None)
+    clock: Any = SimpleNamespace(put=lambda token: times_s.append(time.perf_counter()), end=lambda: None)
     greedy = {"do_sample": False, "eos_token_id": None} | dict.fromkeys(("temperature", "top_p", "top_k"))
-    inputs = {"attention_mask": torch.ones_like(ids), CACHE: cache}
-    model.generate(ids, **inputs, max_new_tokens=WARM_UP_TOKENS + tokens, streamer=clock, **greedy)
-    steps_s = [after - before for before, after in pairwise(times_s)]
+    how: dict[str, Any] = {"attention_mask": torch.ones_like(ids), CACHE: cache, "streamer": clock} | greedy
+    if isinstance(cache, TreeCache):  # as `Session.ask` does
+        guesses = functools.partial(_WrongGuesses, size) if size > 1 else None
+        how |= {"streamer": None, "custom_generate": DecodeLoop(clock, guesses)}
+    model.generate(ids, **how, max_new_tokens=WARM_UP_TOKENS + tokens + size - 1)
+    times_s = times_s[1:]  # the prompt comes first
+    steps_s = [after - before for before, after in pairwise(times_s)][WARM_UP_TOKENS - 1 :][:tokens]
     held = cache.ranks.held(context) if hasattr(cache, "ranks") else context  # tokens on this rank
     read = sum(map(_here_bytes, model.parameters())) - _here_bytes(model.get_input_embeddings().weight)
     read += sum(buffer[:, :, :1].nbytes * held for layer in cache.layers for buffer in (layer.keys, layer.values))
     peak_bytes = torch.cuda.max_memory_allocated()  # 0 on the CPU
-    return {"tpot_s": statistics.median(steps_s[-tokens:]), "peak_bytes": peak_bytes, "bytes": read}
+    return {"tpot_s": statistics.median(steps_s), "peak_bytes": peak_bytes, "bytes": read}
 
 
 def _here_bytes(weight: Any) -> int:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from ..bench.model import PREFILL_VARIANTS, STEP_VARIANTS, TENSOR_PARALLEL_VARIANTS, measure_prefill, measure_steps
 from ..errors import InputError
+from ..hf.cursor import MAX_STEP_TOKENS
 from . import environment
 from .launch import run_on_ranks
 from .models import load_model
@@ -27,6 +28,8 @@ def bench_steps(options: BenchStepsOptions) -> int:
     if min(contexts[0], options.nproc, options.tokens) < 1:
         got = f"{options.contexts}, {options.nproc} and {options.tokens}"
         raise InputError(f"contexts, nproc and tokens must be at least 1, got {got}")
+    if not all(1 <= size <= MAX_STEP_TOKENS for size in parse_numbers("step-sizes", options.step_sizes)):
+        raise InputError(f"step-sizes must be 1 to {MAX_STEP_TOKENS}, got {options.step_sizes}")
     environment.disable_multicast()
     return run_on_ranks(_on_rank, options.nproc, options.device, options, contexts, variants)
 
@@ -68,7 +71,8 @@ def _on_rank(options: BenchModelOptions, contexts: list[int], variants: list[str
 
 def _measure(options: BenchModelOptions, model: Any, context: int, variants: list[str]) -> list[Record]:
     if isinstance(options, BenchStepsOptions):
-        return measure_steps(model, context, variants, tokens=options.tokens)
+        sizes = parse_numbers("step-sizes", options.step_sizes)
+        return measure_steps(model, context, variants, tokens=options.tokens, step_tokens=sizes)
     assert isinstance(options, BenchPrefillOptions)
     how = {"chunk_tokens": options.chunk_tokens, "rounds": options.rounds}
     with reading_bar(context, shown=dist.get_rank() == 0) as on_progress:
@@ -82,8 +86,8 @@ def _show_steps(records: list[Record]) -> None:
         if record["tpot_s"] is not None:
             rate = record["bytes"] / record["tpot_s"] / 1e12
             cells = [f"{1e3 * record['tpot_s']:.2f}", f"{rate:.2f}", f"{record['peak_bytes'] / 1e9:.1f}"]
-        rows.append([record["what"], str(record["ranks"]), *cells, record["note"] or ""])
-    columns = ("", "ranks", "ms per token", "TB/s per rank", "peak, GB", "")
+        rows.append([record["what"], str(record["ranks"]), str(record["step_tokens"]), *cells, record["note"] or ""])
+    columns = ("", "ranks", "tokens", "ms per step", "TB/s per rank", "peak, GB", "")
     print_table(columns, rows, f"context of {records[0]['context_tokens']} tokens")
 
 

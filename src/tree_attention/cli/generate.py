@@ -21,7 +21,7 @@ from .options import GenerateOptions, check_options, read_document
 from .plots import draw
 from .terminal import reading_bar, say
 
-WARM_UP_STEPS = 3  # that compile kernels and capture a graph on GPUs
+WARM_UP_TOKENS = 4  # after the first one: kernels are compiled and a graph is captured on GPUs
 
 
 def generate_on_ranks(options: GenerateOptions) -> int:
@@ -105,15 +105,16 @@ def _answer(options: GenerateOptions, session: Any, prompt: Any) -> tuple[dict[s
         say("\n")
     tokens, times_s, received = zip(*written, strict=True)
     steps_s, steps = [after - before for before, after in itertools.pairwise(times_s)], len(tokens) - 1
-    tpot_s = statistics.median(steps_s) if steps else 0.0
-    warm_up_s = sum(max(step_s - tpot_s, 0.0) for step_s in steps_s[:WARM_UP_STEPS])
+    steady_s = steps_s[WARM_UP_TOKENS:] or steps_s or [0.0]
+    tpot_s = statistics.fmean(steady_s)
+    warm_up_s = max(sum(steps_s) - steps * tpot_s, 0.0)
     slowest = torch.tensor([times_s[0] - start_s, tpot_s, warm_up_s], device=session.tokens.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     figures = {"model": options.model or str(options.config), "random_weights": options.random_weights}
     figures |= {"ranks": dist.get_world_size(), "tensor_parallel": options.tensor_parallel}
     figures |= {"device": slowest.device.type, "prompt_tokens": prompt.tokens, "new_tokens": len(tokens)}
     figures |= {"ttft_s": float(slowest[0]), "tpot_s": float(slowest[1]) if steps else None}
-    figures |= {"warm_up_s": float(slowest[2])}
+    figures |= {"warm_up_s": float(slowest[2]), "tokens_per_step": len(tokens) / session.steps}
     figures |= {"kv_bytes_per_rank": gather_values(cache.kv_bytes, dist.group.WORLD)}
     figures |= {"received_bytes_per_token": (received[-1] - received[0]) / steps if steps else None}
     return figures | {"tokens": list(tokens)}, steps_s
@@ -165,13 +166,14 @@ def _verify(options: GenerateOptions, model: Any, input_ids: Tensor, tokens: lis
 def _report(figures: dict[str, Any]) -> None:
     megabytes = ", ".join(f"{nbytes / 1e6:.1f}" for nbytes in figures["kv_bytes_per_rank"])
     tpot, received = figures["tpot_s"], figures["received_bytes_per_token"]
+    per_step = f", {figures['tokens_per_step']:.2f} per step" if figures["tokens_per_step"] > 1 else ""
     warm_up = f" after a warm-up of {figures['warm_up_s']:.1f} s" if figures["warm_up_s"] >= 0.05 else ""
     split = f", heads and weights over {figures['tensor_parallel']} of them" if figures["tensor_parallel"] > 1 else ""
     ranks = "1 rank" if figures["ranks"] == 1 else f"{figures['ranks']} ranks"
     rows = {
         "read": f"{figures['prompt_tokens']} tokens on {ranks} ({figures['device']}){split}",
         "first token": f"{figures['ttft_s']:.2f} s",
-        "wrote": f"{figures['new_tokens']} tokens" + (f", {1e3 * tpot:.1f} ms each{warm_up}" if tpot else ""),
+        "wrote": f"{figures['new_tokens']} tokens" + (f", {1e3 * tpot:.1f} ms each{per_step}{warm_up}" if tpot else ""),
         "KV cache": f"{megabytes} MB per rank",
         "received": f"{received / 1e3:.1f} kB per token and rank" if received is not None else "nothing",
     }

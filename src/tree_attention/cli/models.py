@@ -168,8 +168,9 @@ def check_positions(options: DecodingOptions, config: Any, tokens: int, new_toke
 
 
 def generate_kwargs(options: GenerateOptions | ChatOptions) -> dict[str, Any]:
-    """Return the arguments of `Session.ask` and `model.generate` that the options ask for."""
+    """Return the arguments of `Session.ask` that the options ask for."""
     chosen: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.sample}
+    chosen["lookup"] = options.lookup
     if not options.sample:  # None overrides the sampling settings of the model's generation_config
         chosen |= dict.fromkeys(("temperature", "top_p", "top_k"))
     elif isinstance(options, GenerateOptions):

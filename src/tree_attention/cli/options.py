@@ -36,6 +36,9 @@ class DecodingOptions:
     block_tokens: Annotated[int, "Number of consecutive tokens stored on the same rank."] = 16
     chunk_tokens: Annotated[int | None, "Prompt tokens per forward pass, over all ranks. Default: by device."] = None
     compiled: Annotated[bool, "--compile", "GPUs only: torch.compile the step. A minute at first, then faster."] = False
+    lookup: Annotated[bool | None, "Guess tokens from the text, and check several in one step. Default: on CPUs."] = (
+        None
+    )
     extrapolate: Annotated[bool, "Go beyond the positions the model was trained on. Output may be nonsense."] = False
 
 
@@ -150,7 +153,8 @@ class BenchStepsOptions(BenchModelOptions):
     """Time the decode step of a whole model as `generate` runs it, on caches filled with random numbers."""
 
     contexts: Annotated[str, "Context lengths in tokens, separated by commas."] = "1024,131072,524288"
-    tokens: Annotated[int, "Tokens to time, after a warm-up."] = 32
+    tokens: Annotated[int, "Steps to time, after a warm-up."] = 32
+    step_sizes: Annotated[str, "Tokens per step of ours, separated by commas; all but one are wrong guesses."] = "1"
     tensor_parallel: TensorParallel = 1
 
 

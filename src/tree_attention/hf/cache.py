@@ -22,7 +22,7 @@ from ..errors import InputError, Unsupported
 from ..group import Group, check_agreement, rank_and_size, resolve_group
 from ..layout import Layout
 from ..reduce import TwoLevel
-from .cursor import Cursor, StepState
+from .cursor import MAX_STEP_TOKENS, Cursor, StepState
 from .exchange import CacheExchange, CacheRanks, channel_of
 from .hybrid_layer import HybridLayer, HybridWindowLayer
 from .layer_state import copy_cache
@@ -55,8 +55,8 @@ class TreeCache(Cache):
         block_tokens: number of neighboring tokens that one rank keeps together.
         max_tokens: makes the cache static: buffers for that many tokens over all ranks, allocated once. `generate` then
             runs one CUDA graph per token. Default: buffers grow, and each step is launched kernel by kernel. A loop of
-            your own over single tokens must pass the same `attention_mask` each time, extended by ones: a different
-            mask is only noticed at the start of `generate`, and after an update by several tokens at once.
+            your own over steps of 1 to 16 tokens must pass the same `attention_mask` each time, extended by ones: a
+            different mask is only noticed at the start of `generate`, and after an update by more tokens at once.
         step: how a static cache's decode steps run on GPUs: "captured"; "compiled", which calls torch.compile first and
             takes about a minute once; or "eager".
 
@@ -237,49 +237,52 @@ class TreeCache(Cache):
             for layer in self.key_layers:
                 layer.chunk = None
 
-    def can_step(self, attention_mask: Tensor | None = None) -> bool:
-        """True if the next token can be fed without the host: the cache is static, holds tokens, and all layers can."""
-        if self.ranks.max_tokens is None or not self.fed_layers:
+    def can_step(self, tokens: int, attention_mask: Tensor | None = None) -> bool:
+        """True if the next tokens can be fed without the host: a static cache, not empty, and layers that all can."""
+        most = 1 if self.state_layers else MAX_STEP_TOKENS
+        if self.ranks.max_tokens is None or not self.fed_layers or not 0 < tokens <= most:
             return False
         if self.rule_needs_padding and self.step_state.cursor_is_stale and not _is_all_true(attention_mask):
             return False
         return not any(getattr(layer, "record_past", False) for layer in self.layers)
 
-    def begin_step(self, batch: int, device: torch.device, attention_mask: Tensor | None) -> Cursor:
-        """Prepare a step of one token in each of `batch` rows, and return the cursor. All ranks call it together.
+    def begin_step(self, batch: int, tokens: int, device: torch.device, attention_mask: Tensor | None) -> Cursor:
+        """Prepare a step of `tokens` tokens in each of `batch` rows; return the cursor. All ranks call it together.
 
         attention_mask: as `generate` passes it. It is only read if the cursor must be set: that waits for the device.
         """
         state, length = self.step_state, self.get_seq_length()
         if self.exchange.stopped is not None:
             raise self.exchange.stopped
-        self.ranks.check_capacity(length + 1)
-        if self.is_unfinished or state.needs_cursor(batch):  # an unfinished step may have advanced the cursor
-            self.check_ready(length + 1)
+        self.ranks.check_capacity(length + tokens)
+        must_set = self.is_unfinished or state.needs_cursor(batch)  # an unfinished step may have advanced the cursor
+        if (must_set or tokens > 1) and self.exchange.link_for_steps(batch, tokens, device):
+            state.buffers_changed()
+        if must_set:
+            self.check_ready(length + tokens)
             if attention_mask is not None:
                 attention_mask = None if _is_all_true(attention_mask) else attention_mask.bool()
-            if self.exchange.link_for_steps(batch, device):
-                state.buffers_changed()
             for layer in self.fed_layers:
                 layer.begin_steps()
             state.set_cursor(length, batch, device, attention_mask)
         self.is_unfinished = True
         return state.cursor
 
-    def end_step(self) -> None:
-        """Count the step's token on the host."""
+    def end_step(self, tokens: int) -> None:
+        """Count the step's tokens on the host."""
         for layer in self.fed_layers:
-            layer.count(1)
+            layer.count(tokens)
         self.is_unfinished = False
 
     def can_take_back(self) -> bool:
-        """True if the cache can forget the last token that it was fed by itself, without copying anything."""
+        """True if the cache can forget the last tokens that it was fed in one step, without copying anything."""
         return not self.state_layers and all(layer.can_take_back() for layer in self.fed_layers)
 
-    def take_back(self) -> None:
-        """Forget the last token. All ranks call it together."""
+    def take_back(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens. All ranks call it together."""
         for layer in self.fed_layers:
-            layer.take_back()
+            layer.take_back(tokens)
+        self.step_state.move_cursor(self.get_seq_length())
 
     @property
     def kv_bytes(self) -> int:

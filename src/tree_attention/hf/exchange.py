@@ -30,6 +30,7 @@ from .tensor_parallel import tensor_ranks
 
 _channels: weakref.WeakKeyDictionary[Any, dict[Any, "Channel"]] = weakref.WeakKeyDictionary()  # by default group, ranks
 HANG_UP_TAG = 7315  # of no other message
+LINK_TOKENS = 16  # over all rows: what a link has room for at least
 TIMEOUT_S = 300.0  # a rank may compile for longer than the others; a dead one is noticed by the process that started it
 
 
@@ -192,18 +193,22 @@ class CacheExchange:
         """What `tree_decode` and `tree_reduce` take as the group."""
         return self.ranks.group if self.link is None else self.link
 
-    def link_for_steps(self, batch: int, device: torch.device) -> bool:
-        """Make a SymmetricLink for steps of `batch` rows unless the link fits or GPUs do not support one; True if made.
+    def link_for_steps(self, batch: int, tokens: int, device: torch.device) -> bool:
+        """Make a SymmetricLink for such steps unless the link fits or GPUs do not support one; True if made.
 
-        All ranks call this together, before a step. A link for fewer rows is replaced.
+        All ranks call this together, before a step. A link for fewer rows or tokens is replaced. With few rows the
+        first one has room for the largest step, since graphs are captured anew after a replacement.
         """
         if device.type != "cuda" or not self.link_pending:
             return False
-        spec = PartialSpec((batch, 1, self.heads, self.head_dim), torch.float32, device)
+        spec = PartialSpec((batch, tokens, self.heads, self.head_dim), torch.float32, device)
         if self.link is not None and self.link.obstacle(spec) is None:
             return False
+        tokens = max(tokens, LINK_TOKENS // batch)
         try:
-            self.link = SymmetricLink(self.ranks.group, rows=spec.rows(), head_dim=self.head_dim, timeout_s=TIMEOUT_S)
+            self.link = SymmetricLink(
+                self.ranks.group, rows=batch * tokens * self.heads, head_dim=self.head_dim, timeout_s=TIMEOUT_S
+            )
         except Unavailable:  # on every rank alike
             self.link_pending = False
             return False

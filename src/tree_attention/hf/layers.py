@@ -48,12 +48,12 @@ class KeyLayer(DynamicLayer):
         self.last_update_tokens, self.length = tokens, self.length + tokens
 
     def can_take_back(self) -> bool:
-        """True if `take_back` can forget the last token."""
+        """True if `take_back` can forget the last tokens of a step."""
         return True
 
-    def take_back(self) -> None:
-        """Forget the last token."""
-        self._set_length(self.length - 1)
+    def take_back(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens; `TreeCache.take_back` moves the cursor."""
+        self.length -= tokens
 
     @property
     def rows(self) -> int:
@@ -65,8 +65,8 @@ class KeyLayer(DynamicLayer):
         self.step_state.invalidate_cursor()
 
     def get_seq_length(self) -> Any:
-        """Number of slots; during a step the newest token's slot as a tensor, for models that compute with it."""
-        return self.step_state.cursor.slot[0] if self.step_state.is_stepping else self.length
+        """Number of slots; during a step that before it as a tensor, for models that compute with it."""
+        return self.step_state.cursor.slots[0] if self.step_state.is_stepping else self.length
 
     def sizes_in_step(self) -> tuple[int, int]:
         """A bound on the slots: our mask is a rule, but some models prepare a number for each slot."""
@@ -104,7 +104,7 @@ class ShardedLayer(KeyLayer):
             self.lazy_initialization(key_states, value_states)
         if self.step_state.is_stepping:
             for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-                buffer.index_copy_(2, self.step_state.cursor.place, fitted(new, buffer))
+                buffer.index_copy_(2, self.step_state.cursor.places, fitted(new, buffer))
             return self.keys[:, :, :-1], self.values[:, :, :-1]
         before, old, tokens = self.length, self.held, self.tokens_in(key_states)
         held = self.ranks.held(before + tokens)

@@ -20,6 +20,7 @@ from .decode_loop import DecodeLoop
 from .inputs import CACHE, check_ids
 from .layer_state import copy_cache, restore_on_error
 from .layers import ShardedLayer
+from .lookup import Lookup
 from .models import takes_positions
 from .parallel_prefill import can_prefill, prefill, without_adapters
 from .save import load_cache, save_cache
@@ -39,6 +40,7 @@ class Session:
     Attributes:
         tokens: int64 `[1, n]` on the model's device: everything that was read and written, apart from an answer that is
             still being written.
+        steps: forward passes by which the last answer was written: fewer than its tokens if guesses were right.
         logits: `[new, vocabulary]` from which the last answer was chosen, if it was asked for with
             `output_logits=True, return_dict_in_generate=True`; else None.
     """
@@ -47,6 +49,7 @@ class Session:
         self.model, self.tokenizer, self.cache, self.template = model, tokenizer, cache, template
         self.tokens = torch.empty((1, 0), dtype=torch.long, device=model.device)
         self.in_question = False  # the last message is the user's and has no answer yet
+        self.steps = 0
         self.logits: Tensor | None = None
         self.answer: Answer | None = None  # the last one, which may still be being written
 
@@ -82,7 +85,13 @@ class Session:
         self.tokens, self.in_question = tokens, True
 
     def ask(
-        self, prompt: str, *, max_new_tokens: int | None = None, on_token: Listener = None, **generate_kwargs: Any
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        lookup: bool | None = None,
+        on_token: Listener = None,
+        **generate_kwargs: Any,
     ) -> Answer:
         """Ask a question, and return an iterator over the text of the answer.
 
@@ -94,6 +103,10 @@ class Session:
         Args:
             prompt: the question. May be empty if it was part of the text that was read.
             max_new_tokens: at least 1. Default: that of `generation_config=`, or 512.
+            lookup: guess the next tokens from what followed the last ones earlier in the text, and check up to 15
+                guesses in one step. The tokens are the same, also those drawn for a seed, except where the rounding of
+                a larger step decides a near tie. Without guesses: models with linear attention, and models with windows
+                unless the cache has `max_tokens`. Default: on the CPU.
             on_token: called in the thread with the id of each token of the answer as it is written.
             generate_kwargs: further arguments of `model.generate`.
 
@@ -110,7 +123,9 @@ class Session:
             if max_new_tokens != configured:
                 generate_kwargs["max_new_tokens"] = max_new_tokens
             tokens = torch.cat([self.tokens, self._question(prompt)], 1)
-            self._start(call, tokens, tokens.shape[1] + max_new_tokens - 1, options=generate_kwargs)
+            lookup = self.model.device.type == "cpu" if lookup is None else lookup
+            options = {"options": generate_kwargs, "lookup": lookup}
+            self._start(call, tokens, tokens.shape[1] + max_new_tokens - 1, **options)
             call.keep_open()  # the thread ends it
 
         def keep(written: Tensor) -> None:
@@ -118,7 +133,7 @@ class Session:
 
         def generate(streamer: TextIteratorStreamer) -> Tensor:
             with self._restored_on_error(), call:
-                call.result = self._generate(tokens, streamer, generate_kwargs)
+                call.result = self._generate(tokens, DecodeLoop(streamer, Lookup if lookup else None), generate_kwargs)
             return call.result
 
         self.answer = Answer(generate, self.tokenizer, keep, on_token)
@@ -227,14 +242,15 @@ class Session:
             if on_progress is not None:
                 on_progress(stop)
 
-    def _generate(self, tokens: Tensor, streamer: TextIteratorStreamer, generate_kwargs: dict[str, Any]) -> Tensor:
+    def _generate(self, tokens: Tensor, loop: DecodeLoop, generate_kwargs: dict[str, Any]) -> Tensor:
         """Return `tokens` followed by the answer, without the token that ends it: the template ends an answer."""
         if tokens.is_cuda:
             torch.cuda.set_device(tokens.device)  # every thread has its own current device
         self._feed(tokens)
         mask = torch.ones_like(tokens)
-        how = {"attention_mask": mask, "custom_generate": DecodeLoop(streamer), CACHE: self.cache}
+        how = {"attention_mask": mask, "custom_generate": loop, CACHE: self.cache}
         written = self.model.generate(tokens, **how, **generate_kwargs)
+        self.steps = loop.steps
         logits = getattr(written, "logits", None)
         self.logits = None if logits is None else torch.cat(logits)
         written = getattr(written, "sequences", written)  # with return_dict_in_generate

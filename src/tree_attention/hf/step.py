@@ -1,4 +1,4 @@
-"""The decode step of a model with a static TreeCache: one token per row, on GPUs captured once and then replayed.
+"""The decode step of a model with a static TreeCache: 1 to 16 tokens per row, on GPUs captured once, then replayed.
 
 `install_step` wraps `model.forward`. The wrapper runs such steps in one of the modes that `TreeCache.step_mode` names:
 
@@ -26,7 +26,7 @@ from .cache import TreeCache
 from .inputs import CACHE, OTHER_NAME
 from .link_sums import close_links, open_link
 
-# Arguments of `forward` in a step; for one token the latter make no difference.
+# Arguments of `forward` in a step; the latter make no difference to it.
 SUPPORTED = {"input_ids", "position_ids", "attention_mask", CACHE, OTHER_NAME}
 WITHOUT_EFFECT = {"use_cache", "return_dict", "logits_to_keep"}
 Forward = Callable[..., Any]
@@ -98,25 +98,27 @@ class SteppingForward:
             return self.original(*args, **kwargs)
         cache = cache_in(kwargs)
         logits = self._step(cache, kwargs["input_ids"], kwargs.get("position_ids"), kwargs.get("attention_mask"))
-        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+        return CausalLMOutputWithPast(logits=logits[:, -(kwargs.get("logits_to_keep") or 0) :], **{CACHE: cache})
 
     def _step(self, cache: TreeCache, ids: Tensor, positions: Tensor | None, padding: Tensor | None) -> Tensor:
-        """Feed ids `[B, 1]`; return the logits `[B, 1, vocabulary]` in new memory.
+        """Feed ids `[B, T]`; return the logits `[B, T, vocabulary]` in new memory.
 
         Step i runs `forwards[i]`. Later steps repeat the last one, on GPUs as a CUDA graph unless the mode is eager.
         """
+        tokens, length = ids.shape[1], cache.get_seq_length()
         if positions is None:
-            positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
+            positions = torch.arange(length, length + tokens, device=ids.device)[None]
         # A graph would keep the casted weights that autocast frees when its block ends.
         is_eager = cache.disable_compile or torch.is_autocast_enabled(ids.device.type)
         mode = "eager" if is_eager else cache.step_mode
         forwards = [self.original, self.compiled] if mode == "compiled" else [self.original]
-        exchange, cursor = cache.exchange, cache.begin_step(len(ids), ids.device, padding)
+        exchange, cursor = cache.exchange, cache.begin_step(len(ids), tokens, ids.device, padding)
         version = cache.step_state.buffers_version
-        key = (id(self.original), mode, ids.shape, positions.shape, cursor.padding is None, version)
+        key = (id(self.original), mode, len(ids), len(positions), cursor.padding is None, version, tokens)
         step = cache.captured_steps.get(key)
         if step is None:
-            cache.captured_steps.clear()
+            if any(other[:-1] != key[:-1] for other in cache.captured_steps):
+                cache.captured_steps.clear()
             _caches_with_steps.add(cache)
             with torch.inference_mode(False):  # later steps write to them, in inference mode or not
                 step = cache.captured_steps[key] = CapturedStep(ids.clone(), positions.clone())
@@ -135,20 +137,21 @@ class SteppingForward:
             step.received_bytes = counted
         exchange.count(step.received_bytes - counted)  # a replayed or compiled step runs no Python code that counts
         step.runs += 1
-        cache.end_step()
+        cache.end_step(tokens)
         return logits
 
 
 def is_step(arguments: dict[str, Any]) -> bool:
-    """Return whether a call of `forward` feeds one token per row to a static TreeCache, and asks only for logits."""
+    """Return whether a call of `forward` feeds a few tokens per row to a static TreeCache, and asks only for logits."""
     cache, ids, mask = cache_in(arguments), arguments.get("input_ids"), arguments.get("attention_mask")
-    if not isinstance(cache, TreeCache) or not cache.can_step(mask) or torch.is_grad_enabled():
+    if not isinstance(cache, TreeCache) or not isinstance(ids, Tensor) or torch.is_grad_enabled():
         return False
-    is_token = isinstance(ids, Tensor) and ids.shape[1] == 1
+    if not cache.can_step(ids.shape[1], mask) or isinstance(arguments.get("logits_to_keep"), Tensor):
+        return False
     is_2d = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
     returns_cache = arguments.get("use_cache") is not False and arguments.get("return_dict") is not False
     others = arguments.keys() - SUPPORTED - WITHOUT_EFFECT
-    return is_token and is_2d and returns_cache and all(arguments[name] is None for name in others)
+    return is_2d and returns_cache and all(arguments[name] is None for name in others)
 
 
 def cache_in(arguments: dict[str, Any]) -> Any:
@@ -170,6 +173,6 @@ def _capture(forward: Forward, cache: TreeCache, step: CapturedStep) -> None:
 
 
 def _run(forward: Forward, cache: TreeCache, step: CapturedStep) -> Tensor:
-    with cache.step_state.stepping(cache.layers):
+    with cache.step_state.stepping(cache.layers, step.ids.shape[1]):
         inputs = {"input_ids": step.ids, "position_ids": step.positions, CACHE: cache}
         return forward(**inputs, use_cache=True, return_dict=True).logits

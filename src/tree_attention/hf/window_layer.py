@@ -9,11 +9,15 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..reduce.collectives import gather
+from .cursor import MAX_STEP_TOKENS
 from .layers import KeyLayer, fitted
 
 
 class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
-    """Sliding-window or chunked attention. Between steps the window is a ring: slot s lies at `s % sliding_window`."""
+    """Sliding-window or chunked attention. Between steps the window is a ring: slot s lies at `s % size`.
+
+    It has room for the tokens of a step beside a window, so that tokens can be taken back.
+    """
 
     def __init__(self, *shared: Any, sliding_window: int, **kwargs: Any) -> None:
         super().__init__(*shared, sliding_window=sliding_window, **kwargs)
@@ -23,9 +27,9 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Gather a chunk's keys from all ranks, then update the window; return the window and the new tokens."""
         if self.step_state.is_stepping:
-            place = self.step_state.cursor.slot % self.sliding_window
+            places = self.step_state.cursor.slots % self.ring[0].shape[2]
             for buffer, new in zip(self.ring, (key_states, value_states), strict=True):
-                buffer.index_copy_(2, place, fitted(new, buffer))
+                buffer.index_copy_(2, places, fitted(new, buffer))
             return self.ring[0], self.ring[1]
         self.from_ring()
         if self.chunk is not None and self.ranks.group is not None:
@@ -55,7 +59,7 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
         if self.is_ring:
             return
         windows: list[Any] = [self.keys, self.values]
-        shapes = [(*t.shape[:2], self.sliding_window, t.shape[3]) for t in windows]
+        shapes = [(*t.shape[:2], self.sliding_window + MAX_STEP_TOKENS, t.shape[3]) for t in windows]
         if [(t.shape, t.dtype) for t in self.ring] != [(s, t.dtype) for s, t in zip(shapes, windows, strict=True)]:
             with torch.inference_mode(False):  # as in `layers._resized`
                 self.ring = [t.new_zeros(shape) for t, shape in zip(windows, shapes, strict=True)]
@@ -74,14 +78,15 @@ class ReplicatedWindowLayer(KeyLayer, DynamicSlidingWindowLayer):
 
     def _places(self, count: int) -> Tensor:
         """The places of the last `count` tokens in the ring."""
-        return torch.arange(self.length - count, self.length, device=self.device) % self.sliding_window
+        return torch.arange(self.length - count, self.length, device=self.device) % self.ring[0].shape[2]
 
     def can_take_back(self) -> bool:
-        """True between steps: the key that the last token replaced in the ring is outside of its own window, too."""
+        """True between steps: the keys that a step replaced in the ring are outside of all later windows."""
         return self.is_ring
 
-    def take_back(self) -> None:
-        super().take_back()
+    def take_back(self, tokens: int) -> None:
+        assert self.is_ring, "the last tokens were not fed by a step"
+        super().take_back(tokens)
         self.cumulative_length = self.length
 
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
