@@ -78,7 +78,7 @@ CASES += [pytest.param(name, "penalty", marks=pytest.mark.slow) for name in ("gp
 VARIANTS = [(looks_up, runs_ahead) for looks_up in (False, True) for runs_ahead in (False, True)]
 
 
-@pytest.mark.parametrize("max_tokens", [None, 128])
+@pytest.mark.parametrize("max_tokens", [128, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_tokens_are_those_of_generate(name, way, max_tokens, pool):
     expected = pool.run(write, name, way, max_tokens, "generate", ranks=2)

@@ -133,7 +133,7 @@ class _Text:
         ids, kwargs, count = self.ids, self.kwargs, len(guesses)
         if guesses:
             ids = torch.cat([ids, torch.tensor([guesses]).to(ids)], 1)
-            kwargs = self.model._update_model_kwargs_for_generation({}, dict(kwargs), num_new_tokens=count)
+            kwargs = self.model._update_model_kwargs_for_generation(self._outputs, dict(kwargs), num_new_tokens=count)
             if "logits_to_keep" in kwargs:
                 kwargs["logits_to_keep"] = count + 1
         length = count + 1 if kwargs["use_cache"] else None
