@@ -73,8 +73,9 @@ def write(group, name, way, max_tokens, variant, due=(), device="cpu"):
 
 
 ENDS = list(range(3, 256, 12)), []  # the first turn is ended by a token, the second by the limit
-CASES = [*(("llama", way) for way in WAYS), ("gemma3_text", "sampling"), ("qwen3_next", "greedy")]
-CASES += [pytest.param(name, "penalty", marks=pytest.mark.slow) for name in ("gpt_oss", "deepseek_v3", "llama4_text")]
+CASES = [*(("llama", way) for way in ("greedy", "sampling", "outputs")), ("gemma3_text", "sampling")]
+SLOW_CASES = [("llama", "penalty"), ("qwen3_next", "greedy"), ("gpt_oss", "penalty"), ("deepseek_v3", "penalty")]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (*SLOW_CASES, ("llama4_text", "penalty"))]
 VARIANTS = [(looks_up, runs_ahead) for looks_up in (False, True) for runs_ahead in (False, True)]
 
 
