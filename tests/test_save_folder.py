@@ -24,11 +24,13 @@ def session_of(text):
     return session
 
 
-def write(folder, number, stop, queue):
+def write(folder, number, ready, queue):
     """Save again and again; return how many saves were written, and what was said when another process saved."""
     torch.set_num_threads(1)
     session, saved, refused = session_of(TEXTS[number]), 0, set()
-    while time.monotonic() < stop.value:
+    ready.wait()
+    stop = time.monotonic() + SECONDS
+    while time.monotonic() < stop or not saved:
         try:
             session.save(folder)
             saved += 1
@@ -37,12 +39,14 @@ def write(folder, number, stop, queue):
     queue.put((saved, refused))
 
 
-def read(folder, stop, queue):
+def read(folder, ready, queue):
     """Load again and again; return the texts found whose keys are right."""
     torch.set_num_threads(1)
     sessions = {session.tokens.shape[1]: session for session in map(session_of, TEXTS)}
     found = []
-    while time.monotonic() < stop.value:
+    ready.wait()
+    stop = time.monotonic() + SECONDS
+    while time.monotonic() < stop or not found:
         loaded = Session.load(folder, sessions[min(sessions)].model, tokenizer())
         right = sessions[loaded.tokens.shape[1]]
         assert torch.equal(loaded.tokens, right.tokens)
@@ -54,13 +58,13 @@ def read(folder, stop, queue):
 
 @pytest.mark.slow
 def test_two_writers_and_two_readers(tmp_path):
-    """SAVE_FOLDER_SECONDS=60 makes it last a minute."""
+    """SAVE_FOLDER_SECONDS=60 makes it last a minute, counted from when all four are ready."""
     session_of(TEXTS[0]).save(tmp_path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD])
-    queue, stop = context.Queue(), context.Value("d", time.monotonic() + SECONDS)
+    queue, ready = context.Queue(), context.Barrier(4)
     works = [(write, (tmp_path, 0)), (write, (tmp_path, 1)), (read, (tmp_path,)), (read, (tmp_path,))]
-    processes = [context.Process(target=work, args=(*given, stop, queue)) for work, given in works]
+    processes = [context.Process(target=work, args=(*given, ready, queue)) for work, given in works]
     for process in processes:
         process.start()
     ended = [queue.get(timeout=SECONDS + 60) for _ in processes]
