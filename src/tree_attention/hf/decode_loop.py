@@ -18,8 +18,8 @@ class DecodeLoop:
 
     That one runs the model once per token, and reads each token on the host while the GPU waits for the next launch.
     This one feeds guesses along with the last token (`Lookup`), and keeps those that the model chooses itself. Where it
-    has no guess it launches the next step before it reads the token; that the text has ended it then learns a step
-    late. The cache takes back the tokens that were fed and are not part of the text.
+    has no guess, it launches the next step before it reads the token, and learns one step late that the text has ended.
+    The cache takes back tokens that were fed and are not part of the text.
 
     Args:
         streamer: gets the prompt, then each token as int64 `[1]`, all on the CPU. Do not pass it to `generate`, too.

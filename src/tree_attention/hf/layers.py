@@ -65,7 +65,7 @@ class KeyLayer(DynamicLayer):
         self.step_state.invalidate_cursor()
 
     def get_seq_length(self) -> Any:
-        """Number of slots; during a step that before it as a tensor, for models that compute with it."""
+        """Number of slots; during a step the number before it, as a tensor, for models that compute with it."""
         return self.step_state.cursor.slots[0] if self.step_state.is_stepping else self.length
 
     def sizes_in_step(self) -> tuple[int, int]:

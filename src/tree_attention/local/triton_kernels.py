@@ -285,7 +285,7 @@ def divide(lens, sizes, programs, BN: tl.constexpr, B_PAD: tl.constexpr):
     Each `span` consecutive tiles are split evenly among `splits` programs. If the groups have equal lengths and fill
     most of the programs, a span is a group, and no program has parts of two groups; otherwise it is all tiles. A group
     without keys has one tile, so that it gets a result too. With one row or without lens, B_PAD is 0 and the first
-    three are scalars. Of lens `[B, T]` the last query's count, which sees all keys of its row.
+    three are scalars. With lens `[B, T]`, a row has as many keys as its last query sees.
     """
     B, _, S, H_kv, _, lens_stride = sizes
     if B_PAD == 0:
